@@ -1,0 +1,5 @@
+"""`python -m daybreak` is `daybreak`."""
+
+from daybreak.cli import main
+
+main()

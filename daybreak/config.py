@@ -1,0 +1,295 @@
+"""A recipe: one TOML file is one whole run.
+
+A section bears the name of its ingredient's file; no section, no ingredient. Nothing is inherited
+and nothing is interpolated. `--set stage.0.steps=500` changes one value (TOML on the right) and
+`--without muon` removes a section. A wrong key is an error that names the nearest right one.
+"""
+
+import difflib
+import hashlib
+import tomllib
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from daybreak.data.batches import Config as Data
+from daybreak.data.scenes import CANVASES
+from daybreak.data.scenes import Config as Scenes
+from daybreak.failure import BadRecipe
+from daybreak.generate.sampler import Config as Sample
+from daybreak.model.dit import Config as DiT
+from daybreak.model.flow import Config as Flow
+from daybreak.model.text import Config as Text
+from daybreak.optim.ema import Config as Ema
+from daybreak.optim.groups import AdamWConfig as AdamW
+from daybreak.optim.groups import MuonConfig as Muon
+
+FOREIGN = {  # words that users of other trainers bring
+    "output_dir": "out",
+    "train_batch_size": "micro",
+    "batch_size": "stage.0.batch",
+    "learning_rate": "stage.0.lr",
+    "max_train_steps": "stage.0.steps",
+    "max_grad_norm": "clip",
+    "checkpointing_steps": "save_every",
+    "checkpoints_total_limit": "keep",
+    "dataset_name": "data.source",
+    "train_data_dir": "data.source",
+    "hidden_size": "width",
+    "patch_size": "patch",
+    "num_heads": "heads",
+    "mlp_ratio": "mlp",
+    "bottleneck_size": "bottleneck",
+    "lr_warmup_steps": "warmup",
+    "max_train_samples": "steps",
+    "global_batch_size": "batch",
+    "timestep_shift": "shift",
+    "proportion_empty_prompts": "empty_captions",
+    "caption_column": "caption_columns",
+}
+
+
+class Stage(BaseModel):
+    """One stretch of training at one resolution; `batch` is the global batch, `lr` the peak rate.
+
+    The rate rises over `warmup` steps and falls to zero over the last `cooldown` share of them all.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    resolution: int = Field(gt=0)
+    steps: int = Field(gt=0)
+    batch: int = Field(gt=0)
+    lr: float = Field(gt=0)
+    warmup: int = Field(default=0, ge=0)
+    cooldown: float = Field(default=0.0, ge=0, le=1)
+
+
+class Recipe(BaseModel):
+    """A whole run. `micro` caps the pictures of one pass (0: the whole batch at once)."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    out: str
+    seed: int = Field(default=0, ge=0)
+    micro: int = Field(default=0, ge=0)
+    clip: float = Field(default=0.2, gt=0)
+    precision: Literal["auto", "bfloat16", "float32"] = "auto"
+    compile: bool = True
+    save_every: int = Field(default=1000, gt=0)
+    keep: int = Field(default=2, ge=1)
+
+    data: Data
+    scenes: Scenes | None = None
+    text: Text
+    dit: DiT
+    flow: Flow = Flow()
+    muon: Muon | None = None
+    adamw: AdamW = AdamW()
+    ema: Ema = Ema()
+    sample: Sample = Sample()
+    stage: tuple[Stage, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _fits_together(self) -> "Recipe":
+        for number, stage in enumerate(self.stage):
+            if stage.resolution % self.dit.patch:
+                raise ValueError(
+                    f"stage.{number}.resolution = {stage.resolution} is not divisible by "
+                    f"dit.patch = {self.dit.patch}"
+                )
+            if self.micro and stage.batch % self.micro:
+                raise ValueError(
+                    f"stage.{number}.batch = {stage.batch} is not divisible by micro = {self.micro}"
+                )
+        if self.data.source == "scenes":
+            canvas = (self.scenes or Scenes()).canvas
+            for number, stage in enumerate(self.stage):
+                if stage.resolution != CANVASES[canvas].size:
+                    raise ValueError(
+                        f"stage.{number}.resolution = {stage.resolution}, but scenes.canvas = "
+                        f"{canvas!r} draws {CANVASES[canvas].size} px"
+                    )
+        elif self.scenes is not None:
+            raise ValueError(
+                '[scenes] is for data.source = "scenes"; remove it with --without scenes'
+            )
+        return self
+
+    @property
+    def steps(self) -> int:
+        """Steps of all stages."""
+        return sum(stage.steps for stage in self.stage)
+
+
+def load(source: str | Path, sets: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Recipe:
+    """Read a recipe by path, or by the name of one that comes with daybreak.
+
+    Errors  BadRecipe, one sentence that names the file, the key and a remedy.
+    """
+    path = find(source)
+    try:
+        table = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"{path} is not valid TOML: {error}") from error
+    except OSError as error:
+        raise BadRecipe(f"cannot read the recipe {path}: {error.strerror}") from error
+    sections = [key for key, value in table.items() if isinstance(value, dict)]
+    for name in without:
+        if name not in sections:
+            raise BadRecipe(
+                f"--without {name}: {path} has no section of that name{_nearest(name, sections)}"
+            )
+        del table[name]
+    for assignment in sets:
+        _assign(table, assignment)
+    return parse(table, str(path))
+
+
+def parse(table: dict[str, Any], where: str) -> Recipe:
+    """Check a table. Errors: BadRecipe for the first thing that is wrong with it."""
+    try:
+        return Recipe.model_validate(table)
+    except ValidationError as error:
+        raise BadRecipe(f"{where}: {_first(error)}") from None
+
+
+def find(source: str | Path) -> Path:
+    """Return the file of a recipe: a path, or `quickstart` for the one that comes with daybreak."""
+    path = Path(source)
+    if path.is_file():
+        return path
+    shelves = (
+        Path(str(resources.files("daybreak"))) / "recipes",
+        Path(__file__).parent.parent / "recipes",
+    )
+    names = sorted({found.stem for shelf in shelves for found in shelf.glob("*.toml")})
+    for shelf in shelves:
+        if path.parent == Path() and (shelf / path.with_suffix(".toml").name).is_file():
+            return shelf / path.with_suffix(".toml").name
+    raise BadRecipe(
+        f"there is no recipe {str(source)!r}: give the path of a TOML file, or one of "
+        f"{', '.join(names)}"
+    )
+
+
+def dump(recipe: Recipe) -> str:
+    """Write a recipe with every value in it, as TOML that `load` reads back to an equal one."""
+    return tomli_w.dumps(_without_none(recipe.model_dump(mode="json")))
+
+
+def quoted(text: str) -> str:
+    """Write a string as TOML does, for the right side of `--set`."""
+    return tomli_w.dumps({"value": text}).removeprefix("value = ").strip()
+
+
+def digest(recipe: Recipe) -> str:
+    """Return the first 12 hex digits of the sha256 of the resolved recipe."""
+    return hashlib.sha256(dump(recipe).encode()).hexdigest()[:12]
+
+
+def differences(old: Recipe, new: Recipe) -> list[str]:
+    """List every key whose value differs, as `key: old -> new`."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [
+        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        for key in sorted(before.keys() | after.keys())
+        if before.get(key, "absent") != after.get(key, "absent")
+    ]
+
+
+def _assign(table: dict[str, Any], assignment: str) -> None:
+    """Carry out one `--set a.b=value`."""
+    name, equals, text = assignment.partition("=")
+    keys = name.strip().split(".")
+    if not equals or not all(keys):
+        raise BadRecipe(f"--set {assignment}: write it as key=value, for example stage.0.steps=500")
+    try:
+        value = tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        if any(sign in text for sign in "\"'[{") or not text.strip():
+            raise BadRecipe(f"--set {assignment}: {text!r} is not a TOML value") from None
+        value = text.strip()  # a bare word is a string: the shell has eaten its quotes
+    place: Any = table
+    for depth, key in enumerate(keys):
+        last = depth == len(keys) - 1
+        if isinstance(place, list):
+            if not key.isdigit() or int(key) >= len(place):
+                raise BadRecipe(
+                    f"--set {assignment}: {'.'.join(keys[:depth])} has rows 0 to {len(place) - 1}, "
+                    f"not {key!r}"
+                )
+            position: Any = int(key)
+        elif isinstance(place, dict):
+            position = key
+            if not last:
+                place.setdefault(key, {})
+        else:
+            raise BadRecipe(
+                f"--set {assignment}: {'.'.join(keys[:depth])} is a value, not a section"
+            )
+        if last:
+            place[position] = value
+        else:
+            place = place[position]
+
+
+def _first(error: ValidationError) -> str:
+    """Say what is wrong first, in one sentence."""
+    problem = error.errors()[0]
+    path = ".".join(str(part) for part in problem["loc"])
+    kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
+    more = f" (and {error.error_count() - 1} more)" if error.error_count() > 1 else ""
+    if kind == "extra_forbidden":
+        key = str(problem["loc"][-1])
+        known = _keys(problem["loc"][:-1])
+        if key in FOREIGN:
+            return f"{path} is called {FOREIGN[key]} here{more}"
+        return f"unknown key {path}{_nearest(key, known)}{more}"
+    if kind == "missing":
+        return f"{path} is missing{more}"
+    if kind == "value_error":
+        return f"{path}: {message}{more}" if path else f"{message}{more}"
+    return f"{path} = {problem['input']!r}: {message[0].lower()}{message[1:]}{more}"
+
+
+def _keys(location: tuple[int | str, ...]) -> list[str]:
+    """List the keys that a place in a recipe may have."""
+    model: Any = Recipe
+    for part in location:
+        if isinstance(part, str) and part in model.model_fields:
+            kinds = [model.model_fields[part].annotation]
+            while kinds and not (isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel)):
+                kinds = [*get_args(kinds[0]), *kinds[1:]]
+            model = kinds[0] if kinds else model
+    return list(model.model_fields)
+
+
+def _nearest(key: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(key, known, n=1, cutoff=0.5)
+    return f"; did you mean {close[0]}?" if close else f"; there are {', '.join(known)}"
+
+
+def _without_none(value: Any) -> Any:
+    """Leave out what is None: TOML has no word for it, and absence means the same."""
+    if isinstance(value, dict):
+        return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
+    if isinstance(value, list):
+        return [_without_none(entry) for entry in value]
+    return value
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    """Turn nested tables and rows into dotted keys."""
+    pairs = value.items() if isinstance(value, dict) else enumerate(value)
+    flat: dict[str, Any] = {}
+    for key, entry in pairs:
+        name = f"{prefix}{key}"
+        if isinstance(entry, dict) or (isinstance(entry, list) and entry):
+            flat |= _flat(entry, f"{name}.")
+        elif entry is not None:
+            flat[name] = entry
+    return flat

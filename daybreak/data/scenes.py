@@ -1,0 +1,417 @@
+"""Pictures of coloured shapes, drawn from (seed, index): a dataset without a file.
+
+A scene is one to four flat shapes on grey. Its picture is an antialiased render of known outlines
+and its caption is one of a closed grammar (`data/scenes_captions`), so whether a generated picture
+shows what was asked can be decided exactly (`evaluate/scenes_checker`), and training never sees
+the same picture twice.
+
+Some combinations are held out (`HELD_OUT`). A split is a predicate on the scene and not on its
+caption: whatever the words say, a matching scene is not in the training set. Every shape, colour
+and relation is seen there, only some ways to combine them are not.
+
+Shapes  picture (s, s, 3) uint8, s the size of the canvas.
+Units   pixels; the centre of pixel i lies at i, so the canvas reaches from -0.5 to s - 0.5.
+        x to the right, y downwards.
+"""
+
+import math
+from itertools import combinations
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from daybreak.data import scenes_captions, scenes_shapes
+from daybreak.data.scenes_captions import COLOURS, OPPOSITE, SHAPES, SIZES, Specification, Wanted
+from daybreak.failure import BadRecipe
+
+Picture = npt.NDArray[np.uint8]
+Split = Literal["H1", "H2", "H3", "H4", "H5"]
+SPLITS: tuple[Split, ...] = ("H1", "H2", "H3", "H4", "H5")
+
+LAYOUTS = 256  # tried per numpy call
+ATTEMPTS = 10_000
+ONE = 0.35  # share of scenes with one thing, where the recipe allows one and more
+ALIKE = 0.18  # share of the others whose things are all of one kind: left to chance it is 1/40
+
+
+class Canvas(NamedTuple):
+    """A size of picture, and what fits in it. Lengths in pixels."""
+
+    size: int
+    most: int  # things
+    bands: tuple[tuple[float, float], ...]  # radii: one band, or small and large
+    gap: float  # free space between two things beyond 1.2 radii
+    scale: float  # lengths of the rules are those of radius 5-10, times this
+    accepted: tuple[float, float]  # radii the checker takes for a thing
+
+
+CANVASES = {
+    "32": Canvas(32, 2, ((5.0, 7.0),), 3.0, 1.0, (4.0, 8.3)),
+    "64": Canvas(64, 4, ((6.0, 7.0), (8.5, 10.0)), 3.0, 1.0, (5.0, 11.5)),
+    "64-large": Canvas(64, 2, ((10.0, 14.0),), 6.0, 2.0, (8.0, 16.6)),
+    "128": Canvas(128, 4, ((12.0, 14.0), (17.0, 20.0)), 6.0, 2.0, (10.0, 23.0)),
+}
+
+BACKGROUND = 90.0
+BACKGROUND_SHIFT = 8.0
+PALETTE = np.array(  # rows in the order of COLOURS
+    [
+        [220, 40, 40],
+        [40, 160, 60],
+        [50, 80, 220],
+        [240, 220, 50],
+        [150, 60, 190],
+        [245, 140, 30],
+        [60, 200, 220],
+        [250, 250, 250],
+    ],
+    dtype=np.float64,
+)
+
+
+class Config(BaseModel):
+    """Section `[scenes]` of a recipe.
+
+    `under_specified` is the share of captions that leave out an attribute. Where things have sizes
+    most of these leave out the size, as most of the evaluation's prompts do.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    canvas: Literal["32", "64", "64-large", "128"] = "64"
+    objects: tuple[int, int] = Field(  # fewest and most in a picture
+        default_factory=lambda known: (1, CANVASES[known["canvas"]].most)
+    )
+    under_specified: float = Field(default=0.25, ge=0.0, le=1.0)
+    held_out: tuple[Split, ...] = SPLITS
+
+    @model_validator(mode="after")
+    def _objects_fit(self) -> "Config":
+        fewest, most = self.objects
+        if not 1 <= fewest <= most <= CANVASES[self.canvas].most:
+            raise ValueError(
+                f"objects = [{fewest}, {most}] does not fit canvas {self.canvas!r}, which holds 1 "
+                f"to {CANVASES[self.canvas].most} objects: give the fewest, then the most"
+            )
+        if fewest == 4 and "H5" in self.held_out:
+            raise ValueError(
+                "objects = [4, 4] leaves nothing to train on while H5 (four objects) is held out: "
+                "allow fewer objects or take H5 out of held_out"
+            )
+        return self
+
+
+class Thing(NamedTuple):
+    """One shape on the canvas. `size` is a word, or None where the canvas has one band."""
+
+    shape: str
+    colour: str
+    size: str | None
+    x: float
+    y: float
+    radius: float
+
+
+class Dice(NamedTuple):
+    """Numbers in [0, 1) that choose the wording; drawn with the scene, so they travel with it."""
+
+    omit: float
+    which: float
+    form: float
+    turn: float
+    frame: float
+    synonym: float
+
+
+class Scene(NamedTuple):
+    """A picture before it is drawn: its things in no particular order, and the grey behind them."""
+
+    canvas: str
+    things: tuple[Thing, ...]
+    background: float
+    dice: Dice
+
+
+class Sample(NamedTuple):
+    """A picture (s, s, 3), its caption, and the scene both come from."""
+
+    image: Picture
+    caption: str
+    scene: Scene
+
+
+class Demand(NamedTuple):
+    """What an evaluation asks of the next scene; `ANY` asks nothing.
+
+    `split` None is a scene that training might have shown. A name is one of that split and of no
+    other, so that a failure has one cause.
+    """
+
+    things: int | None = None  # None leaves it to the dice
+    alike: bool = False  # all things of one kind, or not all
+    relation: bool = False  # two things that clearly stand in a relation
+    split: Split | None = None
+
+
+ANY = Demand()
+
+
+def sample(config: Config, seed: int, index: int) -> Sample:
+    """Sample number `index` of the training set of `seed`; there is no last one."""
+    drawn = scene(config, seed, index)
+    return Sample(render(drawn), caption(config, drawn), drawn)
+
+
+def scene(config: Config, seed: int, index: int, demand: Demand = ANY) -> Scene:
+    """Scene number `index` of `seed`: a pure function of its arguments.
+
+    How many things there are, and whether all are alike, is drawn once; the rest is drawn again
+    until the scene is not held out (or is, if demanded). The shares of counts are therefore those
+    of `ONE` and `ALIKE` whatever is held out.
+
+    Errors  ValueError for a seed or an index outside 0 .. 2^64 - 1; BadRecipe if no scene of this
+            recipe can meet the demand.
+    """
+    if not (0 <= seed < 1 << 64 and 0 <= index < 1 << 64):
+        raise ValueError(f"seed {seed} and index {index} must be in 0 .. 2^64 - 1")
+    generator = np.random.Generator(np.random.Philox(key=(index << 64) | seed))
+    amount, same, grey, *dice = generator.random(3 + len(Dice._fields)).tolist()
+    count = demand.things or _count(config, amount)
+    alike = count > 1 and (demand.alike or (demand == ANY and same < ALIKE))
+    splits = {*config.held_out, *((demand.split,) if demand.split else ())}
+    by_kind: list[Split] = [split for split in splits if split != "H3"]  # these need no positions
+
+    for _ in range(ATTEMPTS):
+        things = _kinds(CANVASES[config.canvas], count, alike, generator)
+        if count > 1 and not alike and len({thing[:2] for thing in things}) == 1:
+            continue
+        if any(_HELD_OUT[split](things) != (split == demand.split) for split in by_kind):
+            continue
+        things = _place(CANVASES[config.canvas], things, generator)
+        if "H3" in splits and _crossed(things) != (demand.split == "H3"):
+            continue
+        shift = BACKGROUND_SHIFT * (2 * grey - 1)
+        drawn = Scene(config.canvas, things, BACKGROUND + shift, Dice(*dice))
+        if not demand.relation or relation(drawn) is not None:
+            return drawn
+    raise BadRecipe(f"No scene of canvas {config.canvas!r} meets {demand}; ask for another one.")
+
+
+def _count(config: Config, die: float) -> int:
+    """How many things: one with probability ONE, else any allowed number alike."""
+    fewest, most = config.objects
+    if "H5" in config.held_out:
+        most = min(most, 3)
+    if fewest == 1 and (die < ONE or most == 1):
+        return 1
+    rest = (die - ONE) / (1 - ONE) if fewest == 1 else die
+    fewest = max(fewest, 2) if most > 1 else 1
+    return fewest + int(rest * (most - fewest + 1))
+
+
+def _kinds(
+    canvas: Canvas, count: int, alike: bool, generator: np.random.Generator
+) -> tuple[Thing, ...]:
+    """Things with shape, colour and size, all still at the origin and without a radius."""
+    dice = generator.random(3 * (1 if alike else count)).tolist()
+    things = tuple(
+        Thing(
+            SHAPES[int(shape * len(SHAPES))],
+            COLOURS[int(colour * len(COLOURS))],
+            SIZES[int(size * 2)] if len(canvas.bands) == 2 else None,
+            0.0,
+            0.0,
+            0.0,
+        )
+        for shape, colour, size in zip(dice[::3], dice[1::3], dice[2::3], strict=True)
+    )
+    return things * count if alike else things
+
+
+def _place(
+    canvas: Canvas, things: tuple[Thing, ...], generator: np.random.Generator
+) -> tuple[Thing, ...]:
+    """Radii and centres, drawn together until no two things are too close.
+
+    One rejection for the whole layout makes every layout that fits equally likely. Rejecting thing
+    by thing favours where the first one fell; its only merit is speed, which a batch of layouts
+    per numpy call gives as well. Crowded layouts fit more often with small radii, so two things on
+    canvas 32 have a mean radius of 5.5 where one has 6.
+    """
+    n = len(things)
+    bands = [canvas.bands[SIZES.index(thing.size) if thing.size else 0] for thing in things]
+    low = np.array([band[0] for band in bands])
+    span = np.array([band[1] - band[0] for band in bands])
+    tries = LAYOUTS if n > 1 else 1
+    while True:
+        dice = generator.random((3, tries, n))
+        reach = 1.2 * (low + span * dice[0])
+        x, y = (reach + 1) + (canvas.size - 3 - 2 * reach) * dice[1:]
+        fits = np.ones(tries, dtype=bool)
+        for i, j in combinations(range(n), 2):
+            apart = reach[:, i] + reach[:, j] + canvas.gap
+            fits &= (x[:, i] - x[:, j]) ** 2 + (y[:, i] - y[:, j]) ** 2 > apart * apart
+        first = int(fits.argmax())
+        if fits[first]:
+            break
+    rows = zip(things, x[first].tolist(), y[first].tolist(), reach[first].tolist(), strict=True)
+    return tuple(
+        Thing(thing.shape, thing.colour, thing.size, across, down, spread / 1.2)
+        for thing, across, down, spread in rows
+    )
+
+
+# What is held out
+
+
+def held_out(scene: Scene, split: Split) -> bool:
+    """Whether a scene belongs to a split, whatever its caption says.
+
+    H1  a thing has one of 8 of the 40 (shape, colour) pairs: every shape keeps at least 6 of its 8
+        colours, every colour 4 of its 5 shapes
+    H2  exactly two triangles, three stars or four crosses, of any colour
+    H3  a thing stands in a relation to another whose colours are held out for it: a tenth of the
+        ordered colour pairs, and as many for either axis
+    H4  two things have the colours of a held-out pair swapped: circle red with star blue is seen,
+        circle blue with star red is not; a quarter of all (shape pair, colour pair)
+    H5  four things
+    """
+    return _HELD_OUT[split](scene.things)
+
+
+# Shifted by two, so that "a red circle" and "a blue square", which everybody tries first, are seen.
+_PAIRS = {(SHAPES[(i + 2) % 5], colour) for i, colour in enumerate(COLOURS)}
+_COUNTS = {"triangle": 2, "star": 3, "cross": 4}
+_CROSSED = {("left", COLOURS[i], COLOURS[(i + 3) % 8]) for i in range(6)} | {
+    ("above", COLOURS[i], COLOURS[(i + 5) % 8]) for i in range(6)
+}
+
+
+def _swaps() -> set[tuple[str, str, str, str]]:
+    """(shape, colour, shape, colour) of every swap that is held out, either thing first."""
+    swaps = set()
+    for i, (one, other) in enumerate(combinations(SHAPES, 2)):
+        for j, (low, high) in enumerate(combinations(COLOURS, 2)):
+            if (i + j) % 4 == 1:
+                first, second = (low, high) if (i + j) % 8 == 5 else (high, low)
+                swaps |= {(one, first, other, second), (other, second, one, first)}
+    return swaps
+
+
+_SWAPS = _swaps()
+
+
+def _paired(things: tuple[Thing, ...]) -> bool:
+    return any((thing.shape, thing.colour) in _PAIRS for thing in things)
+
+
+def _counted(things: tuple[Thing, ...]) -> bool:
+    shapes = [thing.shape for thing in things]
+    return any(shapes.count(shape) == n for shape, n in _COUNTS.items())
+
+
+def _crossed(things: tuple[Thing, ...]) -> bool:
+    for one, other in combinations(things, 2):
+        word = _side(one, other)
+        if word in ("right", "below"):
+            word, one, other = OPPOSITE[word], other, one
+        if (word, one.colour, other.colour) in _CROSSED:
+            return True
+    return False
+
+
+def _swapped(things: tuple[Thing, ...]) -> bool:
+    return any(
+        (one.shape, one.colour, other.shape, other.colour) in _SWAPS
+        for one, other in combinations(things, 2)
+    )
+
+
+def _crowded(things: tuple[Thing, ...]) -> bool:
+    return len(things) == 4
+
+
+_HELD_OUT = {"H1": _paired, "H2": _counted, "H3": _crossed, "H4": _swapped, "H5": _crowded}
+
+
+# Words
+
+
+def relation(scene: Scene) -> str | None:
+    """How the first of two things stands to the second; None if that is not plain to see.
+
+    The longer of the two offsets decides, so the four relations exclude one another. A pair near
+    the diagonal has none.
+    """
+    if len(scene.things) != 2:
+        return None
+    one, other = scene.things
+    margin = abs(abs(one.x - other.x) - abs(one.y - other.y))
+    return _side(one, other) if margin >= 3 * CANVASES[scene.canvas].scale else None
+
+
+def _side(one: Thing, other: Thing) -> str:
+    across, down = one.x - other.x, one.y - other.y
+    if abs(across) >= abs(down):
+        return "left" if across < 0 else "right"
+    return "above" if down < 0 else "below"
+
+
+def describe(
+    scene: Scene, colours: bool = True, sizes: bool = True, related: bool = False
+) -> Specification:
+    """The scene as a specification with these attributes stated.
+
+    `related` asks for the relation, which must exist. Things that are alike as far as they are
+    described are counted and stand in none.
+    """
+    objects = tuple(
+        Wanted(thing.shape, thing.colour if colours else None, thing.size if sizes else None)
+        for thing in scene.things
+    )
+    if not related or len(set(objects)) == 1:
+        return Specification(objects)
+    word = relation(scene)
+    assert word is not None, "asked for the relation of a scene that has none"
+    if scene.dice.turn < 0.5:
+        return Specification(objects, word)
+    return Specification(objects[::-1], OPPOSITE[word])
+
+
+def caption(config: Config, scene: Scene) -> str:
+    """The words of a scene: chosen by its own dice, so one scene has one caption.
+
+    A share `under_specified` leaves something out: the colour, where that is all there is, else
+    the size, the colour, or both. Two things that stand in a relation are described by it in three
+    of four cases.
+    """
+    dice = scene.dice
+    colours = sizes = True
+    if dice.omit < config.under_specified:
+        banded = len(CANVASES[scene.canvas].bands) == 2
+        sizes = dice.which >= 0.85
+        colours = banded and dice.which < 0.6
+    related = dice.form < 0.75 and relation(scene) is not None
+    return scenes_captions.write(describe(scene, colours, sizes, related), dice.frame, dice.synonym)
+
+
+# Pixels
+
+
+def render(scene: Scene) -> Picture:
+    """The picture of a scene: a linear mix of the stored colour values, by coverage."""
+    size = CANVASES[scene.canvas].size
+    canvas = np.full((size, size, 3), scene.background)
+    for thing in scene.things:
+        reach = 1.2 * thing.radius
+        left, top = math.floor(thing.x - reach), math.floor(thing.y - reach)
+        right, bottom = math.ceil(thing.x + reach) + 1, math.ceil(thing.y + reach) + 1
+        m = scenes_shapes.coverage(
+            thing.shape, thing.x - left, thing.y - top, thing.radius, bottom - top, right - left
+        )
+        colour = PALETTE[COLOURS.index(thing.colour)]
+        canvas[top:bottom, left:right] += m[..., None] * (colour - scene.background)
+    picture: Picture = np.rint(canvas).astype(np.uint8)
+    return picture

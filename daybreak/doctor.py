@@ -1,0 +1,284 @@
+"""What this machine can do, and why it is slow where it is slow.
+
+`report` is what `daybreak doctor` prints. `fast_bfloat16` and `compiler` are the two answers the
+training loop asks for too: whether to compute in bfloat16, and whether blocks can be compiled.
+
+Nothing here fails: what cannot be found out is said to be unknown.
+"""
+
+import functools
+import importlib.metadata
+import importlib.util
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+EXTRAS = {  # of pyproject.toml, and the module that shows one is there
+    "tensorboard": "tensorboard",
+    "wandb": "wandb",
+    "trackio": "trackio",
+    "eval": "torchmetrics",
+    "dev": "pytest",
+}
+PACKAGES = ("torch", "diffusers", "transformers")
+VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "asimd", "bf16")
+CGROUP = Path("/sys/fs/cgroup")
+GIB = 2**30
+LITTLE_MEMORY, LITTLE_DISK = 4 * GIB, 5 * GIB
+
+# What inductor's kernels need: a compiler, OpenMP, and the headers of this Python.
+PROBE = "#include <Python.h>\n#include <omp.h>\nint cores() { return omp_get_max_threads(); }\n"
+
+
+class Finding(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    value: str
+    remark: str  # why it is slow or missing, and what to do; empty where all is well
+    ok: bool
+
+
+def report(folder: Path = Path()) -> list[Finding]:
+    """Everything worth knowing before a run whose results go to `folder`."""
+    return [
+        *versions(),
+        cores(),
+        memory(),
+        disk(folder),
+        vectors(),
+        bfloat16(),
+        compilation(),
+        accelerator(),
+        *extras(),
+    ]
+
+
+def fast_bfloat16() -> bool:
+    """Whether arithmetic in bfloat16 is faster than in float32 here, and not emulated."""
+    if torch.cuda.is_available():
+        return bool(torch.cuda.is_bf16_supported(including_emulation=False))
+    return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
+
+
+@functools.cache
+def compiler() -> str | None:
+    """The C++ compiler `torch.compile` would use on the CPU, if it can do the job.
+
+    That is the compiler named by CXX, or else g++ (clang++ on macOS). It must do more than exist:
+    without Python.h or OpenMP the first compiled step fails with a page of errors. So it is given
+    a few lines to compile, once per process.
+    """
+    path = shutil.which(_compiler_name())
+    headers = sysconfig.get_paths()["include"]
+    if path is None or not Path(headers, "Python.h").is_file():
+        return None
+    openmp = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder, "probe.cpp")
+        source.write_text(PROBE)
+        command = [path, "-shared", "-fPIC", *openmp, f"-I{headers}", "probe.cpp", "-o", "probe.so"]
+        if sys.platform == "darwin":
+            command[1:2] = ["-c"]  # the OpenMP library is torch's own, linked by inductor
+        try:
+            done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=False)
+        except (OSError, subprocess.SubprocessError):
+            return None
+    return path if done.returncode == 0 else None
+
+
+def versions() -> list[Finding]:
+    """The programs that decide what a run computes."""
+    python = Finding("python", platform.python_version(), "", True)
+    return [_version("daybreak"), python, *map(_version, PACKAGES)]
+
+
+def cores() -> Finding:
+    """Processor cores this process may use, which in a container are fewer than there are."""
+    there = os.cpu_count() or 1
+    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else there
+    quota = cpu_quota(CGROUP)
+    usable = min(float(allowed), quota or allowed)
+    threads = torch.get_num_threads()
+    value = f"{usable:g} of {there}, {threads} {'thread' if threads == 1 else 'threads'} in torch"
+    if threads > usable:
+        remark = (
+            f"more threads than cores get in each other's way: set OMP_NUM_THREADS={int(usable)}"
+        )
+    elif threads <= usable / 2 and "OMP_NUM_THREADS" in os.environ:
+        remark = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} leaves cores idle: unset it"
+    else:
+        return Finding("cores", value, "", True)
+    return Finding("cores", value, remark, False)
+
+
+def memory() -> Finding:
+    """Memory that is free for this process."""
+    free = _available_memory()
+    limit = memory_limit(CGROUP)
+    if free is None and limit is None:
+        return Finding("memory", "unknown", "", True)
+    usable = min(amount for amount in (free, limit) if amount is not None)
+    value = f"{usable / GIB:.1f} GiB free"
+    if limit is not None and limit == usable:
+        value = f"{usable / GIB:.1f} GiB allowed"
+    if usable < LITTLE_MEMORY:
+        return Finding(
+            "memory", value, "little: use a smaller `micro` or end other programs", False
+        )
+    return Finding("memory", value, "", True)
+
+
+def disk(folder: Path) -> Finding:
+    """Room for checkpoints where the runs go."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
+    value = f"{free / GIB:.1f} GiB free at {there}"
+    if free < LITTLE_DISK:
+        return Finding("disk", value, "little: lower `keep`, or choose another `out`", False)
+    return Finding("disk", value, "", True)
+
+
+def vectors() -> Finding:
+    """The instruction sets torch's kernels are chosen by."""
+    known = torch.backends.cpu.get_cpu_capability()
+    flags = _cpu_flags()
+    listed = ", ".join(flag for flag in VECTORS if flag in flags)
+    value = f"{platform.machine()}, torch uses {known}" + (f" ({listed})" if listed else "")
+    if known in {"DEFAULT", "NO AVX"}:
+        remark = "torch has no vector kernels for this processor: every step will be slow"
+        return Finding("instructions", value, remark, False)
+    return Finding("instructions", value, "", True)
+
+
+def bfloat16() -> Finding:
+    """Whether computing in bfloat16 pays."""
+    if fast_bfloat16():
+        return Finding("bfloat16", "fast", "", True)
+    remark = (
+        "no AVX512_BF16, AMX or recent GPU, so bfloat16 would be emulated: blocks compute in "
+        "float32, which takes longer; nothing to do but another machine"
+    )
+    return Finding("bfloat16", "slow", remark, False)
+
+
+def compilation() -> Finding:
+    """Whether `torch.compile` can work on the CPU, and what it lacks if not."""
+    found = compiler()
+    if found:
+        return Finding("compiler", found, "", True)
+    name = _compiler_name()
+    if shutil.which(name) is None:
+        remark = f"{name} not found, so blocks are not compiled and steps take longer: " + (
+            "xcode-select --install" if sys.platform == "darwin" else "apt install g++"
+        )
+    elif not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
+        major, minor = sys.version_info[:2]
+        remark = (
+            "Python.h not found, so blocks are not compiled and steps take longer: "
+            f"apt install python{major}.{minor}-dev"
+        )
+    else:
+        remark = f"{name} cannot build a library with OpenMP: install a complete g++ or set CXX"
+    return Finding("compiler", "none", remark, False)
+
+
+def accelerator() -> Finding:
+    """The GPUs torch can use."""
+    if torch.cuda.is_available():
+        count = torch.cuda.device_count()
+        names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
+        total = torch.cuda.get_device_properties(0).total_memory
+        return Finding("gpu", f"{count} x {', '.join(names)}, {total / GIB:.0f} GiB", "", True)
+    if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
+        built = torch.version.cuda or "no CUDA"
+        remark = (
+            f"there is a driver, but this torch ({torch.__version__}, built for {built}) cannot "
+            "use it: install the build that matches, see pytorch.org/get-started"
+        )
+        return Finding("gpu", "not usable", remark, False)
+    return Finding("gpu", "none", "the small recipes run on the CPU; the large ones do not", True)
+
+
+def extras() -> list[Finding]:
+    """Which optional parts can be used."""
+    findings = []
+    for extra, module in EXTRAS.items():
+        there = importlib.util.find_spec(module) is not None
+        remark = "" if there else f'pip install "daybreak[{extra}]"'
+        findings.append(Finding(f"extra {extra}", "usable" if there else "absent", remark, True))
+    return findings
+
+
+def cpu_quota(cgroup: Path) -> float | None:
+    """Cores a container may keep busy, by version 2 or 1 of Linux' control groups."""
+    second = _words(cgroup / "cpu.max")
+    if len(second) == 2 and second[0] != "max":
+        return int(second[0]) / int(second[1])
+    quota = _words(cgroup / "cpu" / "cpu.cfs_quota_us")
+    period = _words(cgroup / "cpu" / "cpu.cfs_period_us")
+    if quota and period and int(quota[0]) > 0:
+        return int(quota[0]) / int(period[0])
+    return None
+
+
+def memory_limit(cgroup: Path) -> int | None:
+    """Bytes a container may hold, by version 2 or 1 of Linux' control groups."""
+    for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
+        words = _words(file)
+        # Version 1 says "no limit" with a number near 2^63.
+        if words and words[0] != "max" and int(words[0]) < 2**60:
+            return int(words[0])
+    return None
+
+
+def _compiler_name() -> str:
+    return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
+
+
+def _version(package: str) -> Finding:
+    try:
+        return Finding(package, importlib.metadata.version(package), "", True)
+    except importlib.metadata.PackageNotFoundError:
+        if importlib.util.find_spec(package):
+            return Finding(package, "run from its source folder, not installed", "", True)
+        return Finding(package, "missing", f"pip install {package}", False)
+
+
+@functools.cache
+def _cpu_flags() -> frozenset[str]:
+    """Instruction sets by the names Linux gives them; nothing on other systems."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
+    except OSError:
+        return frozenset()
+    flags = (line for line in lines if line.startswith(("flags", "Features")))
+    return frozenset(next(flags, "").partition(":")[2].split())
+
+
+def _available_memory() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+    except OSError:
+        return None
+    for line in lines:
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) * 1024
+    return None
+
+
+def _words(file: Path) -> list[str]:
+    try:
+        return file.read_text().split()
+    except OSError:
+        return []

@@ -1,0 +1,365 @@
+"""How often a model draws exactly what it was asked to, task by task.
+
+    single        a circle                          two           a circle and a star
+    colours       a red circle                      attribution   a red circle and a blue star
+    counting      three blue squares                position      a red star above a blue circle
+    size, three   reported apart
+
+The score is the mean of the six tasks' shares; tasks a recipe cannot draw are left out and say so
+with n = 0. Beside it stand what makes it believable: the same pictures under shuffled prompts
+(chance), renders of true scenes (what the checker lets through at best), single virtues
+("attributes"), combinations that training never showed ("held_out"), and what independent
+attributes would predict ("product": a score well below means right things bound wrongly).
+
+Prompts come from scenes, drawn like those of training at indices that training never reaches, so
+every prompt can be drawn, and none outside `held_out` asks for what is held out.
+
+Source  tasks after GenEval, arXiv 2310.11513; clustered intervals, arXiv 2411.00640.
+"""
+
+import multiprocessing
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from daybreak.data import scenes, scenes_captions
+from daybreak.data.scenes import CANVASES, Config, Demand, Scene, Split
+from daybreak.data.scenes_captions import Specification
+from daybreak.evaluate.scenes_checker import (
+    VERSION,
+    Detection,
+    Verdict,
+    detect,
+    judge,
+    thresholds_hash,
+)
+from daybreak.evaluate.statistics import cluster_bootstrap, wilson
+from daybreak.failure import BadRecipe
+
+Pictures = npt.NDArray[np.uint8]
+Generate = Callable[[list[str], list[int]], Pictures]
+"""Draw one picture (n, s, s, 3) uint8 per prompt, the noise of each from its own seed."""
+
+SCORED = ("single", "colours", "two", "counting", "attribution", "position")
+TASKS = (*SCORED, "size", "three")
+ATTRIBUTES = ("count", "colours", "shapes", "relation")
+BATCH = 60  # pictures per call of the generator
+FIRST = 1 << 62  # index of the first scene that belongs to the evaluation
+
+
+class Item(NamedTuple):
+    """One picture to ask for. `scene` is one that would pass, for the ceiling."""
+
+    task: str
+    prompt: str
+    specification: Specification
+    split: Split | None  # None: training shows such scenes
+    seed: int  # of the noise; no two items share one
+    scene: Scene
+
+
+class Score(NamedTuple):
+    """A picture's verdict on its own prompt, on another's, and that of a true render."""
+
+    verdict: Verdict
+    shuffled: Verdict | None
+    truth: Verdict
+
+
+def evaluate(
+    generate: Generate,
+    config: Config,
+    seed: int,
+    per_task: int = 120,
+    progress: Callable[[int, int], None] | None = None,
+    workers: int | None = None,
+) -> dict[str, object]:
+    """Draw, check and count; the result is ready for JSON.
+
+    `progress` hears how many pictures of how many are drawn. Checking runs in `workers` processes
+    (all cores by default; 1 stays in this process) while the next pictures are drawn.
+
+    Shares stand as {exact, low, high, n} with 95 % intervals: `overall`, `tasks.NAME`,
+    `held_out.SPLIT`, `attributes.NAME`, `controls.shuffled`, `controls.ground_truth`. Where n is 0
+    the others are None. `items` lists every prompt with its verdict.
+
+    Errors  ValueError if the generator returns other pictures than it was asked for.
+    """
+    asked = [*tasks(config, seed, per_task), *held_out(config, seed, per_task)]
+    with _pool(os.cpu_count() or 1 if workers is None else workers) as pool:
+        pending, truths = [], []
+        for start in range(0, len(asked), BATCH):
+            batch = asked[start : start + BATCH]
+            pictures = generate([item.prompt for item in batch], [item.seed for item in batch])
+            _inspect(pictures, len(batch), config.canvas)
+            pending.append(pool.submit(_detect, pictures, config.canvas))
+            renders = np.stack([scenes.render(item.scene) for item in batch])
+            truths.append(pool.submit(_detect, renders, config.canvas))
+            if progress is not None:
+                progress(start + len(batch), len(asked))
+        seen = [detection for batch in pending for detection in batch.result()]
+        true = [detection for batch in truths for detection in batch.result()]
+    return _result(config, seed, asked, _scores(config, seed, asked, seen, true))
+
+
+# What is asked for
+
+
+def tasks(config: Config, seed: int, per_task: int) -> list[Item]:
+    """The prompts of all tasks the recipe can draw, `per_task` each, from what training shows."""
+    return [
+        _item(config, seed, task, None, number)
+        for task in TASKS
+        if _things(config, task, None)
+        for number in range(per_task)
+    ]
+
+
+def held_out(config: Config, seed: int, per_task: int) -> list[Item]:
+    """`per_task` prompts for each held-out split the canvas can draw, each naming what is new."""
+    items = []
+    for split in config.held_out:
+        forms = [task for task in _FORMS[split] if _things(config, task, split)]
+        items += [
+            _item(config, seed, forms[number % len(forms)], split, number)
+            for number in range(per_task if forms else 0)
+        ]
+    return items
+
+
+_FORMS: dict[Split, tuple[str, ...]] = {  # the tasks whose words can express a split
+    "H1": ("colours", "attribution"),
+    "H2": ("counting",),
+    "H3": ("position",),
+    "H4": ("attribution",),
+    "H5": ("counting", "three"),
+}
+
+
+def _things(config: Config, task: str, split: Split | None) -> list[int]:
+    """The numbers of things with which a task can be asked; none if it cannot be."""
+    canvas = CANVASES[config.canvas]
+    fewest, most = config.objects
+    if task == "size" and len(canvas.bands) == 1:
+        return []
+    if split == "H5":
+        return [4] if canvas.most >= 4 and most >= 3 else []  # one more than training shows
+    if "H5" in config.held_out:
+        most = min(most, 3)
+    asks = {"single": [1], "colours": [1], "counting": [2, 3, 4], "three": [3]}.get(task, [2])
+    return [n for n in asks if fewest <= n <= most]
+
+
+def _item(config: Config, seed: int, task: str, split: Split | None, number: int) -> Item:
+    """Item `number` of a task: a function of its arguments, whatever else is asked for."""
+    numbers = _things(config, task, split)
+    demand = Demand(
+        things=numbers[number % len(numbers)],
+        alike=task == "counting",
+        relation=task == "position",
+        split=split,
+    )
+    place = TASKS.index(task) + len(TASKS) * (1 + scenes.SPLITS.index(split) if split else 0)
+    index = (place << 24 | number) << 10
+    for again in range(1 << 10):
+        scene = scenes.scene(config, seed, FIRST + index + again, demand)
+        specification = scenes.describe(
+            scene,
+            colours=task not in ("single", "two"),
+            sizes=task == "size",
+            related=task == "position",
+        )
+        # Without its colour a pair may be alike and would be counted, which is another task.
+        alone = len(specification.objects) == 1
+        if alone or (len(set(specification.objects)) == 1) == (task == "counting"):
+            break
+    else:
+        raise BadRecipe(f"No scene of this recipe can be asked for by the task {task!r}.")
+    words = scenes_captions.write(specification, scene.dice.frame, scene.dice.synonym)
+    noise = int(np.random.Philox(key=seed).random_raw() >> 2) + index
+    return Item(task, words, specification, split, noise, scene)
+
+
+# What came back
+
+
+def _pool(workers: int) -> Executor:
+    """Processes, or one thread of this one. Spawned: a fork would copy a running torch."""
+    if workers <= 1:
+        return ThreadPoolExecutor(1)
+    return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+def _inspect(pictures: Pictures, number: int, canvas: str) -> None:
+    """N requested is N used, and rounded bytes, or the evaluation stops."""
+    size = CANVASES[canvas].size
+    if pictures.dtype != np.uint8 or pictures.shape != (number, size, size, 3):
+        raise ValueError(
+            f"asked for {number} pictures, uint8 ({number}, {size}, {size}, 3); the generator "
+            f"returned {pictures.dtype} {pictures.shape}"
+        )
+
+
+def _detect(pictures: Pictures, canvas: str) -> list[Detection]:
+    return [detect(picture, canvas) for picture in pictures]
+
+
+def _scores(
+    config: Config,
+    seed: int,
+    asked: Sequence[Item],
+    seen: Sequence[Detection],
+    true: Sequence[Detection],
+) -> list[Score]:
+    """Verdicts in the order of the items."""
+    another = _shuffled(asked, seed)
+    return [
+        Score(
+            judge(seen[i], item.specification, config.canvas),
+            judge(seen[i], another[i], config.canvas) if i in another else None,
+            judge(true[i], item.specification, config.canvas),
+        )
+        for i, item in enumerate(asked)
+    ]
+
+
+def _shuffled(asked: Sequence[Item], seed: int) -> dict[int, Specification]:
+    """For each scored item the specification of another one of its task, by chance."""
+    generator = np.random.Generator(np.random.Philox(key=seed))
+    another = {}
+    for task in SCORED:
+        places = [i for i, item in enumerate(asked) if item.task == task and item.split is None]
+        order = generator.permutation(len(places)).tolist()
+        for one, other in zip(order, order[1:] + order[:1], strict=True):
+            if one != other:
+                another[places[one]] = asked[places[other]].specification
+    return another
+
+
+# Counting
+
+
+def _result(
+    config: Config, seed: int, asked: Sequence[Item], scores: Sequence[Score]
+) -> dict[str, object]:
+    rows = list(zip(asked, scores, strict=True))
+    known = [(item, score) for item, score in rows if item.split is None]
+    scored = [(item, score) for item, score in known if item.task in SCORED]
+    by_task: dict[str, list[tuple[Item, Score]]] = {
+        task: [row for row in known if row[0].task == task] for task in TASKS
+    }
+    by_split = {split: [row for row in rows if row[0].split == split] for split in config.held_out}
+    few = [score.verdict.marks for item, score in known if len(item.specification.objects) <= 2]
+    return {
+        "benchmark": "scenes",
+        "canvas": config.canvas,
+        "objects": list(config.objects),
+        "seed": seed,
+        "checker": {"version": VERSION, "thresholds": thresholds_hash()},
+        "prompts": len(asked),
+        "overall": _mean([(item, score.verdict) for item, score in scored]),
+        "tasks": {
+            task: _share([s.verdict.passed for _, s in its]) for task, its in by_task.items()
+        },
+        "held_out": {
+            split: _share([s.verdict.passed for _, s in its]) for split, its in by_split.items()
+        },
+        "controls": {
+            "shuffled": _mean([(i, s.shuffled) for i, s in scored if s.shuffled is not None]),
+            "ground_truth": _mean([(item, score.truth) for item, score in scored]),
+        },
+        "attributes": {
+            name: _share([mark for marks in few if (mark := marks[place]) is not None])
+            for place, name in enumerate(ATTRIBUTES)
+        },
+        "undetermined": _share([score.verdict.undetermined for _, score in rows]),
+        "product": {
+            name: _product([score.verdict for _, score in its])
+            for name, its in [*by_task.items(), *by_split.items()]
+        },
+        "items": [_row(item, score.verdict) for item, score in rows],
+    }
+
+
+def _mean(rows: Sequence[tuple[Item, Verdict]]) -> dict[str, float | int | None]:
+    """The mean of the tasks' shares; images of one specification are one cluster."""
+    if not rows:
+        return _share([])
+    passed = np.array([verdict.passed for _, verdict in rows], dtype=np.float64)
+    names = [item.task for item, _ in rows]
+    means = [passed[[name == task for name in names]].mean() for task in SCORED if task in names]
+    low, high = cluster_bootstrap(passed, [item.specification for item, _ in rows], names)
+    return {"exact": float(np.mean(means)), "low": low, "high": high, "n": len(rows)}
+
+
+def _share(passed: Sequence[bool]) -> dict[str, float | int | None]:
+    if not passed:
+        return {"exact": None, "low": None, "high": None, "n": 0}
+    low, high = wilson(sum(passed), len(passed))
+    return {"exact": sum(passed) / len(passed), "low": low, "high": high, "n": len(passed)}
+
+
+def _product(verdicts: Sequence[Verdict]) -> float | None:
+    """The share that would pass if each attribute went right or wrong on its own.
+
+    The number of things comes first; the others are counted where it is right, because a picture
+    with the wrong number has no other attribute right either.
+    """
+    if not verdicts:
+        return None
+    marks = [verdict.marks for verdict in verdicts]
+    right = [mark for mark in marks if mark.number]
+    product = len(right) / len(marks)
+    for place in range(1, len(ATTRIBUTES)):
+        stated = [mark[place] for mark in right if mark[place] is not None]
+        product *= sum(map(bool, stated)) / len(stated) if stated else 1.0
+    return product
+
+
+def _row(item: Item, verdict: Verdict) -> dict[str, object]:
+    """What somebody who looks at failures wants to read."""
+    return {
+        "task": item.task,
+        "split": item.split,
+        "prompt": item.prompt,
+        "seed": item.seed,
+        "passed": verdict.passed,
+        "undetermined": verdict.undetermined,
+        "leftover": verdict.leftover,
+        "marks": dict(zip(ATTRIBUTES, verdict.marks, strict=True)),
+        "seen": [
+            {
+                "shape": found.thing.shape,
+                "colour": found.thing.colour,
+                "size": found.thing.size,
+                "x": round(found.thing.x, 1),
+                "y": round(found.thing.y, 1),
+                "radius": round(found.thing.radius, 1),
+                "accepted": found.accepted,
+            }
+            for found in verdict.things
+        ],
+    }
+
+
+def table(result: dict[str, object]) -> list[tuple[str, str, str, str]]:
+    """(name, exact, 95 % interval, n) for people, the score first; None is a dash."""
+    rows = [("overall", result["overall"])]
+    for group in ("tasks", "held_out", "controls", "attributes"):
+        shares = result[group]
+        assert isinstance(shares, dict)
+        rows += [(f"{group.replace('_', ' ')}: {name}", share) for name, share in shares.items()]
+    rows.append(("undetermined", result["undetermined"]))
+    return [_written(name, share) for name, share in rows]
+
+
+def _written(name: str, share: object) -> tuple[str, str, str, str]:
+    assert isinstance(share, dict)
+    if share["exact"] is None:
+        return name, "-", "-", "0"
+    interval = f"{100 * share['low']:.1f} - {100 * share['high']:.1f} %"
+    return name, f"{100 * share['exact']:.1f} %", interval, str(share["n"])

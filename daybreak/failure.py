@@ -1,0 +1,48 @@
+"""What can go wrong through no fault of the program, and the exit code that says so.
+
+Each message is one sentence a stranger can act on: what is wrong, where, and how to mend it.
+`daybreak` prints it without a traceback and leaves with the code; anything else is a bug and
+keeps its traceback (code 1).
+
+    2   recipe, command line or run folder refused, before anything was touched
+    3   data that cannot be used
+    4   no good checkpoint, although one was needed
+    5   the loss or its gradient stopped being finite
+    7   storage: full, read-only, or failing
+"""
+
+
+class Failure(Exception):  # noqa: N818 - what it says, not what it is
+    """One clear sentence, and the exit code of its kind."""
+
+    code = 1
+
+
+class BadRecipe(Failure):
+    """The recipe, the command line or the run folder cannot be used as they are."""
+
+    code = 2
+
+
+class BadData(Failure):
+    """A dataset is missing, empty or damaged."""
+
+    code = 3
+
+
+class NoCheckpoint(Failure):
+    """A checkpoint was asked for and none that can be trusted exists."""
+
+    code = 4
+
+
+class NotFinite(Failure):
+    """Training met a NaN or an infinity."""
+
+    code = 5
+
+
+class BadStorage(Failure):
+    """The disk is full, read-only or failing."""
+
+    code = 7

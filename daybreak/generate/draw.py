@@ -1,0 +1,66 @@
+"""Prompts and seeds to pictures.
+
+Each picture's noise comes from its own seed, so it does not matter which pictures are drawn with
+it. Pictures are uint8, rounded: what is shown is what is scored.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from daybreak.generate import sampler
+from daybreak.generate.guidance import guided
+from daybreak.model import flow
+from daybreak.model.text_to_image import TextToImage
+
+Picture = npt.NDArray[np.uint8]
+
+
+def to_bytes(image: Float[Tensor, "b c h w"]) -> Picture:
+    """Turn pictures in [-1, 1] into uint8 (b, h, w, c), rounded; what lies outside is clipped."""
+    pixels = image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
+    array: Picture = pixels.permute(0, 2, 3, 1).cpu().numpy()
+    return array
+
+
+def draw(
+    model: TextToImage,
+    prompts: Sequence[str],
+    seeds: Sequence[int],
+    height: int,
+    width: int,
+    how: sampler.Config,
+    flow_config: flow.Config,
+    batch: int = 64,
+    progress: Callable[[int], None] | None = None,
+) -> Picture:
+    """Return one picture per prompt, uint8 (n, height, width, 3).
+
+    `progress` hears how many pictures were finished, batch by batch.
+    """
+    device = next(model.dit.parameters()).device
+    shift = flow_config.shift if how.shift is None else how.shift
+    parts = []
+    with torch.no_grad():
+        for first in range(0, len(prompts), batch):
+            words = prompts[first : first + batch]
+            strong = sampler.denoiser(model.dit, model.text, words)
+            weak = sampler.denoiser(model.dit, model.text, [""] * len(words))
+            start = sampler.noise(
+                seeds[first : first + batch],
+                model.dit.channels,
+                height,
+                width,
+                flow_config.noise_scale,
+            ).to(device)
+            image = sampler.euler(
+                guided(strong, weak, how.guidance, how.interval), start, how.steps, shift
+            )
+            parts.append(to_bytes(image))
+            if progress is not None:
+                progress(len(words))
+    return np.concatenate(parts)

@@ -1,0 +1,169 @@
+"""A contact sheet: pictures in rows, what was asked for under each, and who made it inside.
+
+Small pictures are enlarged by a whole number, each pixel to a square, so that what the network
+painted is what one sees. `save` writes the sheet, or a single picture, as a PNG whose text chunks
+say how to make it again.
+
+Shapes  images (n, h, w, 3), or a list of (h, w, 3).     Units  uint8, sRGB; lengths in pixels.
+"""
+
+import math
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image, ImageDraw, ImageFont
+from PIL.PngImagePlugin import PngInfo
+
+PAPER, INK, FRAME = (244, 244, 241), (52, 52, 50), (214, 214, 208)
+GREEN, RED = (34, 139, 84), (201, 62, 52)
+AT_LEAST = 128  # the side of a picture on the sheet
+LINES = 3  # of a label
+SMOOTH = 4  # marks are drawn this many times larger, then reduced
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+
+def grid(
+    images: npt.NDArray[np.uint8] | Sequence[npt.NDArray[np.uint8]],
+    labels: Sequence[str],
+    columns: int | None = None,
+    title: str | None = None,
+    marks: Sequence[bool] | None = None,
+) -> Image.Image:
+    """The sheet, ready to be saved.
+
+    Labels wrap within the width of their picture and end in an ellipsis after three lines. `marks`
+    puts a green tick or a red cross before each label. Pictures of several sizes are centred in
+    cells of the largest.
+
+    Errors  ValueError if there are no pictures, or not as many labels or marks.
+    """
+    if len(images) == 0:
+        raise ValueError("a grid needs at least one picture")
+    if len(labels) != len(images) or (marks is not None and len(marks) != len(images)):
+        raise ValueError(
+            f"{len(images)} pictures, {len(labels)} labels, {len(marks or labels)} marks"
+        )
+
+    factor = math.ceil(AT_LEAST / max(max(image.shape[:2]) for image in images))
+    cell_height = factor * max(image.shape[0] for image in images)
+    cell_width = factor * max(image.shape[1] for image in images)
+    columns = min(columns or _columns(len(images)), len(images))
+    rows = math.ceil(len(images) / columns)
+
+    size = max(13, cell_width // 14)
+    font, title_font = ImageFont.load_default(size), ImageFont.load_default(round(1.5 * size))
+    gap, leading = size, round(1.3 * size)
+    indent = 0 if marks is None else round(1.25 * size)
+    wrapped = [_wrap(label, font, cell_width, indent) for label in labels]
+    lines = [max(map(len, wrapped[row * columns : (row + 1) * columns])) for row in range(rows)]
+    if marks is not None:
+        lines = [max(1, count) for count in lines]
+    label_heights = [count * leading + (gap // 2 if count else 0) for count in lines]
+
+    margin = 2 * gap
+    width = 2 * margin + columns * cell_width + (columns - 1) * gap
+    titled = _wrap(title, title_font, width - 2 * margin) if title else []
+    top = margin + len(titled) * 2 * size + (gap if titled else 0)
+    height = top + sum(cell_height + extra + gap for extra in label_heights) - gap + margin
+
+    sheet = Image.new("RGB", (width, height), PAPER)
+    draw = ImageDraw.Draw(sheet)
+    for i, line in enumerate(titled):
+        draw.text((margin, margin + i * 2 * size), line, INK, title_font)
+    for i, image in enumerate(images):
+        row, column = divmod(i, columns)
+        x = margin + column * (cell_width + gap)
+        y = top + sum(cell_height + extra + gap for extra in label_heights[:row])
+        _paste(sheet, image, factor, x, y, cell_width, cell_height)
+        below = y + cell_height + gap // 2
+        for k, line in enumerate(wrapped[i]):
+            draw.text((x + (0 if k else indent), below + k * leading), line, INK, font)
+        if marks is not None:
+            mark = _mark(marks[i], size)
+            sheet.paste(GREEN if marks[i] else RED, (x, below + round(0.12 * size)), mark)
+    return sheet
+
+
+def save(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
+    """Write a PNG with its metadata as text chunks; under its name it is whole or not there."""
+    chunks = PngInfo()
+    for key, text in metadata.items():
+        if text.isascii():
+            chunks.add_text(key, text)
+        else:
+            chunks.add_itxt(key, text)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        image.save(unfinished, "PNG", pnginfo=chunks)
+        unfinished.replace(path)
+    finally:
+        unfinished.unlink(missing_ok=True)
+
+
+def _columns(count: int) -> int:
+    """Columns for a sheet about half as wide again as high, without gaps where that can be had."""
+    wanted = math.sqrt(1.5 * count)
+    whole = [c for c in range(math.ceil(math.sqrt(count)), count + 1) if count % c == 0]
+    best = min(whole, key=lambda c: abs(c - wanted))
+    return best if best <= 2 * wanted else math.ceil(wanted)
+
+
+def _paste(
+    sheet: Image.Image,
+    image: npt.NDArray[np.uint8],
+    factor: int,
+    x: int,
+    y: int,
+    cell_width: int,
+    cell_height: int,
+) -> None:
+    height, width = image.shape[0] * factor, image.shape[1] * factor
+    x, y = x + (cell_width - width) // 2, y + (cell_height - height) // 2
+    frame = (x - 1, y - 1, x + width, y + height)
+    ImageDraw.Draw(sheet).rectangle(frame, outline=FRAME)
+    large = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
+    sheet.paste(large, (x, y))
+
+
+def _wrap(label: str, font: Font, width: int, indent: int = 0) -> list[str]:
+    """The label in lines no wider than `width`, the first of them shorter by `indent`."""
+    lines: list[str] = []
+    words = label.split()
+    while words:
+        room = width - (0 if lines else indent)
+        fitting = len(words)
+        while fitting > 1 and font.getlength(" ".join(words[:fitting])) > room:
+            fitting -= 1
+        if len(lines) == LINES - 1 and fitting < len(words):
+            return [*lines, _shorten(" ".join(words), font, room)]
+        lines.append(_shorten(" ".join(words[:fitting]), font, room))
+        words = words[fitting:]
+    return lines
+
+
+def _shorten(line: str, font: Font, room: int) -> str:
+    if font.getlength(line) <= room:
+        return line
+    while line and font.getlength(line + "…") > room:
+        line = line[:-1]
+    return line.rstrip(" ,.;:") + "…"
+
+
+def _mark(good: bool, size: int) -> Image.Image:
+    """A tick or a cross, as the mask through which its colour is put on."""
+    side = SMOOTH * size
+    mask = Image.new("L", (side, side))
+    strokes = (
+        [[(0.12, 0.55), (0.38, 0.82), (0.88, 0.22)]]
+        if good
+        else [[(0.2, 0.2), (0.8, 0.8)], [(0.8, 0.2), (0.2, 0.8)]]
+    )
+    for stroke in strokes:
+        points = [(x * side, y * side) for x, y in stroke]
+        ImageDraw.Draw(mask).line(points, fill=255, width=round(0.16 * side), joint="curve")
+    return mask.resize((size, size), Image.Resampling.LANCZOS)

@@ -1,0 +1,210 @@
+"""Export: a trained model as a folder that `diffusers` loads without daybreak.
+
+    pipeline/   model_index.json, transformer/, scheduler/, text_encoder/, tokenizer/, README.md
+
+The denoiser's weights bear diffusers' names already, so nothing is renamed. Three settings decide
+whether `PRXPixelPipeline` then draws the picture our sampler draws, and all three are written:
+
+  - `noise_scale`, which the pipeline would take for 2.0;
+  - a scheduler with `shift = 1`, and in the model card the `timesteps` of our grid, because a
+    scheduler that shifts does so to another grid than training's;
+  - `use_resolution_binning=False` in the card, because binning knows 1024 px only.
+
+Source  diffusers 0.42: `PRXPixelPipeline`, `FlowMatchEulerDiscreteScheduler`.
+"""
+
+import json
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from safetensors.torch import save_file
+
+from daybreak.failure import BadStorage
+from daybreak.generate import sampler
+from daybreak.model import dit, flow
+from daybreak.model.text_to_image import TextToImage
+
+ATTENTION_THETA = 10_000
+
+
+class Card(NamedTuple):
+    """What the model card tells beyond the weights."""
+
+    name: str
+    prompt: str
+    data: str
+    facts: tuple[tuple[str, str], ...]  # rows of the card's table
+    recipe: str  # the resolved recipe, TOML
+
+
+def export(
+    model: TextToImage,
+    folder: Path,
+    resolution: int,
+    how: sampler.Config,
+    flow_config: flow.Config,
+    card: Card,
+) -> Path:
+    """Write the pipeline folder, whole or not at all; an earlier one at its place is replaced.
+
+    Errors  BadStorage if the disk refuses.
+    """
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    staged = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    try:
+        _transformer(model.dit, staged / "transformer")
+        _scheduler(staged / "scheduler")
+        encoder: Any = model.text.encoder
+        encoder.save_pretrained(staged / "text_encoder")
+        model.text.tokenizer.save_pretrained(staged / "tokenizer")
+        tokenizer_class = _portable(staged / "tokenizer" / "tokenizer_config.json")
+        _write(
+            staged / "model_index.json",
+            {
+                "_class_name": "PRXPixelPipeline",
+                "_diffusers_version": "0.39.0",
+                "default_sample_size": resolution,
+                "noise_scale": flow_config.noise_scale,
+                "prompt_max_tokens": model.text.config.max_tokens,
+                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+                "text_encoder": ["transformers", type(encoder).__name__],
+                "tokenizer": ["transformers", tokenizer_class],
+                "transformer": ["diffusers", "PRXTransformer2DModel"],
+            },
+        )
+        (staged / "README.md").write_text(
+            _card(card, resolution, how, flow_config), encoding="utf-8"
+        )
+        staged.chmod(0o755)
+        if folder.exists():
+            shutil.rmtree(folder)
+        staged.rename(folder)
+    except OSError as error:
+        raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return folder
+
+
+def timesteps(steps: int, shift: float) -> list[float]:
+    """Return our time grid in the unit of diffusers' schedulers, without the final zero."""
+    return [1000 * t for t in sampler.times(steps, shift)[:-1]]
+
+
+def _transformer(model: dit.DiT, folder: Path) -> None:
+    """Write config and weights of `PRXTransformer2DModel`."""
+    config = model.config
+    folder.mkdir()
+    _write(
+        folder / "config.json",
+        {
+            "_class_name": "PRXTransformer2DModel",
+            "_diffusers_version": "0.39.0",
+            "in_channels": model.channels,
+            "patch_size": config.patch,
+            "context_in_dim": model.text_width,
+            "hidden_size": config.width,
+            "mlp_ratio": config.mlp,
+            "num_heads": config.heads,
+            "depth": config.depth,
+            "axes_dim": [config.head_width // 2] * 2,
+            "theta": ATTENTION_THETA,
+            "time_factor": 1000.0,
+            "time_max_period": 10_000,
+            "bottleneck_size": config.bottleneck or None,
+            "resolution_embeds": False,
+        },
+    )
+    save_file(
+        {name: weight.detach().float().cpu() for name, weight in model.state_dict().items()},
+        folder / "diffusion_pytorch_model.safetensors",
+        metadata={"format": "pt"},
+    )
+
+
+def _scheduler(folder: Path) -> None:
+    """Write a scheduler that takes the given timesteps as they are."""
+    folder.mkdir()
+    _write(
+        folder / "scheduler_config.json",
+        {
+            "_class_name": "FlowMatchEulerDiscreteScheduler",
+            "_diffusers_version": "0.39.0",
+            "num_train_timesteps": 1000,
+            "shift": 1.0,
+        },
+    )
+
+
+def _portable(path: Path) -> str:
+    """Give a tokenizer the class name that transformers 4 knows too; returns it."""
+    described = json.loads(path.read_text(encoding="utf-8"))
+    if described.get("tokenizer_class") == "TokenizersBackend":
+        described["tokenizer_class"] = "PreTrainedTokenizerFast"
+        _write(path, described)
+    return str(described["tokenizer_class"])
+
+
+def _write(path: Path, value: dict[str, Any]) -> None:
+    path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
+
+
+def snippet(source: str, prompt: str, resolution: int, how: sampler.Config, shift: float) -> str:
+    """Return the Python lines that draw `prompt` with the exported folder `source`."""
+    u = f"[1 - i / {how.steps} for i in range({how.steps})]"
+    times = f"[1000 * u for u in {u}]"
+    if shift != 1:
+        times = f"[1000 * {shift:g} * u / (1 + {shift - 1:g} * u) for u in {u}]"
+    return f'''import torch
+from diffusers import PRXPixelPipeline
+
+pipeline = PRXPixelPipeline.from_pretrained("{source}")
+image = pipeline(
+    {json.dumps(prompt, ensure_ascii=False)},
+    height={resolution},
+    width={resolution},
+    timesteps={times},
+    guidance_scale={how.guidance:g},
+    use_resolution_binning=False,
+    generator=torch.Generator().manual_seed(0),
+).images[0]
+image.save("picture.png")
+'''
+
+
+def _card(card: Card, resolution: int, how: sampler.Config, flow_config: flow.Config) -> str:
+    """Return the model card: front matter, a snippet that runs, facts, recipe."""
+    shift = flow_config.shift if how.shift is None else how.shift
+    rows = "\n".join(f"| {name} | {value} |" for name, value in card.facts)
+    return f"""---
+library_name: diffusers
+pipeline_tag: text-to-image
+tags: [text-to-image, diffusers, prx, pixel-space, flow-matching, daybreak]
+datasets: [{json.dumps(card.data, ensure_ascii=False)}]
+widget:
+- text: {json.dumps(card.prompt, ensure_ascii=False)}
+---
+# {card.name}
+
+A text-to-image model in pixel space, trained from random weights by daybreak.
+
+```python
+{snippet("PATH_OF_THIS_FOLDER", card.prompt, resolution, how, shift)}```
+
+One prompt per call: `PRXPixelPipeline` mixes up the time of several prompts under guidance.
+`timesteps` is the grid the model was tuned for; the scheduler's own is another. Guidance acts at
+every step here, while daybreak's sampler may confine it to an interval.
+
+| | |
+|---|---|
+{rows}
+
+Limits: the model knows what its data shows and nothing else.
+
+## Recipe
+
+```toml
+{card.recipe}```
+"""

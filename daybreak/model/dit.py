@@ -1,0 +1,318 @@
+"""The denoiser: a transformer over image patches that guesses the clean image.
+
+    x_hat = DiT(x_t, t, text)
+
+Image tokens ask; text and image tokens together answer. Text is never updated: each block makes
+its own keys and values from the same words. Time reaches a block as six vectors (shift, scale and
+gate for the attention and for the MLP). Parameter names, shapes and arithmetic are those of
+diffusers' `PRXTransformer2DModel`, so that a checkpoint is an export and the other way round.
+
+Precision  weights are float32; blocks run in `compute` (bfloat16 where the processor has it);
+           time, rotary angles, normalisation and the last projection run in float32.
+Letters    b images, n image tokens, l words, h width, a heads, d width of a head, c channels.
+Source     PRX: huggingface.co/blog/Photoroom/prx-part1-architectures; modulation: arXiv 2212.09748;
+           bottleneck patch embedding: arXiv 2511.13720.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from einops import rearrange
+from jaxtyping import Bool, Float
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from daybreak.model.text import Text
+
+TIME_FEATURES = 256
+ROPE_BASE = 10_000.0
+SHORT = 256  # tokens up to which a CPU computes attention without the fused kernel
+
+
+class Config(BaseModel):
+    """Size of the denoiser. `bottleneck = 0` embeds a patch in one step."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    patch: int = Field(default=32, gt=0)
+    bottleneck: int = Field(default=256, ge=0)
+    width: int = Field(default=1792, gt=0)
+    depth: int = Field(default=16, gt=0)
+    heads: int = Field(default=28, gt=0)
+    mlp: float = Field(default=3.5, gt=0)
+
+    @model_validator(mode="after")
+    def _heads_fit(self) -> "Config":
+        if self.width % self.heads:
+            raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
+        if self.head_width % 4:
+            raise ValueError(
+                f"width / heads = {self.head_width} is not a multiple of 4, "
+                "which rotary positions on two axes need"
+            )
+        return self
+
+    @property
+    def head_width(self) -> int:
+        """Width of one attention head."""
+        return self.width // self.heads
+
+    @property
+    def mlp_width(self) -> int:
+        """Inner width of the MLP."""
+        return int(self.width * self.mlp)
+
+
+class Prediction(NamedTuple):
+    """The clean image as the network guesses it, float32."""
+
+    x: Float[Tensor, "b c h w"]
+
+
+class Linear(nn.Linear):
+    """A linear map in the precision of its input, whatever the precision of its weights."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        bias = None if self.bias is None else self.bias.to(x.dtype)
+        return F.linear(x, self.weight.to(x.dtype), bias)
+
+
+def silent(linear: Linear) -> Linear:
+    """Zero a layer, so that what it modulates or predicts begins at nothing."""
+    nn.init.zeros_(linear.weight)
+    nn.init.zeros_(linear.bias)
+    return linear
+
+
+def rope(
+    rows: int, columns: int, head_width: int, device: torch.device | str = "cpu"
+) -> Float[Tensor, "n d"]:
+    """Return the cosines, then the sines, of every token's rotary angles, (rows * columns, d).
+
+    The first half of a head turns with the row, the second with the column; pair j of an axis
+    turns by 10000^(-4j/d) per patch. Angles are computed in float64.
+    """
+    pairs = head_width // 4
+    frequency = ROPE_BASE ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
+    row = torch.arange(rows, dtype=torch.float64, device=device)[:, None] * frequency
+    column = torch.arange(columns, dtype=torch.float64, device=device)[:, None] * frequency
+    angle = torch.cat(
+        (
+            row[:, None].expand(rows, columns, pairs),
+            column[None].expand(rows, columns, pairs),
+        ),
+        dim=-1,
+    ).flatten(0, 1)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
+
+
+def rotate(x: Float[Tensor, "b a n d"], angles: Float[Tensor, "n d"]) -> Float[Tensor, "b a n d"]:
+    """Turn neighbouring pairs: (x, y) -> (x cos - y sin, x sin + y cos)."""
+    cos, sin = angles.chunk(2, dim=-1)
+    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
+
+
+def normalise(x: Tensor) -> Tensor:
+    """LayerNorm without parameters, in float32."""
+    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
+
+
+class HeadNorm(nn.Module):
+    """RMSNorm over the width of a head, in float32, with one learned scale shared by all heads."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x.float()
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+def attend(
+    q: Float[Tensor, "b a n d"],
+    k: Float[Tensor, "b a k d"],
+    v: Float[Tensor, "b a k d"],
+    mask: Bool[Tensor, "b 1 1 k"] | None,
+) -> Float[Tensor, "b a n d"]:
+    """softmax(q k^T / sqrt(d)) v, over the keys where the mask is True.
+
+    Short sequences on a CPU are written out: there the fused kernel's backward pass costs 2.5 times
+    as much as two products and a softmax (docs/performance.md).
+    """
+    if q.device.type != "cpu" or q.shape[-2] > SHORT:
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    score = (q @ k.mT).float() * q.shape[-1] ** -0.5
+    if mask is not None:
+        score = score.masked_fill(~mask, -torch.inf)
+    return score.softmax(-1).to(q.dtype) @ v
+
+
+class Attention(nn.Module):
+    """Image tokens attend to words and to image tokens; only the latter have positions."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.heads = config.heads
+        width = config.width
+        self.img_qkv_proj = Linear(width, 3 * width, bias=False)
+        self.txt_kv_proj = Linear(width, 2 * width, bias=False)
+        self.norm_q = HeadNorm(config.head_width)
+        self.norm_k = HeadNorm(config.head_width)
+        self.norm_added_k = HeadNorm(config.head_width)
+        self.to_out = nn.ModuleList([Linear(width, width, bias=False)])
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n h"],
+        words: Float[Tensor, "b l h"],
+        mask: Bool[Tensor, "b 1 1 k"] | None,
+        angles: Float[Tensor, "n d"],
+    ) -> Float[Tensor, "b n h"]:
+        q, k, v = rearrange(
+            self.img_qkv_proj(x), "b n (three a d) -> three b a n d", three=3, a=self.heads
+        ).unbind(0)
+        word_k, word_v = rearrange(
+            self.txt_kv_proj(words), "b l (two a d) -> two b a l d", two=2, a=self.heads
+        ).unbind(0)
+        q = rotate(self.norm_q(q), angles).to(x.dtype)
+        k = rotate(self.norm_k(k), angles).to(x.dtype)
+        word_k = self.norm_added_k(word_k).to(x.dtype)
+        answer = attend(q, torch.cat((word_k, k), dim=2), torch.cat((word_v, v), dim=2), mask)
+        projected: Tensor = self.to_out[0](rearrange(answer, "b a n d -> b n (a d)"))
+        return projected
+
+
+class Modulation(nn.Module):
+    """Six vectors from the time vector: shift, scale and gate, for attention and for the MLP."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.lin = silent(Linear(width, 6 * width))
+
+    def forward(self, time: Float[Tensor, "b h"]) -> tuple[Float[Tensor, "b 1 h"], ...]:
+        six: Tensor = self.lin(F.silu(time))
+        return six[:, None].chunk(6, dim=-1)
+
+
+class Block(nn.Module):
+    """x += gate Attention(u), then x += gate MLP(u); each u = (1 + scale) LayerNorm(x) + shift."""
+
+    def __init__(self, config: Config) -> None:
+        super().__init__()
+        self.attention = Attention(config)
+        self.gate_proj = Linear(config.width, config.mlp_width, bias=False)
+        self.up_proj = Linear(config.width, config.mlp_width, bias=False)
+        self.down_proj = Linear(config.mlp_width, config.width, bias=False)
+        self.modulation = Modulation(config.width)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n h"],
+        words: Float[Tensor, "b l h"],
+        mask: Bool[Tensor, "b 1 1 k"] | None,
+        time: Float[Tensor, "b h"],
+        angles: Float[Tensor, "n d"],
+    ) -> Float[Tensor, "b n h"]:
+        shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time)
+        u = ((1 + scale1) * normalise(x) + shift1).to(x.dtype)
+        x = x + gate1 * self.attention(u, words, mask, angles)
+        u = ((1 + scale2) * normalise(x) + shift2).to(x.dtype)
+        hidden = F.gelu(self.gate_proj(u), approximate="tanh") * self.up_proj(u)
+        projected: Tensor = self.down_proj(hidden)
+        return x + gate2 * projected
+
+
+class TimeEmbedder(nn.Module):
+    """Sinusoids of 1000 t, then a two-layer MLP; float32."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.in_layer = Linear(TIME_FEATURES, width)
+        self.out_layer = Linear(width, width)
+
+    def forward(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b h"]:
+        half = TIME_FEATURES // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angle = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10_000) * steps / half)
+        features = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        vector: Tensor = self.out_layer(F.silu(self.in_layer(features)))
+        return vector
+
+
+class FinalLayer(nn.Module):
+    """Modulated LayerNorm and a projection to pixels, in float32."""
+
+    def __init__(self, width: int, pixels: int) -> None:
+        super().__init__()
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), silent(Linear(width, 2 * width)))
+        self.linear = silent(Linear(width, pixels))
+
+    def forward(self, x: Float[Tensor, "b n h"], time: Float[Tensor, "b h"]) -> Tensor:
+        shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, dim=-1)
+        pixels: Tensor = self.linear((1 + scale) * normalise(x) + shift)
+        return pixels
+
+
+class DiT(nn.Module):
+    """The denoiser. `compute` is the precision of its blocks.
+
+    Shapes  x_t (b, c, height, width), sides multiples of the patch; t (b,); text of any length.
+    Units   pixels [-1, 1]; t in [0, 1]. At initialisation x_hat = 0.
+    Errors  einops.EinopsError if the patch does not divide the picture.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        text_width: int,
+        channels: int = 3,
+        compute: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        self.config, self.channels, self.text_width = config, channels, text_width
+        self.compute = compute
+        pixels = channels * config.patch**2
+        self.img_in: nn.Module = (
+            nn.Sequential(
+                Linear(pixels, config.bottleneck), Linear(config.bottleneck, config.width)
+            )
+            if config.bottleneck
+            else Linear(pixels, config.width)
+        )
+        self.time_in = TimeEmbedder(config.width)
+        self.txt_in = Linear(text_width, config.width)
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
+        self.final_layer = FinalLayer(config.width, pixels)
+
+    def forward(
+        self, x_t: Float[Tensor, "b c height width"], t: Float[Tensor, " b"], text: Text
+    ) -> Prediction:
+        patch = self.config.patch
+        rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
+        patches = rearrange(
+            x_t, "b c (rows p) (columns q) -> b (rows columns) (c p q)", p=patch, q=patch
+        )
+        time = self.time_in(t)
+        angles = rope(rows, columns, self.config.head_width, x_t.device)
+        mask = F.pad(text.mask, (0, rows * columns), value=True)[:, None, None]
+
+        x = self.img_in(patches.to(self.compute))
+        words = self.txt_in(text.tokens.to(self.compute))
+        block_time = time.to(self.compute)
+        for block in self.blocks:
+            x = block(x, words, mask, block_time, angles)
+        pixels = self.final_layer(x, time)
+
+        return Prediction(
+            rearrange(
+                pixels,
+                "b (rows columns) (c p q) -> b c (rows p) (columns q)",
+                rows=rows,
+                p=patch,
+                q=patch,
+            )
+        )

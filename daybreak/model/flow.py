@@ -1,0 +1,85 @@
+"""Flow matching with a network that predicts the clean image.
+
+    x_t = (1 - t) x + t eps                 t = 0 is the image, t = 1 is noise
+    v   = (x_t - x) / t = eps - x           the velocity that carries x_t away from x
+
+Loss and sampler both need a velocity and both get it from `velocity`, which alone knows
+T_MIN: below it 1/t is held, so there v is no longer eps - x.
+
+Shapes  image (b, c, h, w); t (b,).     Units  pixels [-1, 1]; t in [0, 1].
+Source  x-prediction with a velocity loss: arXiv 2511.13720; the shift: arXiv 2403.03206, sec. 5.3.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor
+
+from daybreak.train.dice import Dice
+
+T_MIN = 0.05  # 1/t is not allowed to exceed 20: a smaller t is noise the eye cannot see
+T_FIRST = 1e-3  # the smallest t that is ever drawn
+
+
+class Config(BaseModel):
+    """Which noise levels training visits.
+
+    logit(t) ~ N(mean + ln shift, spread^2), but a share `uniform` of the samples takes t from
+    U(0, 1) so that no level is ever forgotten. `shift` is also that of the sampler's time grid.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    shift: float = Field(default=3.0, gt=0)
+    mean: float = 0.0
+    spread: float = Field(default=1.0, gt=0)
+    uniform: float = Field(default=0.1, ge=0, le=1)
+    noise_scale: float = Field(default=1.0, gt=0)
+
+
+class Noisy(NamedTuple):
+    """What the network sees, and what it should have seen."""
+
+    x: Float[Tensor, "b c h w"]
+    eps: Float[Tensor, "b c h w"]
+    t: Float[Tensor, " b"]
+    x_t: Float[Tensor, "b c h w"]
+
+
+def shifted(t: Tensor, shift: float) -> Tensor:
+    """Move times towards noise: t -> s t / (1 + (s - 1) t), which adds ln s to logit(t)."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def draw_time(config: Config, dice: Dice) -> Float[Tensor, " b"]:
+    """Draw one noise level per sample, in [T_FIRST, 1)."""
+    gauss, choice, flat = dice.normal(1)[:, 0], *dice.uniform(2).unbind(1)
+    t = torch.sigmoid(config.mean + math.log(config.shift) + config.spread * gauss)
+    t = torch.where(choice < config.uniform, flat, t)
+    return t.clamp(T_FIRST, 1 - T_FIRST)
+
+
+def draw_noise(config: Config, image: Float[Tensor, "b c h w"], dice: Dice) -> Tensor:
+    """Draw eps, of standard deviation `noise_scale`, in the shape of the images."""
+    return config.noise_scale * dice.normal(*image.shape[1:])
+
+
+def corrupt(
+    x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"], eps: Float[Tensor, "b c h w"]
+) -> Noisy:
+    """Mix image and noise: x_t = (1 - t) x + t eps."""
+    level = t.view(-1, 1, 1, 1)
+    return Noisy(x, eps, t, (1 - level) * x + level * eps)
+
+
+def velocity(
+    x_t: Float[Tensor, "b c h w"], x: Float[Tensor, "b c h w"], t: Float[Tensor, " b"]
+) -> Float[Tensor, "b c h w"]:
+    """Give the velocity at x_t of the straight path that started in x: (x_t - x) / max(t, T_MIN).
+
+    In float32 whatever comes in: a rounding error of x is divided by as little as 0.05.
+    """
+    return (x_t.float() - x.float()) / t.clamp(min=T_MIN).view(-1, 1, 1, 1)

@@ -1,0 +1,65 @@
+"""The whole model: a text encoder and a denoiser.
+
+Its trained weights, by name, are what the optimiser moves, the average follows, a checkpoint holds
+and an export writes. A frozen encoder is not among them: it is named in the recipe.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from daybreak.model import dit, text
+
+
+class TextToImage(nn.Module):
+    """Text encoder and denoiser, side by side."""
+
+    def __init__(self, encoder: text.TextEncoder, denoiser: dit.DiT) -> None:
+        super().__init__()
+        self.text, self.dit = encoder, denoiser
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return the trained weights by name; the tensors are the live ones."""
+        frozen = () if self.text.trained else ("text.",)
+        return {
+            name: parameter.detach()
+            for name, parameter in self.named_parameters()
+            if not name.startswith(frozen)
+        }
+
+    @torch.no_grad()
+    def load(self, weights: Mapping[str, Tensor]) -> None:
+        """Copy trained weights in. Errors: ValueError unless names and shapes match exactly."""
+        mine = self.weights()
+        if mine.keys() != weights.keys():
+            raise ValueError(f"weights differ in {sorted(mine.keys() ^ weights.keys())[:5]}")
+        for name, value in mine.items():
+            if value.shape != weights[name].shape:
+                raise ValueError(
+                    f"{name} is {tuple(weights[name].shape)}, not {tuple(value.shape)}"
+                )
+            value.copy_(weights[name])
+
+
+def build(
+    dit_config: dit.Config,
+    text_config: text.Config,
+    tokenizer: Any = None,
+    seed: int = 0,
+    compute: torch.dtype = torch.float32,
+) -> TextToImage:
+    """Build the model with random weights that depend on the seed alone.
+
+    The tokenizer is that of the encoder that trains with the model; a frozen one has its own.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        encoder = (
+            text.scratch(text_config, tokenizer, compute)
+            if text_config.encoder is None
+            else text.pretrained(text_config, compute)
+        )
+        torch.manual_seed(seed)
+        return TextToImage(encoder, dit.DiT(dit_config, encoder.width, compute=compute))

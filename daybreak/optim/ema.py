@@ -1,0 +1,45 @@
+"""An exponential moving average of the weights: the model that is sampled, scored and exported.
+
+    w <- w + (1 - d_k) (theta - w),    d_k = min(decay, (1 + k) / (10 + k))
+
+k counts updates. The ramp lets the average forget its random beginning, so that a run of minutes
+and a run of days use the same words.
+
+Source  ramp: the `num_updates` rule of TensorFlow's ExponentialMovingAverage.
+"""
+
+from typing import Generic, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import Tensor, nn
+
+Model = TypeVar("Model", bound=nn.Module)
+
+
+class Config(BaseModel):
+    """`decay` per update, and how many steps pass between two updates."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    decay: float = Field(default=0.999, ge=0, lt=1)
+    every: int = Field(default=1, gt=0)
+
+
+class Ema(Generic[Model]):
+    """A twin of the model that follows it slowly."""
+
+    def __init__(self, twin: Model, config: Config) -> None:
+        self.model: Model = twin.eval().requires_grad_(False)
+        self.config = config
+
+    @torch.no_grad()
+    def update(self, model: nn.Module, step: int) -> None:
+        """Move towards `model` if `step` (counted from 1) is one of those that do."""
+        if step % self.config.every:
+            return
+        count = step // self.config.every
+        decay = min(self.config.decay, (1 + count) / (10 + count))
+        mine: list[Tensor] = list(self.model.parameters())
+        theirs = [parameter.detach() for parameter in model.parameters()]
+        torch._foreach_lerp_(mine, theirs, 1 - decay)

@@ -1,0 +1,97 @@
+"""Which weight learns with which optimiser, and how fast.
+
+    matrices of the blocks, except the modulation      Muon
+    everything else                                    AdamW
+
+Muon's step is scaled to the size of an AdamW step (RMS 0.2 times the rate), so one learning rate
+serves both; `rate` in `[muon]` or `[adamw]` multiplies it for that group. Modulation matrices stay
+with AdamW: they begin at zero, where an orthogonal step is as long as anywhere else.
+
+Source  kellerjordan.github.io/posts/muon; scale 0.2 sqrt(max(rows, columns)): arXiv 2502.16982.
+"""
+
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+from torch.optim import AdamW, Muon, Optimizer
+
+
+class MuonConfig(BaseModel):
+    """Momentum, made orthogonal; for matrices inside the blocks."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rate: float = Field(default=1.0, gt=0)
+    momentum: float = Field(default=0.95, ge=0, lt=1)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+class AdamWConfig(BaseModel):
+    """For vectors, embeddings, modulation, the first and last layers, and the text encoder."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    rate: float = Field(default=1.0, gt=0)
+    betas: tuple[float, float] = (0.9, 0.95)
+    eps: float = Field(default=1e-8, gt=0)
+    weight_decay: float = Field(default=0.0, ge=0)
+
+
+def is_muon(name: str, parameter: nn.Parameter) -> bool:
+    """Tell whether a weight of this name and shape belongs to Muon."""
+    return "dit.blocks." in name and parameter.ndim == 2 and "modulation" not in name
+
+
+def optimizers(
+    model: nn.Module, muon: MuonConfig | None, adamw: AdamWConfig
+) -> dict[str, tuple[Optimizer, float]]:
+    """Share the trained weights out; without `muon` AdamW has them all.
+
+    Returns, by name, each optimiser and the factor that multiplies the stage's learning rate.
+    """
+    trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
+    matrices = [p for name, p in trained if muon and is_muon(name, p)]
+    taken = {id(p) for p in matrices}
+    rest = [p for _, p in trained if id(p) not in taken]
+    shared: dict[str, tuple[Optimizer, float]] = {
+        "adamw": (
+            AdamW(
+                rest,
+                lr=0.0,
+                betas=adamw.betas,
+                eps=adamw.eps,
+                weight_decay=adamw.weight_decay,
+                fused=True,
+            ),
+            adamw.rate,
+        )
+    }
+    if muon and matrices:
+        shared["muon"] = (
+            Muon(
+                matrices,
+                lr=0.0,
+                momentum=muon.momentum,
+                weight_decay=muon.weight_decay,
+                adjust_lr_fn="match_rms_adamw",
+            ),
+            muon.rate,
+        )
+    return shared
+
+
+def set_rate(shared: dict[str, tuple[Optimizer, float]], rate: float) -> None:
+    """Give every optimiser the learning rate of this step."""
+    for optimizer, factor in shared.values():
+        for group in optimizer.param_groups:
+            group["lr"] = rate * factor
+
+
+def schedule(step: int, steps: int, warmup: int, cooldown: float) -> float:
+    """Return the factor on a stage's learning rate at `step` (counted from 1).
+
+    Linear over `warmup` steps, constant, then linear towards zero over the last `cooldown` share.
+    Source: warm-up, stable, decay (WSD), arXiv 2404.06395.
+    """
+    rise = min(1.0, step / max(1, warmup))
+    fall = min(1.0, (steps + 1 - step) / max(1.0, cooldown * steps)) if cooldown else 1.0
+    return min(rise, fall)

@@ -1,0 +1,58 @@
+"""Randomness as a pure function of (seed, step, global sample index).
+
+Every number a training step draws for a picture comes from a generator that belongs to that
+picture at that step. A run therefore resumes bit for bit without saving any generator, and the
+same pictures meet the same noise on one process or on many, in one micro-batch or in ten.
+
+    Dice(seed, step, first, count)      tensors for a slice of the global batch, on its device
+    fraction(seed, "crop", epoch, 7)    one number in [0, 1), for choices made by loader workers
+
+Letters: b samples of the slice.
+"""
+
+import hashlib
+
+import torch
+from torch import Tensor
+
+
+def key(*parts: int | str) -> int:
+    """Hash the parts to 64 bits, equal on every machine and in every process."""
+    text = "/".join(str(part) for part in parts)
+    return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
+
+
+def fraction(*parts: int | str) -> float:
+    """Return a number in [0, 1) that depends on the parts alone."""
+    return (key(*parts) >> 11) / 2**53
+
+
+class Dice:
+    """One generator per sample; each draw stacks one row from each of them.
+
+    The rows of a slice do not depend on how the global batch was cut: the dice of samples 0-7 are
+    those of 0-3 followed by those of 4-7. The order of the draws does matter, as with any dice.
+    """
+
+    def __init__(
+        self, seed: int, step: int, first: int, count: int, device: torch.device | str = "cpu"
+    ) -> None:
+        self.device = torch.device(device)
+        self.generators = [
+            torch.Generator(self.device).manual_seed(key(seed, step, first + row))
+            for row in range(count)
+        ]
+
+    def normal(self, *shape: int) -> Tensor:
+        """Draw unit Gaussians (b, *shape), float32."""
+        rows = torch.empty(len(self.generators), *shape, device=self.device)
+        for row, generator in zip(rows, self.generators, strict=True):
+            row.normal_(generator=generator)
+        return rows
+
+    def uniform(self, *shape: int) -> Tensor:
+        """Draw numbers in [0, 1) (b, *shape), float32."""
+        rows = torch.empty(len(self.generators), *shape, device=self.device)
+        for row, generator in zip(rows, self.generators, strict=True):
+            row.uniform_(generator=generator)
+        return rows

@@ -1,0 +1,278 @@
+"""The log of a run: one JSON line per step in `metrics.jsonl`, and progress for whoever watches.
+
+The file is what counts. Resumed at step k, lines of later steps are cut away first, so that every
+step stands in it exactly once, however often the run was broken off.
+
+On a terminal progress is a live bar, elsewhere a plain line every ten seconds. Neither can stop
+the training: a closed pipe ends the show, a full disk delays the lines until there is room again.
+
+Letters  step counts from 1 to `steps`; `start` is the last step already done.
+Units    images_per_second over the last seconds; seconds of training, without the pauses between
+         runs; memory_mib is the most this process has held, in MiB.
+"""
+
+import contextlib
+import json
+import math
+import os
+import sys
+import time
+from collections import deque
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+EVERY = 10.0  # seconds between plain lines
+REFRESH = 0.1  # seconds between pictures of the bar
+WINDOW = 30.0  # seconds over which the speed is taken
+SMOOTHING = 0.98  # of the loss that is shown; the file has the true one
+MIB = 2**20
+FACTS = ("loss", "speed", "elapsed", "left", "memory")
+
+
+class Log:
+    """The metrics file, and the progress display as a context manager.
+
+        with Log(folder, steps=2000, start=0) as log:
+            log.step(1, {"loss": 0.7, "norm": 1.3, "lr": 1e-4}, images=64)
+            log.note("checkpoint-1000 saved")
+
+    Everything happens inside the calls: no thread, no timer.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        steps: int,
+        start: int = 0,
+        stream: TextIO | None = None,
+        every: float = EVERY,
+    ) -> None:
+        self.steps = steps
+        self.start = start
+        self.every = every
+        self.stream = stream or sys.stdout
+        self.watched = True  # until printing fails
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self.path = folder / "metrics.jsonl"
+        last = _cut(self.path, start)
+        self.images = int(last.get("images", 0))
+        self.seconds = float(last.get("seconds", 0.0))
+        self.unwritten = b""
+        self.warned = False
+
+        self.began = self.printed = time.monotonic()
+        self.recent = deque([(self.began, self.images)])
+        self.loss = 0.0
+        self.weight = 0.0
+        console = _Console(file=self.stream, highlight=False)
+        live = console.is_terminal and not console.is_dumb_terminal
+        self.progress = _bar(console) if live else None
+        if self.progress:
+            facts = self._facts(start, self.began)
+            self.task = self.progress.add_task("", total=steps, completed=start, **facts)
+
+    def __enter__(self) -> Self:
+        """Start the bar, where there is one."""
+        if self.progress:
+            self._show(self.progress.start)
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Leave the last state of the bar standing; write what could not be written before."""
+        self._write(b"")
+        if self.progress:
+            with contextlib.suppress(OSError, ValueError):
+                self.progress.stop()  # also gives back stdout, which the bar had borrowed
+
+    def step(self, step: int, values: Mapping[str, float], images: int) -> None:
+        """Record a step that is done: its numbers, and how many images it took.
+
+        The line holds `step`, all of `values`, then `images` (since step 1), `images_per_second`,
+        `seconds` and `memory_mib`. A number that is not finite is null: JSON knows no other.
+        """
+        now = time.monotonic()
+        self.images += images
+        self.recent.append((now, self.images))
+        while len(self.recent) > 2 and now - self.recent[1][0] > WINDOW:
+            self.recent.popleft()
+
+        finite = {name: _finite(value) for name, value in values.items()}
+        line = {"step": step, **finite} | {
+            "images": self.images,
+            "images_per_second": round(self._speed(), 2),
+            "seconds": round(self.seconds + now - self.began, 3),
+            "memory_mib": peak_memory() // MIB,
+        }
+        self._write(json.dumps(line).encode() + b"\n")
+
+        loss = finite.get("loss")
+        if loss is not None:
+            self.loss = SMOOTHING * self.loss + (1 - SMOOTHING) * loss
+            self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
+        self._report(step, now)
+
+    def note(self, text: str) -> None:
+        """Print a line, above the bar where there is one."""
+        if self.progress:
+            console = self.progress.console
+            self._show(lambda: console.print(text, markup=False, soft_wrap=True))
+        else:
+            self._show(lambda: print(text, file=self.stream, flush=True))
+
+    def _report(self, step: int, now: float) -> None:
+        first, last = step == self.start + 1, step == self.steps
+        pause = REFRESH if self.progress else self.every
+        if not (first or last or now - self.printed >= pause):
+            return
+        self.printed = now
+        facts = self._facts(step, now)
+        if self.progress:
+            self.progress.update(self.task, completed=step, **facts)
+            self._show(self.progress.refresh)
+        else:
+            digits = len(str(self.steps))
+            place = f"step {step:{digits}}/{self.steps}"
+            self._show(
+                lambda: print(place, *facts.values(), sep="   ", file=self.stream, flush=True)
+            )
+
+    def _facts(self, step: int, now: float) -> dict[str, Any]:
+        passed = len(self.recent) - 1
+        left = (self.steps - step) * (now - self.recent[0][0]) / passed if passed else math.nan
+        loss = f"{self.loss / self.weight:.4f}" if self.weight else "-"
+        speed = f"{self._speed():.1f}" if passed else "-"
+        elapsed = self.seconds + now - self.began
+        values = (
+            f"loss {loss:>7}",
+            f"{speed:>7} img/s",
+            f"elapsed {_clock(elapsed)}",
+            f"left {_clock(left)}",
+            f"{memory() // MIB:6,} MiB",
+        )
+        return dict(zip(FACTS, values, strict=True))
+
+    def _speed(self) -> float:
+        """Images per second over the window, or since the start while there is no more."""
+        (then, before), (now, after) = self.recent[0], self.recent[-1]
+        return (after - before) / max(now - then, 1e-9)
+
+    def _write(self, line: bytes) -> None:
+        """Append, or keep for the next time; a line half written is taken back."""
+        self.unwritten += line
+        if not self.unwritten:
+            return
+        try:
+            with self.path.open("ab", buffering=0) as file:
+                end = file.tell()
+                written = file.write(self.unwritten)
+                if written != len(self.unwritten):
+                    file.truncate(end)
+                    raise OSError(None, "no room")
+            self.unwritten = b""
+        except OSError as error:
+            if not self.warned:
+                self.warned = True
+                self.note(f"{self.path} cannot be written ({error.strerror}); trying on.")
+
+    def _show(self, show: Callable[[], object]) -> None:
+        """Print, for as long as somebody reads: training goes on without."""
+        if not self.watched:
+            return
+        try:
+            show()
+        except (OSError, ValueError):  # ValueError: the stream was closed from inside
+            self.watched = False
+            _silence(self.stream)
+
+
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Pass the error on, to `_show`: rich's own answer is to leave the program."""
+        raise  # noqa: PLE0704 - rich calls this inside its except clause
+
+
+def memory() -> int:
+    """Bytes this process holds in memory now; where the system does not say, the most it held."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except (OSError, IndexError, ValueError):
+        return peak_memory()
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def peak_memory() -> int:
+    """The most bytes this process has held in memory; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def _cut(path: Path, start: int) -> dict[str, float]:
+    """Drop lines of steps after `start`, and such as a crash left half written; the last kept."""
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return {}
+    kept: dict[int, bytes] = {}
+    last: dict[str, float] = {}
+    for line in text.splitlines():
+        try:
+            values = json.loads(line)
+            step = values["step"]
+        except (ValueError, KeyError, TypeError):
+            continue
+        if step <= start:
+            kept[step] = line
+            last = values
+    wanted = b"".join(line + b"\n" for line in kept.values())
+    if wanted != text:
+        unfinished = path.with_name(f".tmp-{path.name}")
+        unfinished.write_bytes(wanted)
+        unfinished.replace(path)
+    return last
+
+
+def _bar(console: Console) -> Progress:
+    return Progress(
+        TextColumn("step {task.completed:,.0f}/{task.total:,.0f}"),
+        BarColumn(bar_width=None),
+        *(TextColumn(f"{{task.fields[{name}]}}") for name in FACTS),
+        console=console,
+        auto_refresh=False,
+        expand=True,
+    )
+
+
+def _silence(stream: TextIO) -> None:
+    """Point a dead stream at nothing, or Python complains about it once more when it exits."""
+    with contextlib.suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _clock(seconds: float) -> str:
+    """1:02:03, or -:--:-- for what is not known."""
+    if not math.isfinite(seconds):
+        return "-:--:--"
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02}:{second:02}"

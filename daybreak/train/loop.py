@@ -1,0 +1,231 @@
+"""The training loop.
+
+For each stage and step: a batch, the loss of its micro-batches, clipped gradients, Muon and AdamW,
+the average. A step counts from 1 over the whole run. Checkpoints, grids and log lines happen
+between steps and change nothing that the next step computes.
+"""
+
+import json
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import FrameType
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from torch.nn.utils import clip_grad_norm_
+
+from daybreak import config, doctor
+from daybreak.data import batches
+from daybreak.failure import BadStorage, NotFinite
+from daybreak.generate import grid
+from daybreak.generate.draw import draw
+from daybreak.model import text
+from daybreak.model.text_to_image import TextToImage, build
+from daybreak.objective.objective import Objective
+from daybreak.optim import groups
+from daybreak.optim.ema import Ema
+from daybreak.train import checkpoint, runs
+from daybreak.train.dice import Dice
+from daybreak.train.log import Log
+
+PREEMPTED, INTERRUPTED = 75, 130
+
+
+class Outcome(NamedTuple):
+    """How training ended: the last finished step, and the exit code."""
+
+    step: int
+    code: int
+
+
+class Stop:
+    """Remembers the first signal; a second one leaves at once."""
+
+    def __init__(self) -> None:
+        self.code = 0
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            signal.signal(number, self._hear)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        if self.code:
+            os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
+        self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+
+
+def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome:
+    """Train a recipe in its run folder, from the newest good checkpoint there or from nothing.
+
+    Errors  BadRecipe, BadData and BadStorage before anything is written; NotFinite and BadStorage
+            during the run, whose checkpoints stay.
+    """
+    began = time.monotonic()
+    folder = runs.enter(recipe)
+    source = batches.pictures(recipe.data, recipe.scenes, recipe.seed)
+    found = checkpoint.newest(folder, tell)
+    if found and found.step >= recipe.steps:
+        tell(f"{folder} is finished: {found.step} steps of {recipe.steps}")
+        return Outcome(found.step, 0)
+
+    dtype, device = runs.precision(recipe), runs.device()
+    tokenizer = None
+    if recipe.text.encoder is None:
+        tokenizer = (
+            text.load_tokenizer(found.folder / "tokenizer")
+            if found
+            else text.learn_tokenizer(source.captions(), recipe.text)
+        )
+    model, twin = (
+        build(recipe.dit, recipe.text, tokenizer, recipe.seed, dtype).to(device) for _ in range(2)
+    )
+    optimizers = groups.optimizers(model, recipe.muon, recipe.adamw)
+    ema = Ema(twin, recipe.ema)
+    runs.check_space(folder, checkpoint.size(model), recipe.keep)
+    if not (folder / "recipe.toml").is_file():
+        runs.begin(folder, recipe, dtype)
+    checkpoint.clear_unfinished(folder)
+    start = 0
+    if found:
+        checkpoint.load(found, model, ema.model, optimizers)
+        start = found.step
+    _compile(model, recipe, tell)
+    tell(
+        f"{runs.millions(model):.1f} M weights, "
+        f"{str(dtype).removeprefix('torch.')} on {device} with {torch.get_num_threads()} threads, "
+        f"{'from step ' + str(start) if start else 'from random weights'}; run folder {folder}"
+    )
+
+    stop = Stop()
+    objective = Objective(recipe.flow)
+    step, done, seen = 0, start, 0
+    with Log(folder, recipe.steps, start) as log:
+        for stage in recipe.stage:
+            before, step = step, step + stage.steps
+            if step <= start:
+                seen += stage.steps * stage.batch
+                continue
+            skipped = max(0, start - before)
+            stream = batches.stream(
+                source,
+                recipe.data,
+                recipe.seed,
+                stage.resolution,
+                stage.batch,
+                first=seen + skipped * stage.batch,
+                count=stage.steps - skipped,
+                device=device,
+            )
+            for now, batch in enumerate(stream, start=skipped + 1):
+                done = before + now
+                rate = stage.lr * groups.schedule(now, stage.steps, stage.warmup, stage.cooldown)
+                values = _step(model, batch, recipe, objective, optimizers, done, rate)
+                ema.update(model, done)
+                log.step(done, values | {"lr": rate}, images=stage.batch)
+                if done == start + 1:
+                    log.note(f"first step after {time.monotonic() - began:.0f} s")
+                last = done == recipe.steps
+                if done % recipe.sample.every == 0 or last:
+                    log.note(f"grid: {_show(ema.model, recipe, folder, done, stage.resolution)}")
+                if done % recipe.save_every == 0 or last or stop.code:
+                    _save(folder, done, model, ema.model, optimizers, recipe.keep, log)
+                if stop.code:
+                    log.note(f"stopped and saved at step {done}; the same command continues")
+                    return Outcome(done, stop.code)
+            seen += stage.steps * stage.batch
+    tell(f"trained {done} steps in {time.monotonic() - began:.0f} s: {folder / 'latest'}")
+    return Outcome(done, 0)
+
+
+def _step(
+    model: TextToImage,
+    batch: batches.Batch,
+    recipe: config.Recipe,
+    objective: Objective,
+    optimizers: dict[str, tuple[torch.optim.Optimizer, float]],
+    step: int,
+    rate: float,
+) -> dict[str, float]:
+    """Take one step; returns the loss, its parts and the gradient norm."""
+    count = len(batch.image)
+    size = recipe.micro or count
+    sums: dict[str, torch.Tensor] = {}
+    for first in range(0, count, size):
+        image = batch.image[first : first + size]
+        words = model.text(batch.captions[first : first + size])
+        dice = Dice(recipe.seed, step, batch.first + first, len(image), image.device)
+        loss, parts = objective(model.dit, image, words, dice)
+        (loss * (len(image) / count)).backward()
+        for name, part in {"loss": loss.detach(), **parts}.items():
+            sums[name] = sums.get(name, 0.0) + part * (len(image) / count)
+    norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], recipe.clip)
+    values = {name: float(value) for name, value in {**sums, "norm": norm}.items()}
+    if not all(map(_finite, values.values())):
+        raise NotFinite(
+            f"step {step}: loss {values['loss']}, gradient norm {values['norm']} "
+            f"(samples {batch.first} to {batch.first + count - 1}): lower stage.lr or clip, or "
+            "continue from the last checkpoint with the same command"
+        )
+    groups.set_rate(optimizers, rate)
+    for optimizer, _ in optimizers.values():
+        optimizer.step()
+        optimizer.zero_grad()
+    return values
+
+
+def _finite(value: float) -> bool:
+    return abs(value) < float("inf")
+
+
+def _compile(model: TextToImage, recipe: config.Recipe, tell: Callable[[str], None]) -> None:
+    """Compile each block if this machine can; a slower run is no reason to refuse one."""
+    if not recipe.compile:
+        return
+    if doctor.compiler() is None:
+        tell("no C++ compiler with Python headers: torch.compile is off, training is slower")
+        return
+    for block in model.dit.blocks:
+        block.compile(dynamic=False)
+
+
+def _save(
+    folder: Path,
+    step: int,
+    model: TextToImage,
+    average: TextToImage,
+    optimizers: dict[str, tuple[torch.optim.Optimizer, float]],
+    keep: int,
+    log: Log,
+) -> None:
+    """Write a checkpoint; on a full disk say so and leave, with the earlier ones whole."""
+    try:
+        checkpoint.save(folder, step, model, average, optimizers, keep)
+    except BadStorage as error:
+        log.note(f"{error}")
+        raise
+
+
+def _show(model: TextToImage, recipe: config.Recipe, folder: Path, step: int, side: int) -> Path:
+    """Draw the recipe's prompts with fixed noise; returns the grid's path."""
+    prompts = recipe.sample.prompts or ("",) * 4
+    seeds = [recipe.sample.seed + number for number in range(len(prompts))]
+    pictures = draw(model, prompts, seeds, side, side, recipe.sample, recipe.flow)
+    place = folder / "samples" / f"step-{step:07d}"
+    place.mkdir(parents=True, exist_ok=True)
+    facts = {"step": str(step), "recipe": config.digest(recipe)}
+    for number, (prompt, seed, picture) in enumerate(zip(prompts, seeds, pictures, strict=True)):
+        grid.save(
+            Image.fromarray(picture),
+            place / f"{number:02d}.png",
+            facts | {"prompt": prompt, "seed": str(seed)},
+        )
+    (place / "prompts.json").write_text(
+        json.dumps(
+            [{"prompt": p, "seed": s} for p, s in zip(prompts, seeds, strict=True)], indent=1
+        )
+    )
+    sheet = grid.grid(pictures, list(prompts), None, f"step {step}")
+    grid.save(sheet, place / "grid.png", facts)
+    return place / "grid.png"

@@ -1,0 +1,162 @@
+"""The run folder: what a run is, before its first step and after its last.
+
+    recipe.toml     every value of the recipe, so that the run can be done again from it
+    run.json        versions, precision, machine, arguments, code revision
+    metrics.jsonl   one line per step;  samples/, checkpoint-N/, latest, evaluation/, pipeline/
+
+The same command in the same folder continues; another recipe in it is refused.
+"""
+
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from daybreak import config, doctor
+from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
+from daybreak.model import text, text_to_image
+from daybreak.train import checkpoint
+
+
+def precision(recipe: config.Recipe) -> torch.dtype:
+    """Return the precision of the blocks: as the recipe says, or what this machine is fast in."""
+    if recipe.precision == "auto":
+        return torch.bfloat16 if doctor.fast_bfloat16() else torch.float32
+    return getattr(torch, recipe.precision)
+
+
+def device() -> torch.device:
+    """Return the accelerator if there is one, else the CPU."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def enter(recipe: config.Recipe) -> Path:
+    """Open the run folder of a recipe, new or begun, without changing a begun one.
+
+    Errors  BadRecipe if another recipe or something else lives there; BadStorage if it cannot be
+            written.
+    """
+    run = Path(recipe.out)
+    if run.exists() and not run.is_dir():
+        raise BadRecipe(f"out = {recipe.out!r} is a file: choose a folder for the run")
+    if (run / "recipe.toml").is_file():
+        changed = config.differences(config.load(run / "recipe.toml"), recipe)
+        if changed:
+            raise BadRecipe(
+                f"{run} holds a run of another recipe ({'; '.join(changed)}): choose another "
+                "folder with --out, or give the same values to continue"
+            )
+        return run
+    if run.is_dir() and any(run.iterdir()):
+        raise BadRecipe(f"{run} is not empty and holds no run: choose another folder with --out")
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadStorage(f"cannot create the run folder {run}: {error.strerror}") from error
+    return run
+
+
+def begin(run: Path, recipe: config.Recipe, dtype: torch.dtype) -> None:
+    """Write recipe.toml and run.json of a new run. Errors: BadStorage."""
+    facts: dict[str, Any] = {
+        "recipe": config.digest(recipe),
+        "precision": str(dtype).removeprefix("torch."),
+        "arguments": sys.argv[1:],
+        "revision": _revision(),
+        "machine": {
+            "processor": platform.processor() or platform.machine(),
+            "threads": torch.get_num_threads(),
+            "device": str(device()),
+        },
+        "versions": {name: _version(name) for name in ("daybreak", "torch", "transformers")}
+        | {"python": platform.python_version()},
+    }
+    try:
+        (run / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        staged = run / ".recipe.toml"
+        staged.write_text(config.dump(recipe), encoding="utf-8")
+        staged.replace(run / "recipe.toml")  # last: its presence makes the folder a run
+    except OSError as error:
+        raise BadStorage(f"cannot write into {run}: {error.strerror}") from error
+
+
+def check_space(run: Path, bytes_per_checkpoint: int, keep: int) -> None:
+    """Refuse to start a run whose checkpoints the disk cannot hold. Errors: BadStorage."""
+    needed = int(2.2 * bytes_per_checkpoint)
+    free = shutil.disk_usage(run).free
+    if free < needed:
+        raise BadStorage(
+            f"{run} has {free / 2**20:.0f} MiB free, and checkpoints of "
+            f"{bytes_per_checkpoint / 2**20:.0f} MiB (keep = {keep}) need {needed / 2**20:.0f} MiB "
+            "at least: free some space or choose another folder with --out"
+        )
+
+
+def recorded(run: Path) -> config.Recipe:
+    """Load the recipe of a run. Errors: NoCheckpoint if the folder is not a run."""
+    if not (run / "recipe.toml").is_file():
+        raise NoCheckpoint(f"{run} is not a run folder: give one that daybreak train has written")
+    return config.load(run / "recipe.toml")
+
+
+def trained(
+    run: Path, dtype: torch.dtype | None = None
+) -> tuple[config.Recipe, checkpoint.Checkpoint, text_to_image.TextToImage]:
+    """Load the averaged weights of a run's newest good checkpoint, ready to sample from.
+
+    Errors  NoCheckpoint if there is none.
+    """
+    recipe = recorded(run)
+    found = checkpoint.required(run, lambda line: print(line, file=sys.stderr))
+    tokenizer = None if recipe.text.encoder else text.load_tokenizer(found.folder / "tokenizer")
+    model = text_to_image.build(
+        recipe.dit, recipe.text, tokenizer, compute=dtype or precision(recipe)
+    )
+    checkpoint.load_average(found, model)
+    return recipe, found, model.to(device()).eval().requires_grad_(False)
+
+
+def pictures_seen(recipe: config.Recipe, step: int) -> int:
+    """Count the pictures of all steps up to this one."""
+    seen = 0
+    for stage in recipe.stage:
+        seen += min(step, stage.steps) * stage.batch
+        step = max(0, step - stage.steps)
+    return seen
+
+
+def millions(model: text_to_image.TextToImage) -> float:
+    """Count the trained weights, in millions."""
+    return sum(weight.numel() for weight in model.weights().values()) / 1e6
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _revision() -> str | None:
+    """Return the git revision of the code, if it runs from a checkout."""
+    here = Path(__file__).parent
+    try:
+        shown = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=12"],
+            cwd=here,
+            capture_output=True,
+            text=True,
+            timeout=5,
+            env=os.environ | {"GIT_OPTIONAL_LOCKS": "0"},
+            check=True,
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return shown.stdout.strip() or None

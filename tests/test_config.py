@@ -1,0 +1,88 @@
+"""Recipes: strict, complete, and clear about what is wrong."""
+
+from pathlib import Path
+
+import pytest
+
+from daybreak import config
+from daybreak.failure import BadRecipe
+
+RECIPES = sorted((Path(__file__).parent.parent / "recipes").glob("*.toml"))
+
+
+@pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.stem)
+def test_a_resolved_recipe_reads_back_equal(path: Path, tmp_path: Path) -> None:
+    recipe = config.load(path)
+    copy = tmp_path / "recipe.toml"
+    copy.write_text(config.dump(recipe))
+    assert config.load(copy) == recipe
+    assert config.digest(config.load(copy)) == config.digest(recipe)
+
+
+def test_a_built_in_recipe_is_found_by_name() -> None:
+    assert config.load("quickstart") == config.load(RECIPES[0].parent / "quickstart.toml")
+
+
+def test_set_changes_a_value_and_without_removes_a_section(tiny: Path) -> None:
+    recipe = config.load(
+        tiny,
+        ("stage.0.steps=7_000", "stage.0.lr=3e-4", "out=some where", 'sample.prompts=["x"]'),
+        ("muon",),
+    )
+    assert recipe.stage[0].steps == 7000
+    assert recipe.stage[0].lr == 3e-4
+    assert recipe.out == "some where"
+    assert recipe.sample.prompts == ("x",)
+    assert recipe.muon is None
+
+
+WRONG = [
+    ("dit.wdith=8", r"unknown key dit\.wdith; did you mean width\?"),
+    ("stage.0.stpes=8", r"unknown key stage\.0\.stpes; did you mean steps\?"),
+    ("hidden_size=8", r"hidden_size is called width here"),
+    ("learning_rate=1e-4", r"learning_rate is called stage\.0\.lr here"),
+    ("dit.depth=many", r"dit\.depth = 'many'.*integer"),
+    ("dit.depth=0", r"dit\.depth = 0.*greater than 0"),
+    ("stage.0.lr=nan", r"stage\.0\.lr = nan"),
+    ("stage.0.resolution=36", r"resolution = 36 is not divisible by dit\.patch = 8"),
+    ("dit.heads=5", r"heads = 5 does not divide width = 32"),
+    ("micro=3", r"batch = 8 is not divisible by micro = 3"),
+    ("stage.0.resolution=64", r"scenes\.canvas = '32' draws 32 px"),
+    ("stage.3.steps=1", r"stage has rows 0 to 0, not '3'"),
+    ("stage.0.steps", r"write it as key=value"),
+    ("seed.x=1", r"seed is a value, not a section"),
+    ('precision="int8"', r"precision = 'int8'"),
+    ("data.source=pictures", r"\[scenes\] is for data\.source"),
+]
+
+
+@pytest.mark.parametrize(("assignment", "message"), WRONG, ids=[wrong for wrong, _ in WRONG])
+def test_what_is_wrong_is_said_in_one_sentence(tiny: Path, assignment: str, message: str) -> None:
+    with pytest.raises(BadRecipe, match=message) as caught:
+        config.load(tiny, (assignment,))
+    assert "\n" not in str(caught.value)
+
+
+def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(BadRecipe, match=r"there is no recipe 'nowhere'.*quickstart"):
+        config.load("nowhere")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("seed = = 3")
+    with pytest.raises(BadRecipe, match=r"broken\.toml is not valid TOML.*line 1"):
+        config.load(broken)
+    broken.write_text("seed = 3")
+    with pytest.raises(BadRecipe, match=r"is missing \(and \d+ more\)"):
+        config.load(broken)
+
+
+def test_without_names_the_sections_there_are(tiny: Path) -> None:
+    with pytest.raises(BadRecipe, match=r"no section of that name; did you mean muon\?"):
+        config.load(tiny, without=("moun",))
+
+
+def test_differences_name_each_key_with_both_values(tiny: Path) -> None:
+    changed = config.load(tiny, ("stage.0.lr=1.0", "seed=4"), ("muon",))
+    told = config.differences(config.load(tiny), changed)
+    assert "seed: 3 -> 4" in told
+    assert "stage.0.lr: 0.01 -> 1.0" in told
+    assert any(line.startswith("muon.momentum: 0.95 -> absent") for line in told)

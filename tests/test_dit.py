@@ -1,0 +1,131 @@
+"""The denoiser is diffusers' PRXTransformer2DModel, tensor by tensor and number by number."""
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from daybreak.model import dit
+from daybreak.model.text import Text
+
+SMALL = dit.Config(patch=4, bottleneck=24, width=64, depth=3, heads=4, mlp=3.5)
+
+
+def randomised(config: dit.Config, text_width: int = 20) -> dit.DiT:
+    """A denoiser none of whose weights is zero, so that every path carries something."""
+    torch.manual_seed(0)
+    model = dit.DiT(config, text_width)
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.08)
+    return model
+
+
+def inputs(height: int = 16, width: int = 24) -> tuple[torch.Tensor, torch.Tensor, Text]:
+    torch.manual_seed(1)
+    mask = torch.tensor([[True] * 5, [True] * 3 + [False] * 2])
+    image = torch.randn(2, 3, height, width)
+    return image, torch.tensor([0.2, 0.9]), Text(torch.randn(2, 5, 20), mask)
+
+
+@pytest.mark.parametrize("bottleneck", [0, 24])
+def test_it_equals_diffusers_on_the_same_weights(bottleneck: int) -> None:
+    from diffusers import PRXTransformer2DModel
+
+    config = SMALL.model_copy(update={"bottleneck": bottleneck})
+    ours = randomised(config)
+    theirs = PRXTransformer2DModel(
+        in_channels=3,
+        patch_size=4,
+        context_in_dim=20,
+        hidden_size=64,
+        mlp_ratio=3.5,
+        num_heads=4,
+        depth=3,
+        axes_dim=[8, 8],
+        bottleneck_size=bottleneck or None,
+    )
+    theirs.load_state_dict(ours.state_dict(), strict=True)
+    x_t, t, text = inputs()
+    mine = ours(x_t, t, text).x
+    reference = theirs(x_t, t, text.tokens, attention_mask=text.mask, return_dict=False)[0]
+    assert (mine - reference).abs().max() < 1e-5
+
+    mine.square().mean().backward()
+    reference.square().mean().backward()
+    gradients = {name: p.grad for name, p in theirs.named_parameters()}
+    for name, parameter in ours.named_parameters():
+        torch.testing.assert_close(parameter.grad, gradients[name], atol=1e-6, rtol=1e-4)
+
+
+def test_before_training_the_guess_is_grey() -> None:
+    x_t, t, text = inputs()
+    assert dit.DiT(SMALL, 20)(x_t, t, text).x.abs().max() == 0
+
+
+def test_padding_words_are_inert() -> None:
+    model = randomised(SMALL)
+    x_t, t, text = inputs()
+    garbage = text.tokens.masked_fill(~text.mask[..., None], 1e3)
+    longer = Text(
+        torch.nn.functional.pad(garbage, (0, 0, 0, 3)), torch.nn.functional.pad(text.mask, (0, 3))
+    )
+    torch.testing.assert_close(model(x_t, t, text).x, model(x_t, t, longer).x, atol=1e-5, rtol=1e-5)
+
+
+def test_pictures_of_a_batch_do_not_see_one_another() -> None:
+    model = randomised(SMALL)
+    x_t, t, text = inputs()
+    alone = model(x_t[1:], t[1:], Text(text.tokens[1:], text.mask[1:])).x
+    torch.testing.assert_close(model(x_t, t, text).x[1:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_attention_written_out_equals_the_fused_kernel() -> None:
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, 3, n, 16) for n in (10, 14, 14))
+    mask = torch.rand(2, 1, 1, 14) > 0.3
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+    torch.testing.assert_close(dit.attend(q, k, v, mask), fused, atol=1e-5, rtol=1e-5)
+
+
+def test_turning_keeps_lengths_and_depends_on_differences_of_position() -> None:
+    angles = dit.rope(3, 5, 16)
+    torch.manual_seed(0)
+    q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
+    turned_q = dit.rotate(q.expand(1, 1, 15, 16), angles)[0, 0]
+    turned_k = dit.rotate(k.expand(1, 1, 15, 16), angles)[0, 0]
+    torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(15))
+    score = (turned_q @ turned_k.T).reshape(3, 5, 3, 5)
+    torch.testing.assert_close(score[0, 1, 1, 3], score[1, 2, 2, 4], atol=1e-4, rtol=1e-4)
+
+
+def test_half_precision_blocks_stay_close_to_full_precision() -> None:
+    full, half = randomised(SMALL), randomised(SMALL)
+    half.compute = torch.bfloat16
+    x_t, t, text = inputs()
+    guess = half(x_t, t, text).x
+    assert guess.dtype == torch.float32
+    reference = full(x_t, t, text).x
+    assert (guess - reference).norm() / reference.norm() < 0.03
+
+
+def test_blocks_compile_without_graph_breaks() -> None:
+    model = randomised(SMALL)
+    x_t, t, text = inputs()
+    expected = model(x_t, t, text).x
+    for block in model.blocks:
+        block.compile(fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(model(x_t, t, text).x, expected)
+
+
+def test_the_published_model_has_its_published_size() -> None:
+    config = dit.Config(patch=32, bottleneck=256, width=1792, depth=16, heads=28)
+    with torch.device("meta"):
+        model = dit.DiT(config, 2304)
+    assert sum(parameter.numel() for parameter in model.parameters()) == 1_177_215_744
+    assert len(model.state_dict()) == 190
+
+
+def test_impossible_sizes_are_refused_by_name() -> None:
+    with pytest.raises(ValidationError, match="heads = 3 does not divide width = 64"):
+        dit.Config(width=64, heads=3)
+    with pytest.raises(ValidationError, match="multiple of 4"):
+        dit.Config(width=60, heads=10)

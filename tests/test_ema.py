@@ -1,0 +1,39 @@
+"""The averaged weights."""
+
+import torch
+
+from daybreak.optim.ema import Config, Ema
+
+
+def linear(value: float) -> torch.nn.Linear:
+    model = torch.nn.Linear(2, 2)
+    for parameter in model.parameters():
+        torch.nn.init.constant_(parameter, value)
+    return model
+
+
+def test_an_update_moves_by_one_minus_decay() -> None:
+    ema = Ema(linear(0.0), Config(decay=0.9))
+    ema.update(linear(1.0), step=1000)
+    torch.testing.assert_close(ema.model.weight, torch.full((2, 2), 0.1))
+
+
+def test_early_updates_forget_the_random_beginning() -> None:
+    ema = Ema(linear(0.0), Config(decay=0.999))
+    for step in range(1, 51):
+        ema.update(linear(1.0), step)
+    assert float(ema.model.weight.min()) > 0.99
+
+
+def test_only_every_so_many_steps_count() -> None:
+    ema = Ema(linear(0.0), Config(decay=0.9, every=10))
+    ema.update(linear(1.0), step=9)
+    assert float(ema.model.weight.max()) == 0
+    ema.update(linear(1.0), step=1000)
+    assert float(ema.model.weight.max()) > 0
+
+
+def test_it_is_never_trained() -> None:
+    assert not any(
+        parameter.requires_grad for parameter in Ema(linear(0.0), Config()).model.parameters()
+    )

@@ -1,0 +1,54 @@
+"""Flow matching: the equations of the docstring, and the sampler that walks along them."""
+
+import math
+
+import torch
+
+from daybreak.generate import sampler
+from daybreak.model import flow
+from daybreak.train.dice import Dice
+
+
+def test_the_velocity_of_x_t_is_noise_minus_image() -> None:
+    x, eps = torch.rand(4, 3, 8, 8) * 2 - 1, torch.randn(4, 3, 8, 8)
+    noisy = flow.corrupt(x, torch.tensor([0.05, 0.3, 0.7, 1.0]), eps)
+    torch.testing.assert_close(flow.velocity(noisy.x_t, x, noisy.t), eps - x, atol=2e-5, rtol=1e-5)
+
+
+def test_below_t_min_the_velocity_stops_growing() -> None:
+    x, x_t = torch.zeros(1, 1, 1, 1), torch.full((1, 1, 1, 1), 0.1)
+    at = [float(flow.velocity(x_t, x, torch.tensor([t]))) for t in (0.001, 0.01, flow.T_MIN)]
+    assert at == [at[0]] * 3
+
+
+def test_euler_on_a_perfect_denoiser_returns_the_image() -> None:
+    image = torch.rand(2, 3, 8, 8) * 2 - 1
+    for shift in (1.0, 3.0):
+        drawn = sampler.euler(lambda x_t, t: image, torch.randn(2, 3, 8, 8), 12, shift)
+        torch.testing.assert_close(drawn, image, atol=1e-5, rtol=0)
+
+
+def test_the_time_grid_falls_from_one_to_zero_and_the_shift_keeps_the_ends() -> None:
+    for shift in (0.5, 1.0, 3.0):
+        grid = sampler.times(28, shift)
+        assert grid[0] == 1
+        assert grid[-1] == 0
+        assert all(now > then for now, then in zip(grid, grid[1:], strict=False))
+    assert math.isclose(sampler.times(2, 3.0)[1], 0.75)
+
+
+def test_drawn_times_have_the_moments_of_the_published_distribution() -> None:
+    config = flow.Config(shift=3.0, uniform=0.1)
+    t = flow.draw_time(config, Dice(0, 0, 0, 20_000))
+    assert t.min() >= flow.T_FIRST
+    assert t.max() < 1
+    assert abs(float(t.mean()) - 0.693) < 0.01  # computed for shift 3, one tenth uniform
+    quantiles = torch.quantile(t, torch.tensor([0.05, 0.25, 0.5, 0.75, 0.95]))
+    expected = torch.tensor([0.29, 0.58, 0.74, 0.85, 0.94])
+    torch.testing.assert_close(quantiles, expected, atol=0.02, rtol=0)
+
+
+def test_noise_scale_scales_the_noise() -> None:
+    image = torch.zeros(64, 3, 8, 8)
+    config = flow.Config(noise_scale=2.0)
+    assert abs(float(flow.draw_noise(config, image, Dice(0, 0, 0, 64)).std()) - 2) < 0.05

@@ -1,0 +1,72 @@
+"""Which weight learns with which optimiser."""
+
+import pytest
+import torch
+
+from daybreak.model import dit, text
+from daybreak.model.text_to_image import TextToImage, build
+from daybreak.optim import groups
+
+TEXT = text.Config(width=32, depth=1, heads=2, vocabulary=400, max_tokens=16)
+
+
+@pytest.fixture
+def model() -> TextToImage:
+    return build(
+        dit.Config(patch=4, bottleneck=8, width=32, depth=2, heads=2),
+        TEXT,
+        text.learn_tokenizer(["a red circle"] * 20, TEXT),
+    )
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_everything_else(model: TextToImage) -> None:
+    shared = groups.optimizers(model, groups.MuonConfig(), groups.AdamWConfig())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    owned = {
+        owner: {names[id(p)] for group in optimizer.param_groups for p in group["params"]}
+        for owner, (optimizer, _) in shared.items()
+    }
+    assert owned["muon"] == {
+        f"dit.blocks.{block}.{matrix}.weight"
+        for block in (0, 1)
+        for matrix in (
+            "attention.img_qkv_proj",
+            "attention.txt_kv_proj",
+            "attention.to_out.0",
+            "gate_proj",
+            "up_proj",
+            "down_proj",
+        )
+    }
+    assert owned["adamw"] == set(names.values()) - owned["muon"]
+
+
+def test_without_muon_adamw_has_them_all(model: TextToImage) -> None:
+    shared = groups.optimizers(model, None, groups.AdamWConfig())
+    assert list(shared) == ["adamw"]
+    assert sum(len(group["params"]) for group in shared["adamw"][0].param_groups) == len(
+        list(model.parameters())
+    )
+
+
+def test_a_muon_step_is_orthogonal_and_of_the_size_of_an_adamw_step() -> None:
+    weight = torch.nn.Parameter(torch.zeros(64, 32))
+    blocks = torch.nn.ModuleList([torch.nn.ParameterDict({"w": weight})])
+    holder = torch.nn.ModuleDict({"dit": torch.nn.ModuleDict({"blocks": blocks})})
+    holder["last"] = torch.nn.Linear(2, 2)
+    shared = groups.optimizers(holder, groups.MuonConfig(rate=0.5), groups.AdamWConfig())
+    groups.set_rate(shared, 0.02)
+    weight.grad = torch.randn(64, 32, generator=torch.Generator().manual_seed(0))
+    shared["muon"][0].step()
+    singular = torch.linalg.svdvals(-weight.detach() / (0.01 * 0.2 * 8))
+    assert 0.6 < float(singular.min()) <= float(singular.max()) < 1.3
+    assert abs(float(weight.square().mean().sqrt()) / (0.01 * 0.2) - 1) < 0.2
+
+
+def test_the_schedule_rises_holds_and_falls() -> None:
+    factors = [groups.schedule(step, 100, 10, 0.2) for step in range(1, 101)]
+    assert factors[0] == pytest.approx(0.1)
+    assert factors[9:80] == [1.0] * 71
+    assert factors[80:] == sorted(factors[80:], reverse=True)
+    assert factors[-1] == pytest.approx(0.05)
+    assert groups.schedule(1, 100, 0, 0.0) == 1.0

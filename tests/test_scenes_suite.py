@@ -1,0 +1,163 @@
+"""The suite: truth scores all, noise nothing, and shuffled prompts chance."""
+
+import json
+
+import numpy as np
+import numpy.typing as npt
+import pytest
+
+from daybreak.data import scenes
+from daybreak.data.scenes import Config
+from daybreak.data.scenes_captions import parse
+from daybreak.evaluate import scenes_suite
+from daybreak.evaluate.scenes_suite import SCORED, TASKS, evaluate, held_out, table, tasks
+
+Pictures = npt.NDArray[np.uint8]
+SMALL = Config(canvas="32")
+
+
+class Truth:
+    """A model that draws what it is asked to, for it has seen the exam."""
+
+    def __init__(self, config: Config, seed: int, per_task: int) -> None:
+        items = [*tasks(config, seed, per_task), *held_out(config, seed, per_task)]
+        self.pictures = {item.seed: scenes.render(item.scene) for item in items}
+
+    def __call__(self, prompts: list[str], seeds: list[int]) -> Pictures:
+        assert len(prompts) == len(seeds)
+        return np.stack([self.pictures[seed] for seed in seeds])
+
+
+def noise(prompts: list[str], seeds: list[int]) -> Pictures:
+    return np.stack(
+        [
+            np.random.default_rng(seed).integers(0, 256, (32, 32, 3), dtype=np.uint8)
+            for seed in seeds
+        ]
+    )
+
+
+def first_half_red_circle(prompts: list[str], seeds: list[int]) -> Pictures:
+    thing = scenes.Thing("circle", "red", None, 15.5, 15.5, 6.0)
+    scene = scenes.Scene("32", (thing,), 90.0, scenes.Dice(0, 0, 0, 0, 0, 0))
+    return np.stack([scenes.render(scene)] * len(prompts))
+
+
+@pytest.fixture(scope="module")
+def perfect() -> dict[str, object]:
+    return evaluate(Truth(SMALL, 5, 40), SMALL, 5, 40, workers=1)
+
+
+def at(result: object, path: str) -> object:
+    for key in path.split("."):
+        assert isinstance(result, dict)
+        result = result[key]
+    return result
+
+
+def test_a_model_that_draws_the_truth_scores_all(perfect: dict[str, object]) -> None:
+    assert at(perfect, "overall.exact") >= 0.995  # type: ignore[operator]
+    assert at(perfect, "controls.ground_truth.exact") >= 0.995  # type: ignore[operator]
+    for split in ("H1", "H2", "H3", "H4"):
+        assert at(perfect, f"held_out.{split}.exact") == 1
+    for attribute in ("count", "colours", "shapes", "relation"):
+        assert at(perfect, f"attributes.{attribute}.exact") == 1
+    assert at(perfect, "product.position") == 1
+
+
+def test_shuffled_prompts_score_near_chance(perfect: dict[str, object]) -> None:
+    chance = [1 / 5, 1 / 32, 1 / 10, 1 / 31, 0, 0]
+    shuffled = at(perfect, "controls.shuffled.exact")
+    assert shuffled == pytest.approx(sum(chance) / 6, abs=0.05)
+
+
+def test_noise_scores_nothing() -> None:
+    result = evaluate(noise, SMALL, 0, 6, workers=1)
+    assert at(result, "overall.exact") == 0
+    assert at(result, "overall.low") == 0
+
+
+def test_always_the_same_circle_scores_where_it_is_asked_for() -> None:
+    result = evaluate(first_half_red_circle, SMALL, 1, 40, workers=1)
+    assert at(result, "tasks.single.exact") == pytest.approx(0.2, abs=0.15)
+    assert at(result, "tasks.position.exact") == 0
+    assert at(result, "attributes.count.exact") == pytest.approx(2 / 6)
+
+
+def test_a_result_is_json_with_the_promised_keys(perfect: dict[str, object]) -> None:
+    result = json.loads(json.dumps(perfect, allow_nan=False))
+    shares = [result["overall"], *result["controls"].values(), *result["attributes"].values()]
+    shares += [*result["tasks"].values(), *result["held_out"].values()]
+    assert all(list(share) == ["exact", "low", "high", "n"] for share in shares)
+    assert set(result["tasks"]) == set(TASKS)
+    assert set(result["held_out"]) == set(SMALL.held_out)
+    assert set(result["checker"]) == {"version", "thresholds"}
+    assert result["prompts"] == len(result["items"]) == (6 + 4) * 40
+    assert {"prompt", "task", "seed", "passed", "marks"} <= set(result["items"][0])
+
+
+@pytest.mark.parametrize("task", ["tasks.size", "tasks.three", "held_out.H5"])
+def test_what_a_canvas_cannot_draw_has_no_score(perfect: dict[str, object], task: str) -> None:
+    assert at(perfect, task) == {"exact": None, "low": None, "high": None, "n": 0}
+
+
+@pytest.mark.parametrize("canvas", ["32", "64", "64-large"])
+def test_prompts_are_in_the_grammar_and_ask_only_for_what_training_shows(canvas: str) -> None:
+    config = Config.model_validate({"canvas": canvas})
+    for item in tasks(config, 3, 30):
+        assert parse(item.prompt) == item.specification
+        assert not any(scenes.held_out(item.scene, split) for split in config.held_out)
+        numbers = len(item.specification.objects), len(set(item.specification.objects))
+        assert (item.specification.relation is not None) == (item.task == "position")
+        if item.task == "counting":
+            assert numbers in ((2, 1), (3, 1))
+        elif item.task in ("two", "attribution", "position"):
+            assert numbers == (2, 2)
+
+
+@pytest.mark.parametrize("canvas", ["32", "64"])
+def test_held_out_prompts_ask_for_what_training_never_shows(canvas: str) -> None:
+    config = Config.model_validate({"canvas": canvas})
+    items = held_out(config, 3, 20)
+    expected = {"H1", "H2", "H3", "H4"} | ({"H5"} if canvas == "64" else set())
+    assert {item.split for item in items} == expected
+    for item in items:
+        assert parse(item.prompt) == item.specification
+        assert item.split is not None
+        assert scenes.held_out(item.scene, item.split)
+
+
+def test_no_two_items_share_their_noise_and_lists_only_grow() -> None:
+    items = [*tasks(SMALL, 0, 50), *held_out(SMALL, 0, 50)]
+    assert len({item.seed for item in items}) == len(items)
+    assert all(0 <= item.seed < 1 << 63 for item in items)
+    assert set(tasks(SMALL, 0, 20)) < set(items)
+    assert {item.task for item in items if item.split is None} == set(SCORED)
+
+
+def test_checking_in_processes_changes_nothing() -> None:
+    one = evaluate(Truth(SMALL, 2, 5), SMALL, 2, 5, workers=1)
+    two = evaluate(Truth(SMALL, 2, 5), SMALL, 2, 5, workers=2)
+    assert one == two
+
+
+def test_progress_ends_at_the_number_of_pictures() -> None:
+    heard: list[tuple[int, int]] = []
+    evaluate(noise, SMALL, 0, 7, progress=lambda done, of: heard.append((done, of)), workers=1)
+    assert heard == [(60, 70), (70, 70)]
+
+
+def test_pictures_that_were_not_asked_for_stop_the_evaluation() -> None:
+    def short(prompts: list[str], seeds: list[int]) -> Pictures:
+        return noise(prompts, seeds)[1:]
+
+    with pytest.raises(ValueError, match="asked for 60 pictures"):
+        evaluate(short, SMALL, 0, 10, workers=1)
+
+
+def test_a_table_has_a_row_for_each_share(perfect: dict[str, object]) -> None:
+    rows = table(perfect)
+    assert rows[0][0] == "overall"
+    assert rows[0][3] == "240"
+    assert ("tasks: size", "-", "-", "0") in rows
+    assert len(rows) == 1 + len(scenes_suite.TASKS) + 5 + 2 + 4 + 1
