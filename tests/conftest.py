@@ -49,7 +49,7 @@ prompts = ["a red circle", "a blue square and a green star"]
 resolution = 32
 steps = 10
 batch = 8
-lr = 1e-2
+lr = 3e-3
 warmup = 2
 cooldown = 0.4
 """

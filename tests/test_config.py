@@ -84,5 +84,5 @@ def test_differences_name_each_key_with_both_values(tiny: Path) -> None:
     changed = config.load(tiny, ("stage.0.lr=1.0", "seed=4"), ("muon",))
     told = config.differences(config.load(tiny), changed)
     assert "seed: 3 -> 4" in told
-    assert "stage.0.lr: 0.01 -> 1.0" in told
+    assert "stage.0.lr: 0.003 -> 1.0" in told
     assert any(line.startswith("muon.momentum: 0.95 -> absent") for line in told)

@@ -76,8 +76,7 @@ def save(
         _point(run / "latest", target.name)
     except (OSError, SafetensorError) as error:
         raise BadStorage(
-            f"cannot write {target}: {getattr(error, 'strerror', None) or error}; "
-            f"{shutil.disk_usage(run).free / 2**20:.0f} MiB are free there"
+            f"cannot write {target}: {getattr(error, 'strerror', None) or error}{_free(run)}"
         ) from error
     finally:
         if staged is not None:
@@ -164,6 +163,13 @@ def clear_unfinished(run: Path) -> None:
     """Remove the hidden folders that a killed run has left."""
     for folder in (*run.glob(".tmp-checkpoint-*"), *run.glob(".old-checkpoint-*")):
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def _free(folder: Path) -> str:
+    """Say how much room there is, where that can be found out."""
+    with contextlib.suppress(OSError):
+        return f"; {shutil.disk_usage(folder).free / 2**20:.0f} MiB are free there"
+    return ""
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

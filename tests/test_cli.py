@@ -1,0 +1,121 @@
+"""The command line, as a newcomer meets it: what works, and what is said when it does not."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def daybreak(*arguments: object, timeout: float = 120) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "daybreak", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=ENVIRONMENT,
+        check=False,
+    )
+
+
+def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    trained = daybreak("train", tiny)
+    assert trained.returncode == 0, trained.stderr
+    assert str(run / "latest") in trained.stdout
+
+    drawn = daybreak(
+        *("sample", "a red circle above a blue square", "--run", run, "--count", 2),
+        *("--steps", 3, "--guidance", 3, "--seed", 7),
+    )
+    assert drawn.returncode == 0, drawn.stderr
+    paths = [Path(line) for line in drawn.stdout.split("\n") if line]
+    assert [path.name[-4:] for path in paths] == [".png"] * 3
+    with Image.open(paths[0]) as picture:
+        assert picture.info["prompt"] == "a red circle above a blue square"
+        assert picture.info["seed"] == "7"
+        assert picture.info["recipe"]
+        first = np.array(picture)
+    again = daybreak(
+        *("sample", "a red circle above a blue square", "--run", run, "--count", 1),
+        *("--steps", 3, "--guidance", 3, "--seed", 7, "--out", tmp_path / "again"),
+    )
+    with Image.open(Path(again.stdout.split("\n")[0])) as picture:
+        assert np.abs(np.array(picture).astype(int) - first.astype(int)).max() <= 1
+
+    scored = daybreak("evaluate", run, "--suite", "scenes", "--per-task", 5, "--steps", 2)
+    assert scored.returncode == 0, scored.stderr
+    assert "overall" in scored.stdout
+    assert (run / "evaluation" / "scenes.json").is_file()
+
+    exported = daybreak("export", run)
+    assert exported.returncode == 0, exported.stderr
+    assert (run / "pipeline" / "model_index.json").is_file()
+
+
+def broken_picture(pictures: Path) -> None:
+    (pictures / "3.png").write_bytes(b"\x89PNG\r\n\x1a\n" + b"rubbish" * 20)
+
+
+def missing_caption(pictures: Path) -> None:
+    (pictures / "3.txt").unlink()
+
+
+def nothing_left(pictures: Path) -> None:
+    for path in pictures.iterdir():
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("harm", "words"),
+    [(broken_picture, "3.png"), (missing_caption, "3.png"), (nothing_left, "pictures")],
+)
+def test_bad_data_is_one_sentence_and_code_3(
+    tiny: Path, pictures: Path, tmp_path: Path, harm: object, words: str
+) -> None:
+    harm(pictures)  # type: ignore[operator]
+    done = daybreak("train", tiny, "--data", pictures, "--without", "scenes")
+    assert done.returncode == 3, done.stderr
+    assert done.stderr.startswith("daybreak: ")
+    assert done.stderr.count("\n") == 1
+    assert words in done.stderr
+    assert not list((tmp_path / "run").glob("*"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("train", "nowhere"), "there is no recipe 'nowhere'"),
+        (("train", "{tiny}", "--set", "dit.wdith=3"), "did you mean width?"),
+        (("train", "{tiny}", "--set", "dit.depth=x"), "dit.depth = 'x'"),
+        (("train", "{tiny}", "--set", "stage.0.resolution=33"), "not divisible"),
+        (("train", "{tiny}", "--set", "dit.heads=7"), "does not divide"),
+    ],
+)
+def test_a_bad_recipe_is_one_sentence_and_code_2(
+    tiny: Path, tmp_path: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    done = daybreak(*(argument.format(tiny=tiny) for argument in arguments))
+    assert done.returncode == 2, done.stderr
+    assert words in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_folder_that_is_no_run_is_one_sentence_and_code_4(tmp_path: Path) -> None:
+    for verb in (("export", tmp_path), ("sample", "x", "--run", tmp_path), ("evaluate", tmp_path)):
+        done = daybreak(*verb)
+        assert done.returncode == 4, done.stderr
+        assert "is not a run folder" in done.stderr
+
+
+def test_doctor_looks_at_this_machine() -> None:
+    done = daybreak("doctor")
+    assert done.returncode == 0, done.stderr
+    for word in ("torch", "cores", "memory", "disk", "compiler"):
+        assert word in done.stdout

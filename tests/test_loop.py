@@ -1,0 +1,203 @@
+"""Training as a whole: it learns, it stops, it goes on, bit for bit."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from daybreak import config
+from daybreak.failure import BadData, BadRecipe, NotFinite
+from daybreak.generate.draw import draw
+from daybreak.train import checkpoint, loop, runs
+
+GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
+ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def losses(run: Path) -> list[float]:
+    lines = (run / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["loss"] for line in lines]
+
+
+def weights(run: Path) -> dict[str, str]:
+    """The sha256 of every file of the newest checkpoint."""
+    found = checkpoint.required(run, print)
+    files = json.loads((found.folder / "manifest.json").read_text())["files"]
+    return {name: entry["sha256"] for name, entry in files.items() if name.endswith("safetensors")}
+
+
+def start(recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "daybreak", "train", str(recipe), *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=ENVIRONMENT,
+    )
+
+
+def wait_for_step(run: Path, step: int) -> None:
+    path = run / "metrics.jsonl"
+    for _ in range(1200):
+        if path.exists() and len(path.read_text().splitlines()) >= step:
+            return
+        time.sleep(0.05)
+    raise AssertionError(f"no step {step} within a minute")
+
+
+def test_a_run_leaves_everything_it_promises(tiny: Path) -> None:
+    recipe = config.load(tiny)
+    assert loop.train(recipe, lambda line: None) == (10, 0)
+    run = Path(recipe.out)
+    assert config.load(run / "recipe.toml") == recipe
+    assert json.loads((run / "run.json").read_text())["recipe"] == config.digest(recipe)
+    assert len(losses(run)) == 10
+    assert (run / "latest").resolve().name == "checkpoint-10"
+    with Image.open(run / "samples" / "step-0000010" / "00.png") as picture:
+        assert picture.size == (32, 32)
+        assert picture.info["prompt"] == "a red circle"
+        assert picture.info["recipe"] == config.digest(recipe)
+    assert (run / "samples" / "step-0000010" / "grid.png").is_file()
+
+
+def test_the_first_losses_are_the_recorded_ones(tiny: Path) -> None:
+    torch.set_num_threads(1)
+    recipe = config.load(tiny, ("stage.0.steps=20",))
+    loop.train(recipe, lambda line: None)
+    np.testing.assert_allclose(losses(Path(recipe.out)), json.loads(GOLDEN.read_text()), rtol=2e-4)
+
+
+def test_two_runs_of_one_seed_are_equal_and_another_seed_differs(
+    tiny: Path, tmp_path: Path
+) -> None:
+    torch.set_num_threads(1)
+    for name, seed in (("a", 1), ("b", 1), ("c", 2)):
+        out = (tmp_path / name).as_posix()
+        loop.train(config.load(tiny, (f"seed={seed}", f"out={out}")), lambda line: None)
+    assert weights(tmp_path / "a") == weights(tmp_path / "b")
+    assert losses(tmp_path / "a") == losses(tmp_path / "b")
+    assert losses(tmp_path / "a") != losses(tmp_path / "c")
+
+
+@pytest.mark.parametrize("at", [2, 13])
+def test_a_run_killed_at_any_step_continues_bit_for_bit(
+    tiny: Path, tmp_path: Path, at: int
+) -> None:
+    more = ("--set", "stage.0.steps=24", "--set", "data.workers=1", "--set", "sample.every=12")
+    whole = tmp_path / "whole"
+    unbroken = start(tiny, *more, "--out", str(whole))
+    killed = start(tiny, *more)
+    wait_for_step(tmp_path / "run", at)
+    killed.send_signal(signal.SIGKILL)
+    killed.communicate(timeout=60)
+    output, _ = unbroken.communicate(timeout=120)
+    assert unbroken.returncode == 0, output
+
+    resumed = start(tiny, *more)
+    output, _ = resumed.communicate(timeout=120)
+    assert resumed.returncode == 0, output
+    assert losses(tmp_path / "run") == losses(whole)
+    assert weights(tmp_path / "run") == weights(whole)
+
+
+def test_accumulated_micro_batches_take_the_same_steps(tiny: Path, tmp_path: Path) -> None:
+    recipe = config.load(tiny)
+    loop.train(recipe, lambda line: None)
+    parts = config.load(tiny, ("micro=2", f"out={(tmp_path / 'micro').as_posix()}"))
+    loop.train(parts, lambda line: None)
+    np.testing.assert_allclose(losses(tmp_path / "micro"), losses(Path(recipe.out)), rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 75), (signal.SIGUSR1, 75)]
+)
+def test_a_signal_saves_and_leaves(tiny: Path, tmp_path: Path, number: int, code: int) -> None:
+    process = start(tiny, "--set", "stage.0.steps=100000", "--set", "data.workers=1")
+    wait_for_step(tmp_path / "run", 3)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == code, output
+    assert "the same command continues" in output
+    assert checkpoint.required(tmp_path / "run", print).step == len(losses(tmp_path / "run"))
+
+
+def test_a_finished_run_says_so_and_changes_nothing(tiny: Path) -> None:
+    recipe = config.load(tiny)
+    loop.train(recipe, lambda line: None)
+    before = weights(Path(recipe.out))
+    told: list[str] = []
+    assert loop.train(recipe, told.append).code == 0
+    assert "is finished" in told[-1]
+    assert weights(Path(recipe.out)) == before
+
+
+def test_another_recipe_in_the_same_folder_is_refused_with_every_key(tiny: Path) -> None:
+    loop.train(config.load(tiny), lambda line: None)
+    with pytest.raises(BadRecipe, match=r"seed: 3 -> 4.*stage\.0\.lr: 0\.003 -> 1\.0"):
+        loop.train(config.load(tiny, ("seed=4", "stage.0.lr=1.0")), lambda line: None)
+
+
+def test_a_folder_with_other_things_in_it_is_not_touched(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
+    with pytest.raises(BadRecipe, match="is not empty and holds no run"):
+        loop.train(config.load(tiny), lambda line: None)
+    assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
+
+
+def test_data_is_refused_before_the_run_folder_exists(tiny: Path, tmp_path: Path) -> None:
+    recipe = config.load(tiny, (f"data.source={tmp_path / 'nowhere'}",), ("scenes",))
+    with pytest.raises(BadData, match="nowhere"):
+        loop.train(recipe, lambda line: None)
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+
+
+def test_a_loss_that_is_not_finite_ends_the_run(tiny: Path) -> None:
+    with pytest.raises(NotFinite, match=r"step \d+: loss .*samples \d+ to \d+"):
+        loop.train(config.load(tiny, ("stage.0.lr=1e30", "stage.0.warmup=0")), lambda line: None)
+
+
+def test_stages_follow_one_another_in_one_run(tiny: Path, pictures: Path, tmp_path: Path) -> None:
+    text = tiny.read_text().replace('[scenes]\ncanvas = "32"\n', "")
+    text = text.replace('"scenes"', json.dumps(pictures.as_posix()))
+    text += "\n[[stage]]\nresolution = 64\nsteps = 4\nbatch = 4\nlr = 1e-3\n"
+    tiny.write_text(text)
+    whole = config.load(tiny, (f"out={(tmp_path / 'whole').as_posix()}",))
+    loop.train(whole, lambda line: None)
+    assert len(losses(tmp_path / "whole")) == 14
+    with Image.open(tmp_path / "whole" / "samples" / "step-0000014" / "00.png") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_it_learns_eight_pictures_and_draws_them_when_asked(tiny: Path, pictures: Path) -> None:
+    text = tiny.read_text().replace('[scenes]\ncanvas = "32"\n', "")
+    tiny.write_text(text.replace('"scenes"', json.dumps(pictures.as_posix())))
+    recipe = config.load(
+        tiny,
+        (
+            "stage.0.steps=300",
+            "stage.0.batch=16",
+            "sample.every=1000",
+            "save_every=1000",
+            "data.empty_captions=0.1",
+            "dit.width=64",
+        ),
+    )
+    loop.train(recipe, lambda line: None)
+    assert np.mean(losses(Path(recipe.out))[-20:]) < 0.1 * losses(Path(recipe.out))[0]
+    _, _, model = runs.trained(Path(recipe.out))
+    for guidance in (1.0, 2.0):
+        how = recipe.sample.model_copy(update={"guidance": guidance, "steps": 12})
+        prompts = [f"colour number {number}" for number in range(8)]
+        drawn = draw(model, prompts, list(range(8)), 32, 32, how, recipe.flow)
+        for number, picture in enumerate(drawn):
+            wanted = np.array([30 * number, 255 - 30 * number, 17 * number])
+            assert np.abs(picture.mean((0, 1)) - wanted).max() < 40, (number, guidance)
