@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 
 from daybreak import config
-from daybreak.failure import BadData, BadRecipe, NotFinite
+from daybreak.failure import BadData, BadRecipe, BadStorage, NotFinite
 from daybreak.generate.draw import draw
 from daybreak.train import checkpoint, loop, runs
 
@@ -157,7 +157,22 @@ def test_data_is_refused_before_the_run_folder_exists(tiny: Path, tmp_path: Path
     recipe = config.load(tiny, (f"data.source={tmp_path / 'nowhere'}",), ("scenes",))
     with pytest.raises(BadData, match="nowhere"):
         loop.train(recipe, lambda line: None)
-    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").iterdir())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_disk_too_small_for_checkpoints_is_told_before_the_first_step(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checkpoint, "size", lambda model: 2**60)
+    with pytest.raises(BadStorage, match=r"MiB free, and checkpoints of .* need .* at least"):
+        loop.train(config.load(tiny), lambda line: None)
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_place_that_cannot_hold_a_folder_is_a_storage_failure(tiny: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(BadStorage, match="cannot write the run folder"):
+        loop.train(config.load(tiny, (f"out={tmp_path / 'file' / 'run'}",)), lambda line: None)
 
 
 def test_a_loss_that_is_not_finite_ends_the_run(tiny: Path) -> None:

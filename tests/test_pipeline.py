@@ -8,10 +8,12 @@ import numpy as np
 import pytest
 import torch
 
+from daybreak import config
 from daybreak.generate import draw, guidance, pipeline, sampler
 from daybreak.model import dit, flow, text
 from daybreak.model.text_to_image import TextToImage, build
 
+ROOT = Path(__file__).parents[1]
 TEXT = text.Config(width=32, depth=1, heads=2, vocabulary=400, max_tokens=16)
 HOW = sampler.Config(steps=6, guidance=3.0)
 FLOW = flow.Config(shift=3.0, noise_scale=1.5)
@@ -84,6 +86,21 @@ def test_the_cards_snippet_runs_and_its_times_are_ours(
         expression = pipeline.snippet("x", "y", 32, HOW, shift).split("timesteps=")[1]
         times = runpy_value(expression.split(",\n")[0], tmp_path)
         np.testing.assert_allclose(times, pipeline.timesteps(HOW.steps, shift), rtol=1e-6)
+
+
+def test_the_readmes_snippet_is_the_quickstarts_and_runs(
+    model: TextToImage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = config.load("quickstart")
+    shift = recipe.flow.shift if recipe.sample.shift is None else recipe.sample.shift
+    prompt = "a red circle above a blue square"
+    code = pipeline.snippet("runs/quickstart/pipeline", prompt, 32, recipe.sample, shift)
+    assert f"```python\n{code}```" in (ROOT / "README.md").read_text()
+    exported(model, tmp_path / "runs" / "quickstart" / "pipeline")
+    (tmp_path / "snippet.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    runpy.run_path("snippet.py")
+    assert (tmp_path / "picture.png").is_file()
 
 
 def runpy_value(expression: str, folder: Path) -> list[float]:

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from PIL import Image
@@ -20,7 +20,7 @@ from torch.nn.utils import clip_grad_norm_
 
 from daybreak import config, doctor
 from daybreak.data import batches
-from daybreak.failure import BadStorage, NotFinite
+from daybreak.failure import NotFinite
 from daybreak.generate import grid
 from daybreak.generate.draw import draw
 from daybreak.model import text
@@ -43,12 +43,25 @@ class Outcome(NamedTuple):
 
 
 class Stop:
-    """Remembers the first signal; a second one leaves at once."""
+    """Remembers the first signal it hears, as an exit code; a second one leaves at once.
+
+    A context manager: the handlers of before are back afterwards.
+    """
 
     def __init__(self) -> None:
         self.code = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Begin to listen."""
         for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._hear)
+            self.before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop listening."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
 
     def _hear(self, number: int, _: FrameType | None) -> None:
         if self.code:
@@ -98,10 +111,9 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
         f"{'from step ' + str(start) if start else 'from random weights'}; run folder {folder}"
     )
 
-    stop = Stop()
     objective = Objective(recipe.flow)
     step, done, seen = 0, start, 0
-    with Log(folder, recipe.steps, start) as log:
+    with Stop() as stop, Log(folder, recipe.steps, start) as log:
         for stage in recipe.stage:
             before, step = step, step + stage.steps
             if step <= start:
@@ -130,7 +142,7 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
                 if done % recipe.sample.every == 0 or last:
                     log.note(f"grid: {_show(ema.model, recipe, folder, done, stage.resolution)}")
                 if done % recipe.save_every == 0 or last or stop.code:
-                    _save(folder, done, model, ema.model, optimizers, recipe.keep, log)
+                    checkpoint.save(folder, done, model, ema.model, optimizers, recipe.keep)
                 if stop.code:
                     log.note(f"stopped and saved at step {done}; the same command continues")
                     return Outcome(done, stop.code)
@@ -188,23 +200,6 @@ def _compile(model: TextToImage, recipe: config.Recipe, tell: Callable[[str], No
         return
     for block in model.dit.blocks:
         block.compile(dynamic=False)
-
-
-def _save(
-    folder: Path,
-    step: int,
-    model: TextToImage,
-    average: TextToImage,
-    optimizers: dict[str, tuple[torch.optim.Optimizer, float]],
-    keep: int,
-    log: Log,
-) -> None:
-    """Write a checkpoint; on a full disk say so and leave, with the earlier ones whole."""
-    try:
-        checkpoint.save(folder, step, model, average, optimizers, keep)
-    except BadStorage as error:
-        log.note(f"{error}")
-        raise
 
 
 def _show(model: TextToImage, recipe: config.Recipe, folder: Path, step: int, side: int) -> Path:

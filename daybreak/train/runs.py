@@ -38,10 +38,9 @@ def device() -> torch.device:
 
 
 def enter(recipe: config.Recipe) -> Path:
-    """Open the run folder of a recipe, new or begun, without changing a begun one.
+    """Look at the run folder of a recipe, new or begun, without touching it.
 
-    Errors  BadRecipe if another recipe or something else lives there; BadStorage if it cannot be
-            written.
+    Errors  BadRecipe if another recipe or something else lives there.
     """
     run = Path(recipe.out)
     if run.exists() and not run.is_dir():
@@ -56,15 +55,11 @@ def enter(recipe: config.Recipe) -> Path:
         return run
     if run.is_dir() and any(run.iterdir()):
         raise BadRecipe(f"{run} is not empty and holds no run: choose another folder with --out")
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadStorage(f"cannot create the run folder {run}: {error.strerror}") from error
     return run
 
 
 def begin(run: Path, recipe: config.Recipe, dtype: torch.dtype) -> None:
-    """Write recipe.toml and run.json of a new run. Errors: BadStorage."""
+    """Create the folder of a new run, with recipe.toml and run.json. Errors: BadStorage."""
     facts: dict[str, Any] = {
         "recipe": config.digest(recipe),
         "precision": str(dtype).removeprefix("torch."),
@@ -79,18 +74,22 @@ def begin(run: Path, recipe: config.Recipe, dtype: torch.dtype) -> None:
         | {"python": platform.python_version()},
     }
     try:
+        run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
         staged = run / ".recipe.toml"
         staged.write_text(config.dump(recipe), encoding="utf-8")
         staged.replace(run / "recipe.toml")  # last: its presence makes the folder a run
     except OSError as error:
-        raise BadStorage(f"cannot write into {run}: {error.strerror}") from error
+        raise BadStorage(f"cannot write the run folder {run}: {error.strerror}") from error
 
 
 def check_space(run: Path, bytes_per_checkpoint: int, keep: int) -> None:
     """Refuse to start a run whose checkpoints the disk cannot hold. Errors: BadStorage."""
     needed = int(2.2 * bytes_per_checkpoint)
-    free = shutil.disk_usage(run).free
+    there = run.absolute()
+    while not there.exists():
+        there = there.parent
+    free = shutil.disk_usage(there).free
     if free < needed:
         raise BadStorage(
             f"{run} has {free / 2**20:.0f} MiB free, and checkpoints of "
