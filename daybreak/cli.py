@@ -172,6 +172,7 @@ def export(
 def doctor() -> None:
     """Say what this machine has, what is slow, and why."""
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     from daybreak import doctor as examination
@@ -179,7 +180,7 @@ def doctor() -> None:
     table = Table(box=None, show_header=False, pad_edge=False)
     for finding in examination.report():
         mark = "[green]ok[/]" if finding.ok else "[yellow]slow[/]"
-        table.add_row(mark, finding.name, finding.value, finding.remark)
+        table.add_row(mark, *map(escape, (finding.name, finding.value, finding.remark)))
     Console().print(table)
 
 

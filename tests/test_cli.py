@@ -117,5 +117,6 @@ def test_a_folder_that_is_no_run_is_one_sentence_and_code_4(tmp_path: Path) -> N
 def test_doctor_looks_at_this_machine() -> None:
     done = daybreak("doctor")
     assert done.returncode == 0, done.stderr
-    for word in ("torch", "cores", "memory", "disk", "compiler"):
+    for word in ("torch", "cores", "memory", "disk", "compiler", "extra eval"):
         assert word in done.stdout
+    assert "usable" in done.stdout or "daybreak[dev]" in done.stdout
