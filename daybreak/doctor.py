@@ -139,14 +139,20 @@ def memory() -> Finding:
 
 def disk(folder: Path) -> Finding:
     """Room for checkpoints where the runs go."""
-    there = folder.absolute()
-    while not there.exists():
-        there = there.parent
+    there = standing(folder)
     free = shutil.disk_usage(there).free
     value = f"{free / GIB:.1f} GiB free at {there}"
     if free < LITTLE_DISK:
         return Finding("disk", value, "little: lower `keep`, or choose another `out`", False)
     return Finding("disk", value, "", True)
+
+
+def standing(folder: Path) -> Path:
+    """The folder itself, or the nearest above it that exists: whose disk will hold it."""
+    there = folder.absolute()
+    while not there.exists():
+        there = there.parent
+    return there
 
 
 def vectors() -> Finding:

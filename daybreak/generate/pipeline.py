@@ -26,8 +26,6 @@ from daybreak.generate import sampler
 from daybreak.model import dit, flow
 from daybreak.model.text_to_image import TextToImage
 
-ATTENTION_THETA = 10_000
-
 
 class Card(NamedTuple):
     """What the model card tells beyond the weights."""
@@ -110,7 +108,7 @@ def _transformer(model: dit.DiT, folder: Path) -> None:
             "num_heads": config.heads,
             "depth": config.depth,
             "axes_dim": [config.head_width // 2] * 2,
-            "theta": ATTENTION_THETA,
+            "theta": int(dit.ROPE_BASE),
             "time_factor": 1000.0,
             "time_max_period": 10_000,
             "bottleneck_size": config.bottleneck or None,

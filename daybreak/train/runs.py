@@ -86,10 +86,7 @@ def begin(run: Path, recipe: config.Recipe, dtype: torch.dtype) -> None:
 def check_space(run: Path, bytes_per_checkpoint: int, keep: int) -> None:
     """Refuse to start a run whose checkpoints the disk cannot hold. Errors: BadStorage."""
     needed = int(2.2 * bytes_per_checkpoint)
-    there = run.absolute()
-    while not there.exists():
-        there = there.parent
-    free = shutil.disk_usage(there).free
+    free = shutil.disk_usage(doctor.standing(run)).free
     if free < needed:
         raise BadStorage(
             f"{run} has {free / 2**20:.0f} MiB free, and checkpoints of "
