@@ -14,6 +14,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from daybreak.data import images
+from daybreak.data.records import Refused
 from daybreak.failure import BadData
 
 Pixels = npt.NDArray[np.uint8]
@@ -292,6 +293,66 @@ def refused(data: bytes) -> None:
         images.decode(data, "bomb")
 
 
+@pytest.mark.parametrize("name", [b"zTXt", b"iTXt", b"iCCP"])
+def test_text_that_unfolds_to_gigabytes_is_refused_from_the_header(name: bytes) -> None:
+    much = zlib.compress(bytes(50_000_000), 9)
+    keyword = b"Comment\0\1\0\0\0" if name == b"iTXt" else b"Comment\0\0"
+    body = zlib.compress(b"\0" + bytes(3))
+    data = png(1, 1, 8, 2, body, chunk(name, keyword + much))
+    tracemalloc.start()
+    with pytest.raises(BadData, match=r"a\.png: has more compressed text"):
+        images.decode(data, "a.png")
+    assert tracemalloc.get_traced_memory()[1] < 20_000_000
+    tracemalloc.stop()
+
+
+@pytest.mark.parametrize(
+    ("data", "kind"),
+    [
+        (b"", "damaged"),
+        (b"\x89PNG\r\n\x1a\n", "damaged"),
+        (encoded(Image.new("RGB", (9, 9))).replace(b"IDAT", b"IDAX"), "damaged"),
+        (b"<html>not found</html>", "format"),
+        (encoded(Image.new("RGB", (9, 9)), "PPM"), "format"),
+        (encoded(Image.new("RGB", (64, 64)), "JPEG")[:300], "damaged"),
+        (encoded(Image.new("RGB", (64, 64)))[:60], "damaged"),
+        (png(9_000, 8_000, 1, 0, b""), "bomb"),
+        (encoded(Image.fromarray(np.ones((2, 2), np.float32)), "TIFF"), "pixels"),
+    ],
+)
+def test_every_refusal_has_its_word(data: bytes, kind: str) -> None:
+    with pytest.raises(Refused) as caught:
+        images.decode(data, "a")
+    assert caught.value.kind == kind
+
+
+@pytest.mark.parametrize(("shrink", "side"), [(1, 200), (2, 100), (3, 100), (4, 50), (9, 25)])
+def test_a_jpeg_shrinks_to_a_half_a_quarter_or_an_eighth(shrink: int, side: int) -> None:
+    y, x = np.mgrid[:200, :200]
+    smooth = np.stack([y, x, 90 + 0 * x], axis=-1).astype(np.uint8)
+    decoded = images.decode(
+        encoded(Image.fromarray(smooth), "JPEG", quality=95), "a", shrink=shrink
+    )
+    assert decoded.shape == (side, side, 3)
+    assert np.abs(decoded.astype(int) - images.fit(smooth, side, side)).max() <= 4
+    assert images.decode(encoded(Image.fromarray(smooth)), "a", shrink=shrink).shape[0] == 200
+
+
+def test_a_photograph_on_its_side_shrinks_upright() -> None:
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(Image.new("RGB", (320, 160)), "JPEG", exif=exif)
+    assert images.size(data, "a") == (160, 320)
+    assert images.decode(data, "a", shrink=4).shape == (80, 40, 3)
+
+
+def test_what_is_encoded_without_loss_comes_back() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (9, 7, 3), dtype=np.uint8)
+    assert np.array_equal(images.decode(images.encode(noise, "png"), "a"), noise)
+    assert np.array_equal(images.decode(images.encode(noise, "webp"), "a"), noise)
+    assert Image.open(io.BytesIO(images.encode(noise, "jpeg"))).format == "JPEG"
+
+
 def test_verify_gives_the_size_and_finds_a_damaged_chunk() -> None:
     data = encoded(Image.fromarray(colours(12, 20)))
     assert images.verify(io.BytesIO(data), "a") == (12, 20)
@@ -311,6 +372,11 @@ def test_fit_gives_the_shape_asked_for(shape: tuple[int, int]) -> None:
     fitted = images.fit(colours(max(shape[0], 2), max(shape[1], 2)), 32, 48)
     assert fitted.shape == (32, 48, 3)
     assert fitted.dtype == np.uint8
+
+
+def test_fit_never_reaches_a_rounding_error_beyond_the_edge() -> None:
+    for height, width, high, wide in [(55, 120, 40, 88), (57, 125, 40, 88), (58, 120, 42, 88)]:
+        assert images.fit(colours(height, width), high, wide).shape == (high, wide, 3)
 
 
 def test_fit_takes_the_centre() -> None:

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import tarfile
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,7 @@ import pytest
 from PIL import Image
 
 from daybreak.data import images, sources
+from daybreak.data.records import Columns
 from daybreak.data.sources import Captioned
 from daybreak.failure import BadData, BadRecipe
 
@@ -291,3 +293,50 @@ def test_the_emoji_load_with_both_columns() -> None:
     assert pixels.shape == (128, 128, 3)
     assert (pixels[0, 0] == 255).all()
     assert not np.array_equal(pixels, np.full_like(pixels, 255))
+
+
+def test_a_source_is_known_by_what_lies_there(tmp_path: Path) -> None:
+    def layout(name: str) -> str:
+        return sources.find(name, Columns(), 4).layout
+
+    picture(tmp_path / "beside" / "a.png")
+    picture(tmp_path / "named" / "a.png")
+    jsonl(tmp_path / "named", {"file_name": "a.png", "text": "x"})
+    (tmp_path / "named" / "b.tar").touch()
+    (tmp_path / "tars" / "deep").mkdir(parents=True)
+    tarfile.open(tmp_path / "tars" / "deep" / "a.tar", "w").close()
+    (tmp_path / "tars" / "a.parquet").write_bytes(b"img2dataset puts tables beside its tars")
+    assert layout(str(tmp_path / "beside")) == "sidecars"
+    assert layout(str(tmp_path / "named")) == "imagefolder"
+    assert layout(str(tmp_path / "tars")) == "webdataset"
+    assert layout(str(tmp_path / "tars" / "deep" / "a.tar")) == "webdataset"
+    assert layout(str(tmp_path / "tars" / "a.parquet")) == "parquet"
+    assert layout("scenes:3") == "scenes"
+    assert [part.bytes for part in sources.find("scenes:9", Columns(), 4).parts] == [
+        4096,
+        4096,
+        1024,
+    ]
+
+
+def test_what_is_no_source_is_one_sentence(tmp_path: Path) -> None:
+    (tmp_path / "splits").mkdir()
+    (tmp_path / "splits" / "dataset_dict.json").write_text("{}")
+    for name, said in [
+        (str(tmp_path / "absent"), "there is no such file or folder"),
+        ("absent", "there is no such file or folder"),
+        ("scenes:many", "there is no such file or folder"),
+        (str(picture(tmp_path / "one.png")), "is neither .tar nor .parquet"),
+        (str(tmp_path / "splits"), "holds several splits"),
+    ]:
+        with pytest.raises(BadData, match=said):
+            sources.find(name, Columns(), 4)
+
+
+def test_a_name_under_a_folder_that_is_there_is_no_name_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "data").mkdir()
+    with pytest.raises(BadData, match="data/emojy: there is no such file or folder"):
+        sources.find("data/emojy", Columns(), 4)

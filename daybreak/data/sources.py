@@ -1,32 +1,31 @@
-"""Sources: a folder of pictures with captions, read into one list.
+"""Sources: where captioned pictures come from.
 
-Two layouts are understood, both those of Hugging Face's `imagefolder` and of most training tools:
-
-    metadata.jsonl or metadata.csv     one row per picture: `file_name` and columns of captions
-    picture.png and picture.txt        side by side, in sub-folders too
+`find` says which layout a source has and cuts it into the parts that `prepare` reads. `folder`
+reads a folder as one list, ordered by name, for training straight from it; it ends at the first
+thing that is wrong.
 
 A picture may carry several captions, one from each column asked for, with the weight of that
-column: `batches` draws one of them each time. The list is ordered by file name, so that it is the
-same on every machine. With metadata, pictures it does not name are not part of the dataset.
-
-Nothing outside the folder is ever read, whatever the metadata or a link inside it says.
+column: training draws one of them each time.
 """
 
-import csv
-import io
-import json
+import hashlib
 import math
 import os
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from daybreak.data import images
+from daybreak.data import captions, folders, images, scenes
+from daybreak.data.captions import USUAL_COLUMNS
+from daybreak.data.folders import Row
+from daybreak.data.records import Columns, Fault, Record, Refused, Source
 from daybreak.failure import BadData, BadRecipe
 
-USUAL_COLUMNS = ("text", "caption", "prompt")
 NAMED_AT_MOST = 5
+DRAWN = re.compile(r"scenes:(\d+)(?::([\w-]+))?")  # how many, on which canvas
+HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 class Captioned(NamedTuple):
@@ -37,19 +36,90 @@ class Captioned(NamedTuple):
     weights: tuple[float, ...]  # one for each caption, positive, not normalised
 
 
-class Row(NamedTuple):
-    """A row of the metadata, and the line it stands on."""
+class Drawn(NamedTuple):
+    """A part of the built-in source: some of the scenes of seed 0.
 
-    line: int
-    values: dict[str, object]
+    They are handed on as PNG, so that a checker finds the very colours that were drawn. The caption
+    of a scene is also its specification: `scenes_captions.parse` gives it back.
+    """
+
+    config: scenes.Config
+    first: int
+    scenes: int
+
+    @property
+    def bytes(self) -> int:
+        """About the size of their files."""
+        return self.scenes * scenes.CANVASES[self.config.canvas].size ** 2 // 4
+
+    def read(self) -> Iterator[Record | Fault]:
+        """Draw them."""
+        for index in range(self.first, self.first + self.scenes):
+            sample = scenes.sample(self.config, 0, index)
+            yield Record(str(index), images.encode(sample.image, "png"), {"text": sample.caption})
+
+
+def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source:
+    """Look at a source and cut it into parts; nothing of its pictures is read yet.
+
+    In this order: `scenes:N` or `scenes:N:CANVAS`; a tar or parquet file; a folder that
+    `datasets.save_to_disk` wrote, one with metadata.jsonl or metadata.csv, one with tars, one with
+    parquet files, one with pictures. What is not there, nor the folder it would lie in, is taken
+    for the name of a dataset on the Hugging Face hub.
+
+    Errors  BadData if it cannot be read, or holds nothing of the kind.
+    """
+    from daybreak.data import tables, tars
+
+    path = Path(name)
+    if path.is_file():
+        if path.suffix == ".tar":
+            return tars.parts([path], path.parent, name)
+        if path.suffix == ".parquet":
+            return tables.parquet([path], path.parent, name, wanted, shard)
+        raise BadData(f"{name}: is neither .tar nor .parquet; give a folder of pictures, or those.")
+    if path.is_dir():
+        if (path / "dataset_dict.json").is_file():
+            raise BadData(f"{name}: holds several splits; give the folder of one of them.")
+        if (path / "state.json").is_file():
+            return tables.saved(path, name, wanted, shard)
+        inner = [] if folders.metadata_of(path) else folders.walk(path)
+        if found := [path / one for one in inner if one.endswith(".tar")]:
+            return tars.parts(found, path, name)
+        if found := [path / one for one in inner if one.endswith(".parquet")]:
+            return tables.parquet(found, path, name, wanted, shard)
+        return folders.parts(path, name, shard)
+    if drawn := DRAWN.fullmatch(name):
+        return _drawn(name, int(drawn[1]), drawn[2], shard)
+    if HUB.fullmatch(name) and not path.parent.exists():
+        return tables.hub(name, wanted, shard, stream)
+    raise BadData(
+        f"{name}: there is no such file or folder; give one, scenes:N, or owner/name of the hub."
+    )
+
+
+def _drawn(name: str, count: int, canvas: str | None, shard: int) -> Source:
+    try:
+        config = scenes.Config.model_validate({"canvas": canvas} if canvas else {})
+    except ValueError as error:
+        listed = ", ".join(scenes.CANVASES)
+        raise BadRecipe(f"{name}: there is no canvas {canvas!r}; there are {listed}") from error
+    if not count:
+        raise BadRecipe(f"{name}: asks for no scenes; write scenes:10000")
+    parts = tuple(
+        Drawn(config, first, min(shard, count - first)) for first in range(0, count, shard)
+    )
+    fingerprint = hashlib.sha256(f"{config.model_dump_json()} {count}".encode()).hexdigest()
+    return Source(name, "scenes", fingerprint, parts)
 
 
 def folder(path: Path, caption_columns: Sequence[tuple[str, float]] = ()) -> list[Captioned]:
-    """All pictures of a folder, each with its captions.
+    """All pictures of a folder, each with its captions, in the order of their names.
 
     `caption_columns` are (name, weight); without them, the first of `text`, `caption` and `prompt`
     that the metadata has. A list of words is one caption, joined by commas. A value that is missing
-    or empty drops that caption from that picture, and the others stay.
+    or empty drops that caption from that picture, and the others stay. With metadata, pictures it
+    does not name are not part of the dataset.
 
     Errors  BadData for a folder or a row that cannot be used, naming it; BadRecipe for a weight
             that is not a positive number.
@@ -57,15 +127,10 @@ def folder(path: Path, caption_columns: Sequence[tuple[str, float]] = ()) -> lis
     for column, weight in caption_columns:
         if not (math.isfinite(weight) and weight > 0):
             raise BadRecipe(f"caption column `{column}` has weight {weight}; it must be positive.")
-    if not path.is_dir():
-        raise BadData(f"{path}: there is no such folder; give the folder that holds the pictures.")
-
-    metadata = [path / name for name in ("metadata.jsonl", "metadata.csv")]
-    metadata = [file for file in metadata if file.is_file()]
-    if len(metadata) == 2:
-        raise BadData(f"{path}: has both metadata.jsonl and metadata.csv; remove one of them.")
+    folders.check_folder(path)
+    metadata = folders.metadata_of(path)
     if metadata:
-        captioned = _from_metadata(metadata[0], caption_columns)
+        captioned = _from_metadata(metadata, caption_columns)
     elif caption_columns:
         raise BadData(
             f"{path}: caption columns are asked for, but there is no metadata.jsonl or "
@@ -104,53 +169,55 @@ def _complaint(path: Path) -> str | None:
 
 
 def _from_metadata(file: Path, caption_columns: Sequence[tuple[str, float]]) -> list[Captioned]:
-    rows = _read_csv(file) if file.suffix == ".csv" else _read_jsonl(file)
+    rows = []
+    for row, _ in folders.rows(file):
+        if isinstance(row, Fault):
+            raise BadData(f"{file.parent / row.where}: {row.reason}")
+        rows.append(row)
     if not rows:
         raise BadData(f"{file}: names no pictures; write one row for each, with `file_name`.")
     columns = _columns(file, rows, caption_columns)
     captioned = []
     for row in rows:
-        found = [(_text(file, row, name), weight) for name, weight in columns]
+        try:
+            found = [
+                (captions.words(row.values.get(name), name), weight) for name, weight in columns
+            ]
+            picture = folders.inside(file.parent, row)
+        except Refused as fault:
+            raise BadData(f"{file}:{row.line}: {fault}") from fault
         kept = [(text, weight) for text, weight in found if text]
-        captioned.append(
-            Captioned(
-                path=_inside(file, row),
-                captions=tuple(text for text, _ in kept),
-                weights=tuple(weight for _, weight in kept),
-            )
-        )
+        texts, weights = tuple(text for text, _ in kept), tuple(weight for _, weight in kept)
+        captioned.append(Captioned(picture, texts, weights))
     return captioned
 
 
 def _side_by_side(path: Path) -> list[Captioned]:
     captioned = []
-    for root, folders, names in os.walk(path):
-        folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
-        for name in names:
-            picture = Path(root, name)
-            if name.startswith(".") or picture.suffix.lower() not in images.SUFFIXES:
-                continue
-            if not _within(path, picture):
-                raise BadData(f"{picture}: is a link that leads out of {path}; copy the picture.")
-            caption = _caption_beside(path, picture.with_suffix(".txt"))
-            captioned.append(Captioned(picture, (caption,), (1.0,)) if caption else _bare(picture))
-    if not captioned:
-        raise BadData(
-            f"{path}: holds no pictures; put metadata.jsonl there, or picture.png with picture.txt."
+    for name in folders.walk(path):
+        picture = path / name
+        if not folders.is_picture(name):
+            continue
+        if not folders.within(path, picture):
+            raise BadData(f"{picture}: is a link that leads out of {path}; copy the picture.")
+        caption = _caption_beside(path, picture.with_suffix(".txt"))
+        captioned.append(
+            Captioned(picture, (caption,), (1.0,)) if caption else Captioned(picture, (), ())
         )
+    if not captioned:
+        raise BadData(folders.no_pictures(path))
     return captioned
-
-
-def _bare(picture: Path) -> Captioned:
-    return Captioned(picture, (), ())
 
 
 def _caption_beside(path: Path, file: Path) -> str:
     if not file.is_file():
         return ""
-    if not _within(path, file):
+    if not folders.within(path, file):
         raise BadData(f"{file}: is a link that leads out of {path}; copy the caption.")
-    return _one_line(_read_text(file))
+    try:
+        return captions.words(folders.contents(file), "text")
+    except Refused as fault:
+        raise BadData(f"{file}: {fault}") from fault
 
 
 def _refuse_uncaptioned(path: Path, captioned: Sequence[Captioned]) -> None:
@@ -180,90 +247,3 @@ def _columns(
             f"({listed}) in `caption_columns`."
         )
     return [(usual[0], 1.0)]
-
-
-def _text(file: Path, row: Row, column: str) -> str:
-    """The caption of one cell; empty where there is none."""
-    value = row.values.get(column)
-    if value is None:
-        return ""
-    if isinstance(value, str):
-        return _one_line(value)
-    if isinstance(value, list):
-        words = [word for word in value if isinstance(word, str)]
-        if len(words) == len(value):
-            return ", ".join(filter(None, map(_one_line, words)))
-    raise BadData(
-        f"{file}:{row.line}: column `{column}` holds {json.dumps(value)[:60]}; "
-        "a caption is a text or a list of texts."
-    )
-
-
-def _inside(file: Path, row: Row) -> Path:
-    """The picture a row names, which must be a file inside the folder of the metadata."""
-    name = row.values.get("file_name")
-    if not isinstance(name, str) or not name or "\0" in name:
-        raise BadData(f"{file}:{row.line}: has no `file_name`; write the name of the picture.")
-    picture = file.parent / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or not _within(file.parent, picture):
-        raise BadData(
-            f"{file}:{row.line}: `file_name` {name!r} lies outside the folder; "
-            "move the picture into it."
-        )
-    try:
-        there = picture.is_file()
-    except OSError:  # a name too long for the file system
-        there = False
-    if not there:
-        raise BadData(f"{file}:{row.line}: names {name!r}, which does not exist in the folder.")
-    return picture
-
-
-def _within(path: Path, file: Path) -> bool:
-    """Whether the file, all links followed, still lies in the folder."""
-    return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(path))
-
-
-def _read_jsonl(file: Path) -> list[Row]:
-    rows = []
-    # Not splitlines(): a caption may hold U+2028, which JSON does not escape.
-    for line, text in enumerate(_read_text(file).split("\n"), start=1):
-        if not text.strip():
-            continue
-        try:
-            values = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise BadData(f"{file}:{line}: is not JSON; write one object per line.") from error
-        if not isinstance(values, dict):
-            raise BadData(f"{file}:{line}: is not a JSON object; write one object per line.")
-        rows.append(Row(line, values))
-    return rows
-
-
-def _read_csv(file: Path) -> list[Row]:
-    reader = csv.DictReader(io.StringIO(_read_text(file), newline=""), strict=True)
-    rows = []
-    try:
-        for values in reader:
-            if None in values:
-                raise BadData(
-                    f"{file}:{reader.line_num}: has more cells than the header; "
-                    "put captions with commas in quotes."
-                )
-            rows.append(Row(reader.line_num, dict(values)))
-    except csv.Error as error:
-        raise BadData(f"{file}:{reader.line_num}: is not CSV ({error}).") from error
-    return rows
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8-sig")  # with or without a byte order mark
-    except UnicodeDecodeError as error:
-        raise BadData(f"{file}: is not UTF-8 (byte {error.start}); save it as UTF-8.") from error
-    except OSError as error:
-        raise BadData(f"{file}: cannot be read ({error.strerror}).") from error
-
-
-def _one_line(text: str) -> str:
-    return " ".join(text.split())

@@ -1,0 +1,140 @@
+"""Captions: what may be said of a picture, each with its weight.
+
+A picture may have several: one for each column asked for, of which training draws one by weight
+each time. Without a choice of columns, the first of `text`, `caption` and `prompt` that the picture
+has gets 0.9 and its `keywords`, where it has some, 0.1: whole sentences teach most, and a few bare
+words keep short prompts working.
+
+Cleaning is light. HTML entities and control characters go, any white space becomes one space;
+words, case, digits and scripts stay as they are, since a prompt may ask for any of them.
+"""
+
+import html
+import json
+import re
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from daybreak.data.records import Refused
+
+USUAL_COLUMNS = ("text", "caption", "prompt")
+KEYWORDS = "keywords"
+USUAL_WEIGHT, KEYWORDS_WEIGHT = 0.9, 0.1
+
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]+")  # what is not white space
+
+
+class Captions(NamedTuple):
+    """The captions of a picture, and what was wrong with those it lost."""
+
+    texts: tuple[str, ...]  # at least one, none of them empty
+    weights: tuple[float, ...]
+    faults: tuple[str, ...]  # one sentence each
+
+
+def clean(text: str) -> str:
+    """The text on one line, without HTML entities and control characters."""
+    text = html.unescape(html.unescape(text))
+    return " ".join(CONTROL.sub("", text).split())
+
+
+def words(value: object, column: str) -> str:
+    """The caption in one cell, cleaned; empty where there is none. A list is joined by commas.
+
+    Errors  Refused for what is not a text, or not UTF-8.
+    """
+    if value is None:
+        return ""
+    if isinstance(value, bytes):
+        try:
+            value = value.decode("utf-8-sig")
+        except UnicodeDecodeError as error:
+            raise _refused(f"its `{column}` is not UTF-8 (byte {error.start}).") from error
+    if isinstance(value, str):
+        _check_unicode(value, column)
+        return clean(value)
+    if isinstance(value, list):
+        texts = [one for one in value if isinstance(one, str)]
+        if len(texts) == len(value):
+            for one in texts:
+                _check_unicode(one, column)
+            return ", ".join(filter(None, map(clean, texts)))
+    raise _refused(
+        f"column `{column}` holds {_shown(value)}; a caption is a text or a list of texts."
+    )
+
+
+def read(
+    columns: Mapping[str, object],
+    asked: Sequence[tuple[str, float]] = (),
+    shortest: int = 1,
+    longest: int = 8000,
+) -> Captions:
+    """The captions of one picture, of `shortest` to `longest` characters each.
+
+    One that cannot be used is left out and said so; the picture goes on with the others.
+
+    Errors  Refused, with the first thing that is wrong, if none is left.
+    """
+    kept: list[tuple[str, float]] = []
+    faults = []
+    for column, weight in asked or _usual(columns):
+        try:
+            text = words(columns.get(column), column)
+            if text:
+                _check_length(text, column, shortest, longest)
+                kept.append((text, weight))
+        except Refused as fault:
+            faults.append(str(fault))
+    if not kept:
+        raise Refused(faults[0] if faults else _nothing(columns, asked), "caption")
+    texts, weights = zip(*kept, strict=True)
+    return Captions(texts, weights, tuple(faults))
+
+
+def _usual(columns: Mapping[str, object]) -> list[tuple[str, float]]:
+    """The column of sentences, and that of keywords."""
+    first = next((name for name in USUAL_COLUMNS if columns.get(name)), None)
+    usual = [(first, USUAL_WEIGHT)] if first else []
+    return [*usual, (KEYWORDS, KEYWORDS_WEIGHT)] if columns.get(KEYWORDS) else usual
+
+
+def _check_length(text: str, column: str, shortest: int, longest: int) -> None:
+    if len(text) > longest:
+        raise _refused(
+            f"its `{column}` has {len(text):,} characters; at most {longest:,} are taken."
+        )
+    if len(text) < shortest:
+        raise _refused(
+            f"its `{column}` has {len(text):,} characters; at least {shortest:,} are asked for."
+        )
+
+
+def _check_unicode(text: str, column: str) -> None:
+    """JSON and CSV can hold half a character, which no file can be written with."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise _refused(f"its `{column}` is not valid Unicode (at {error.start}).") from error
+
+
+def _nothing(columns: Mapping[str, object], asked: Sequence[tuple[str, float]]) -> str:
+    names = [name for name, _ in asked] or [*USUAL_COLUMNS, KEYWORDS]
+    there = [name for name in names if name in columns]
+    if there:
+        return f"has no caption; its {_listed(there)} {'is' if len(there) == 1 else 'are'} empty."
+    return f"has no caption; there is no {_listed(names, 'or')}."
+
+
+def _listed(names: Sequence[str], word: str = "and") -> str:
+    quoted = [f"`{name}`" for name in names]
+    return f" {word} ".join(filter(None, [", ".join(quoted[:-1]), quoted[-1]]))
+
+
+def _refused(sentence: str) -> Refused:
+    return Refused(sentence, "caption")
+
+
+def _shown(value: object) -> str:
+    """A value in a few characters."""
+    return json.dumps(value, default=lambda other: type(other).__name__)[:60]

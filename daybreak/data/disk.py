@@ -1,0 +1,76 @@
+"""Files on disk that are whole or not there, and known by their sha256."""
+
+import json
+import os
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from hashlib import file_digest
+from pathlib import Path
+from typing import Any
+
+from daybreak.failure import BadData
+
+
+def sealed(path: Path) -> dict[str, Any]:
+    """The size and sha256 of a file, once the disk holds it."""
+    sync(path)
+    with path.open("rb") as file:
+        digest = file_digest(file, "sha256").hexdigest()
+    return {"bytes": path.stat().st_size, "sha256": digest}
+
+
+def compare(
+    folder: Path, files: dict[str, dict[str, Any]], progress: Callable[[int, int], None] | None
+) -> None:
+    """Compare files with what `sealed` said of them, several at a time.
+
+    `progress` hears of bytes compared and bytes in all.
+
+    Errors  BadData for the first that is missing or another.
+    """
+
+    def complaint(name: str) -> str | None:
+        path, listed = folder / name, files[name]
+        if not path.is_file():
+            return f"{name} is missing"
+        if path.stat().st_size != listed["bytes"]:
+            return f"{name} has {path.stat().st_size:,} bytes, not {listed['bytes']:,}"
+        with path.open("rb") as file:
+            found = file_digest(file, "sha256").hexdigest()
+        if found != listed["sha256"]:
+            return f"{name} has sha256 {found[:12]}, not {listed['sha256'][:12]}"
+        return None
+
+    done, of = 0, sum(listed["bytes"] for listed in files.values())
+    with ThreadPoolExecutor() as pool:
+        for name, wrong in zip(files, pool.map(complaint, files), strict=True):
+            if wrong:
+                raise BadData(f"{folder} is damaged: {wrong}; copy it again or prepare it again")
+            done += files[name]["bytes"]
+            if progress:
+                progress(done, of)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """What a file of JSON holds. Errors: BadData if it cannot be read."""
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise BadData(f"{path} cannot be read ({error}): remove the folder it lies in") from error
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write a file under another name first, so that under its own it is always whole."""
+    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    sync(fresh)
+    fresh.replace(path)
+
+
+def sync(path: Path) -> None:
+    """Ask the disk to hold a file, or a folder's list of names."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,352 @@
+"""Prepare: from sources of any layout to one dataset that training and `datasets` open.
+
+    OUT/data-00000-of-00007.arrow ...    the pictures, as `datasets.save_to_disk` writes them
+        dataset_info.json, state.json
+        rejected.jsonl                   every input that was left out, with its reason
+        duplicates.jsonl                 which pictures are alike, and which of them was kept
+        manifest.json                    settings, sources, counts, and the sha256 of every file
+
+The sources are cut into parts, and each part becomes one shard of pictures (data/ingest) under
+OUT/.staging, in as many processes as there are; a shard is finished when its report stands beside
+it. Then duplicates are looked for through all shards, the files are put in order, and the manifest
+comes last: a folder without it is no dataset.
+
+After a kill, at any moment, the same command goes on with the parts that have no report. What is
+written depends on the sources and the settings alone, so the manifest is then the same, byte for
+byte, as without the kill. Memory holds a few pictures for each process, and some numbers and
+names for each picture.
+"""
+
+import contextlib
+import fcntl
+import itertools
+import json
+import shutil
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+
+from daybreak.data import assemble, buckets, disk, images, records, shards, sources
+from daybreak.data.captions import KEYWORDS, USUAL_COLUMNS
+from daybreak.data.ingest import Config
+from daybreak.data.records import Columns, Record, Refused, Source
+from daybreak.data.shards import Progress
+from daybreak.failure import BadData, BadRecipe, BadStorage
+
+SCHEMA = 1
+STAGING = ".staging"
+PEEKED = 256  # pictures of a source that are looked at before the work begins
+SIDES = (32, 64, 128, 256, 512)  # resolutions that are chosen from
+ENOUGH = 0.9  # share of the pictures that must be large enough for a resolution
+NAMED_AT_MOST = 5
+SHOWN = 6  # buckets
+
+
+def prepare(
+    names: Sequence[str],
+    out: Path,
+    config: Config,
+    processes: int = 1,
+    salvage: bool = False,
+    progress: Callable[[Progress], None] = lambda _: None,
+) -> dict[str, Any]:
+    """Prepare a dataset, or go on with one; the manifest is returned.
+
+    `salvage` keeps what could be read of damaged tars and tables, and leaves the rest out.
+
+    Errors  BadData for a source that cannot be used, a damaged tar or table, or if no picture is
+            left; BadRecipe if the settings contradict one another, or OUT holds something else;
+            BadStorage if OUT cannot be written; LostPeer if a process is killed.
+    """
+    wanted = Columns(
+        tuple(name for name, _ in config.caption_columns),
+        config.image_column,
+        config.licence_column,
+    )
+    for name in names:
+        if out.resolve().is_relative_to(Path(name).resolve()):
+            raise BadRecipe(f"--out {out} lies in the source {name}: choose a folder beside it")
+    found = [sources.find(name, wanted, config.shard, config.stream) for name in names]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Pillow warns of what is later refused with a reason
+        config = settled(config, found)
+    plan = {
+        "schema": SCHEMA,
+        "daybreak": version("daybreak"),
+        "settings": config.model_dump(mode="json"),
+        "sources": [
+            {"source": one.name, "layout": one.layout, "fingerprint": one.fingerprint}
+            for one in found
+        ],
+    }
+    finished = _enter(out, plan)
+    if finished is not None:
+        return finished
+    with _claimed(out) as staging:
+        _same_plan(staging / "plan.json", plan, out)
+        shards.store_all(found, config, staging, processes, progress)
+        if not salvage:
+            _refuse_damaged(staging, found)
+        try:
+            manifest = assemble.assemble(out, staging, plan, found, config.near)
+        except BadData:  # no picture is left: nothing here is of use to other settings
+            shutil.rmtree(staging, ignore_errors=True)
+            raise
+        shutil.rmtree(staging, ignore_errors=True)
+    return manifest
+
+
+def settings(given: dict[str, Any]) -> Config:
+    """Settings by name; those that are None keep their default.
+
+    Errors  BadRecipe for the first that cannot be.
+    """
+    try:
+        return Config(**{name: value for name, value in given.items() if value is not None})
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = str(first["loc"][0]).replace("_", "-")
+        flag = {"caption-columns": "caption-column", "licences": "licence"}.get(flag, flag)
+        message = first["msg"].removeprefix("Value error, ")
+        value = "" if first["type"] == "value_error" else f" {first['input']}"
+        raise BadRecipe(f"--{flag}{value}: {message[0].lower()}{message[1:]}") from None
+
+
+def skip_list(path: Path) -> frozenset[str]:
+    """The lines of a file: names within a source, or sha256 of pictures, whole or 16 digits.
+
+    Errors  BadRecipe if it cannot be read.
+    """
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadRecipe(f"--skip {path} cannot be read ({error})") from error
+    return frozenset(line.strip() for line in lines) - {""}
+
+
+def summary(out: Path, manifest: dict[str, Any]) -> Iterator[str]:
+    """What was made, and what was left out, in a few lines."""
+    counts, chosen = manifest["counts"], manifest["settings"]
+    names = [name for name in manifest["files"] if name.endswith(".arrow")]
+    size = sum(file["bytes"] for file in manifest["files"].values()) / 1e6
+    yield f"{out}: {counts['kept']:,} pictures of {counts['read']:,}, {size:,.1f} MB"
+    shapes = [f"{name} {number:,}" for name, number in manifest["buckets"].items()]
+    more = f" and {len(shapes) - SHOWN} more" if len(shapes) > SHOWN else ""
+    yield (
+        f"  {chosen['resolution']} px, sides in steps of {chosen['unit']}; "
+        f"buckets {', '.join(shapes[:SHOWN])}{more}; {len(names)} file{'s' * (len(names) > 1)}"
+    )
+    if counts["captions_lost"]:
+        yield f"  {counts['captions_lost']:,} further captions could not be used"
+    examples = dict[str, str]()
+    for row in _lines(out / "rejected.jsonl"):
+        examples.setdefault(row["kind"], f"{row['where']}: {row['reason']}")
+        if len(examples) == len(counts["rejected"]):
+            break
+    for kind, number in counts["rejected"].items():
+        yield f"  left out: {number:,} {kind}, such as {examples[kind]}"
+    if examples:
+        yield f"  every one of them, with its reason: {out / 'rejected.jsonl'}"
+
+
+def settled(config: Config, found: Sequence[Source]) -> Config:
+    """The settings with what the pictures decide.
+
+    Without a resolution it is the largest of 32, 64, 128, 256 and 512 for which nine in ten of the
+    first pictures of each source are large enough. Without a unit it is the resolution / 16 within
+    8 and 32, rounded down to a power of two: patches of 32 at 512 px, as PRX has. Scenes are PNG:
+    their checker counts on the exact colours.
+
+    Errors  BadData for a source whose first pictures have none of the captions asked for;
+            BadRecipe for settings that contradict one another.
+    """
+    seen, large_enough = 0, Counter[int]()
+    for height, width in itertools.chain.from_iterable(_sizes(one, config) for one in found):
+        seen += 1
+        large_enough.update(side for side in SIDES if _fills(height, width, side, config))
+    fitting = [side for side in SIDES if large_enough[side] >= ENOUGH * seen]
+    resolution = config.resolution or max(fitting, default=SIDES[0])
+    unit = config.unit or _unit(resolution)
+    if resolution % unit:
+        raise BadRecipe(
+            f"--resolution {resolution} is not a multiple of the unit {unit}: choose another, or "
+            "a --unit that divides it"
+        )
+    form = config.format
+    if any(source.layout == "scenes" for source in found):
+        if form not in ("auto", "png"):
+            raise BadRecipe(f"--format {form}: scenes are stored as png, for their exact colours")
+        form = "png"
+    settings = {"resolution": resolution, "unit": unit, "format": form}
+    return config.model_copy(update=settings)
+
+
+def _sizes(source: Source, config: Config) -> Iterator[tuple[int, int]]:
+    """Heights and widths of the first pictures of a source.
+
+    Errors  BadData if none of them has a caption of those asked for.
+    """
+    read = itertools.chain.from_iterable(part.read() for part in source.parts)
+    pictures = (item for item in read if isinstance(item, Record))
+    there, seen = dict[str, None](), 0
+    for record in itertools.islice(pictures, PEEKED):
+        there |= dict.fromkeys(record.columns)
+        seen += 1
+        with contextlib.suppress(Refused):
+            yield images.size(record.data, record.where)
+    asked = [name for name, _ in config.caption_columns] or [*USUAL_COLUMNS, KEYWORDS]
+    if seen and there.keys().isdisjoint(asked):
+        listed = ", ".join(f"`{name}`" for name in there) or "none"
+        raise BadData(
+            f"{source.name}: none of its first {seen} pictures has a caption in "
+            f"{' or '.join(f'`{name}`' for name in asked)}; it has {listed}: name one of its own "
+            "with --caption-column"
+        )
+
+
+def _unit(resolution: int) -> int:
+    return next((unit for unit in (32, 16) if unit * 16 <= resolution), 8)
+
+
+def _fills(height: int, width: int, side: int, config: Config) -> bool:
+    """Whether a picture is large enough for a resolution."""
+    unit = config.unit or _unit(side)
+    if side % unit:
+        return False
+    bucket = buckets.nearest(buckets.buckets(side, unit, config.max_aspect), height, width)
+    return max(bucket.height / height, bucket.width / width) <= config.max_upscale
+
+
+# The folder
+
+
+def _enter(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
+    """Look at the folder; if what is asked for has been done, its manifest.
+
+    Errors  BadRecipe if something else is there.
+    """
+    if not out.exists():
+        return None
+    if not out.is_dir():
+        raise BadRecipe(f"--out {out} is a file: choose a folder for the dataset")
+    if (out / "manifest.json").is_file():
+        manifest = disk.read_json(out / "manifest.json")
+        _refuse_other(plan, manifest, f"{out} holds a dataset")
+        shutil.rmtree(out / STAGING, ignore_errors=True)
+        return manifest
+    if any(out.iterdir()) and not (out / STAGING).is_dir():
+        raise BadRecipe(
+            f"{out} is not empty and holds no dataset: choose another folder with --out"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def _claimed(out: Path) -> Iterator[Path]:
+    """The staging folder, for this process alone until it ends, however it ends."""
+    staging = out / STAGING
+    try:
+        staging.mkdir(parents=True, exist_ok=True)
+        lock = (staging / "lock").open("w")
+    except OSError as error:
+        raise BadStorage(f"cannot write {staging}: {error.strerror}") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadRecipe(
+                f"another command is preparing {out}: wait for it, or choose another --out"
+            ) from error
+        yield staging
+
+
+def _same_plan(path: Path, plan: dict[str, Any], out: Path) -> None:
+    """Record what is to be done, or find that it is what was begun."""
+    if path.is_file():
+        _refuse_other(plan, disk.read_json(path), f"{out} holds the beginning of a dataset")
+    else:
+        disk.write_json(path, plan)
+
+
+def _refuse_other(plan: dict[str, Any], there: dict[str, Any], holds: str) -> None:
+    changed = list(_differences(there, plan))
+    if changed:
+        raise BadRecipe(
+            f"{holds} prepared otherwise ({'; '.join(changed)}): choose another folder with --out, "
+            "or remove this one to prepare it anew"
+        )
+
+
+def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
+    before = {"daybreak": old.get("daybreak"), **old.get("settings", {})}
+    after = {"daybreak": new["daybreak"], **new["settings"]}
+    for key, value in after.items():
+        if before.get(key) != value:
+            yield f"{key}: {before.get(key)} -> {value}"
+    had = {one["source"]: one["fingerprint"] for one in old.get("sources", [])}
+    has = {one["source"]: one["fingerprint"] for one in new["sources"]}
+    if list(had) != list(has):
+        yield f"sources: {', '.join(had)} -> {', '.join(has)}"
+    else:
+        yield from (f"{name} has changed since" for name in has if had[name] != has[name])
+
+
+def _refuse_damaged(staging: Path, found: Sequence[Source]) -> None:
+    """Errors: BadData if a tar or table could not be read to its end."""
+    damaged = [
+        f"{row['source']}: {row['where']} {row['reason']}"
+        for number in range(sum(len(source.parts) for source in found))
+        for row in shards.report(staging, number).rejected
+        if row["kind"] == records.CONTAINER
+    ]
+    if damaged:
+        more = f" and {len(damaged) - NAMED_AT_MOST} more." if len(damaged) > NAMED_AT_MOST else ""
+        raise BadData(
+            f"{' '.join(damaged[:NAMED_AT_MOST])}{more} Or give the same command with --salvage: "
+            "what could be read is kept, nothing is read again."
+        )
+
+
+def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> int:
+    """Check every byte of a dataset, and that its lists and its manifest agree; its pictures.
+
+    `progress` hears of bytes checked and bytes in all.
+
+    Errors  BadData, in one sentence, for the first thing that is wrong.
+    """
+    if not (folder / "manifest.json").is_file():
+        raise BadData(f"{folder} is no prepared dataset: it has no manifest.json")
+    manifest = disk.read_json(folder / "manifest.json")
+    counts, files = manifest["counts"], manifest["files"]
+    disk.compare(folder, files, progress)
+    there = assemble.tallied(folder, files)
+    rejected = Counter(row["kind"] for row in _lines(folder / "rejected.jsonl"))
+    groups = _lines(folder / "duplicates.jsonl")
+    pictures = sum(there["buckets"].values())
+    shards = sorted(name for name in files if name.endswith(".arrow"))
+    compared = {
+        "files": (sorted(path.name for path in folder.glob("*.arrow")), shards),
+        "inputs": (pictures + rejected.total(), counts["read"]),
+        "pictures": (pictures, counts["kept"]),
+        "rejected inputs": (rejected, counts["rejected"]),
+        "duplicates": (sum(len(group["dropped"]) for group in groups), counts["duplicates"]),
+        "buckets": (there["buckets"], manifest["buckets"]),
+        "licences": (there["licences"], manifest["licences"]),
+    }
+    for what, (found, listed) in compared.items():
+        if found != listed:
+            raise BadData(
+                f"{folder} does not hold the {what} that its manifest lists ({found}, not "
+                f"{listed}): prepare it again"
+            )
+    return pictures
+
+
+def _lines(path: Path) -> Iterator[dict[str, Any]]:
+    with path.open(encoding="utf-8") as lines:
+        yield from map(json.loads, lines)

@@ -1,0 +1,155 @@
+"""Shards: the parts of all sources, each stored in a file of its own, in several processes.
+
+    .staging/000012.arrow     the pictures of part 12
+             000012.json      its report; written last, so that a shard without one does not count
+
+A process that is killed leaves a file of another name, which the next start removes. Processes end
+with the one that began them, even if that one is killed.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, Future, ProcessPoolExecutor, wait
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from daybreak.data import disk, ingest
+from daybreak.data.ingest import Config, Shard
+from daybreak.data.records import Part, Source
+from daybreak.failure import BadStorage, LostPeer
+
+TOLD_EVERY = 0.2  # seconds
+
+_counts: list[Any] = []  # the counters that a process shares with the one that began it
+
+
+class Progress(NamedTuple):
+    """How far the work is, since this command began."""
+
+    read: int
+    rejected: int
+    bytes: int
+    of: int  # bytes there were still to read; 0 where that is not known
+
+
+def store_all(
+    found: Sequence[Source],
+    config: Config,
+    staging: Path,
+    processes: int,
+    progress: Callable[[Progress], None],
+) -> None:
+    """Store every part that has no report yet; with 0 processes in this one.
+
+    Errors  LostPeer if a process is killed; BadStorage if the disk refuses.
+    """
+    for leftover in staging.glob("*.tmp"):
+        leftover.unlink()
+    parts = [(source.name, part) for source in found for part in source.parts]
+    pending = [n for n in range(len(parts)) if not report_path(staging, n).is_file()]
+    of = sum(parts[number][1].bytes for number in pending)
+    context = multiprocessing.get_context("spawn")
+    counts = context.Array("q", 3)
+
+    def tell() -> None:
+        read, rejected, done = counts[:]
+        progress(Progress(read, rejected, done, of))
+
+    schema = ingest.features().arrow_schema
+    jobs = [(number, *parts[number], config, schema, staging) for number in pending]
+    if not processes:
+        _counts[:] = [counts]
+        for job in jobs:
+            _store(*job)
+            tell()
+    elif jobs:
+        with _pool(min(processes, len(jobs)), context, counts) as pool:
+            waiting: set[Future[None]] = {pool.submit(_store, *job) for job in jobs}
+            while waiting:
+                done, waiting = wait(waiting, TOLD_EVERY, FIRST_EXCEPTION)
+                for future in done:
+                    future.result()
+                tell()
+
+
+def shard_path(staging: Path, number: int) -> Path:
+    """Where the pictures of a part are."""
+    return staging / f"{number:06d}.arrow"
+
+
+def report_path(staging: Path, number: int) -> Path:
+    """Where it stands that a part is finished, and what came of it."""
+    return staging / f"{number:06d}.json"
+
+
+def report(staging: Path, number: int) -> Shard:
+    """What came of a part that is finished."""
+    return Shard(**disk.read_json(report_path(staging, number)))
+
+
+@contextlib.contextmanager
+def _pool(processes: int, context: Any, counts: Any) -> Iterator[ProcessPoolExecutor]:
+    """Processes that end at once if one of them fails."""
+    pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(counts,))
+    try:
+        yield pool
+    except BaseException as error:
+        pool.shutdown(wait=False, cancel_futures=True)
+        for process in multiprocessing.active_children():
+            process.kill()
+        if isinstance(error, BrokenProcessPool):
+            raise LostPeer(
+                "a process was ended from outside, perhaps for its memory: give the same command "
+                "again with fewer --processes; what is finished is kept"
+            ) from error
+        raise
+    pool.shutdown()
+
+
+def _begin(counts: Any) -> None:
+    """Make a process ready: quiet, deaf to Ctrl-C, and gone when the one that began it is."""
+    _counts[:] = [counts]
+    warnings.simplefilter("ignore")  # Pillow warns of what is then refused with a reason
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _store(
+    number: int, source: str, part: Part, config: Config, schema: pa.Schema, staging: Path
+) -> None:
+    """Write one shard, and then its report."""
+    (counts,) = _counts
+
+    def tick(*more: int) -> None:
+        with counts.get_lock():
+            for place, count in enumerate(more):
+                counts[place] += count
+
+    fresh = staging / f"{number:06d}.{os.getpid()}.tmp"
+    try:
+        shard = ingest.store(part, source, config, schema, fresh, tick)
+        disk.sync(fresh)
+        fresh.replace(shard_path(staging, number))
+        disk.write_json(report_path(staging, number), shard._asdict())
+    except OSError as error:  # sources that cannot be read are faults by now
+        raise BadStorage(
+            f"cannot write {staging} ({error.strerror or error}): mend that and give the same "
+            "command again; what is finished is kept"
+        ) from error
+    finally:
+        fresh.unlink(missing_ok=True)
