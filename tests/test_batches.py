@@ -1,22 +1,33 @@
-"""The batch plan: which picture stands at which place, whoever asks."""
+"""Batches: the same pictures at the same places, whoever asks and however many help."""
 
+import os
+import re
+import signal
+import time
 from collections import Counter
+from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 
 from daybreak.data import batches, scenes
-from daybreak.failure import BadData
+from daybreak.data.plan import Slot
+from daybreak.data.prepared import Sample
+from daybreak.failure import BadData, BadRecipe, LostPeer
 
+Write = Callable[..., Path]
 SCENES = scenes.Config(canvas="32")
+RECORDED_ROWS = [6, 1, 6, 4, 5, 0, 3, 7, 2, 3, 4, 5]
 
 
 def read(
-    config: batches.Config, source: batches.Pictures, first: int = 0, count: int = 3
+    config: batches.Config, source: batches.Pictures, done: int = 0, count: int = 3
 ) -> list[batches.Batch]:
-    return list(batches.stream(source, config, 5, 32, batch=4, first=first, count=count))
+    return list(batches.stream(source, config, 5, 32, batch=4, first=0, count=count, done=done))
 
 
 def test_workers_change_nothing() -> None:
@@ -33,7 +44,7 @@ def test_a_plan_taken_up_later_is_the_rest_of_the_plan() -> None:
     config = batches.Config(source="scenes", workers=0)
     source = batches.Scenes(SCENES, seed=5)
     assert torch.equal(
-        read(config, source)[2].image, read(config, source, first=8, count=1)[0].image
+        read(config, source)[2].image, read(config, source, done=2, count=1)[0].image
     )
 
 
@@ -48,12 +59,19 @@ def test_pictures_arrive_in_minus_one_to_one_with_their_captions() -> None:
 
 
 def test_every_epoch_of_a_folder_holds_each_picture_once(pictures: Path) -> None:
-    config = batches.Config(source=str(pictures), empty_captions=0, workers=0)
-    source = batches.Folder(config, seed=1)
-    drawn = [source.sample(index, 16)[1] for index in range(24)]
-    epochs = [drawn[start : start + 8] for start in (0, 8, 16)]
+    source = batches.Folder(pictures, seed=1)
+    plan = source.plan(16, batch=8, first=0)
+    epochs = [[source.sample(slot).caption for slot in plan(number)] for number in range(3)]
     assert all(len(set(epoch)) == 8 for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2]
+
+
+def test_the_order_of_a_folder_is_the_recorded_one(pictures: Path) -> None:
+    """Who continues a run begun with an older version meets the same pictures."""
+    source = batches.Folder(pictures, seed=1)
+    slots = source.plan(16, batch=12, first=3)(1)
+    assert [slot.sample for slot in slots] == list(range(15, 27))
+    assert [slot.row for slot in slots] == RECORDED_ROWS
 
 
 def test_captions_are_chosen_by_weight_and_dropped_by_share(tmp_path: Path) -> None:
@@ -69,7 +87,7 @@ def test_captions_are_chosen_by_weight_and_dropped_by_share(tmp_path: Path) -> N
         empty_captions=0.2,
         workers=0,
     )
-    source = batches.Folder(config, seed=1)
+    source = batches.Folder(tmp_path, 1, config.caption_columns)
     stream = batches.stream(source, config, 1, 8, batch=100, first=0, count=20)
     counts = Counter(caption for batch in stream for caption in batch.captions)
     assert counts.keys() == {"x", "y, z", ""}
@@ -80,7 +98,183 @@ def test_captions_are_chosen_by_weight_and_dropped_by_share(tmp_path: Path) -> N
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_vanishes_is_named(pictures: Path, workers: int) -> None:
     config = batches.Config(source=str(pictures), workers=workers)
-    source = batches.Folder(config, seed=1)
+    source = batches.Folder(pictures, seed=1)
     (pictures / "3.png").unlink()
     with pytest.raises(BadData, match=r"3\.png"):
         list(batches.stream(source, config, 1, 32, batch=8, first=0, count=1))
+
+
+SHAPES = ("64x64", "32x128", "128x32")
+
+
+def rows(count: int) -> list[dict[str, Any]]:
+    """Pictures of three shapes, taller or wider than they need be, each with its own caption."""
+    return [
+        {"bucket": SHAPES[number % 3], "captions": [f"number {number}"]} for number in range(count)
+    ]
+
+
+def damaged(count: int, *bad: int) -> list[dict[str, Any]]:
+    made = rows(count)
+    for number in bad:
+        made[number] |= {"image": {"bytes": b"", "path": None}, "where": f"photos/{number}.jpg"}
+    return made
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_any_ranks_and_workers_make_the_same_global_batches(prepared: Write) -> None:
+    folder = str(prepared(rows(40), shards=3))
+    made: dict[tuple[int, int], list[tuple[list[str], torch.Tensor, int]]] = {}
+    for world in (1, 2, 4):
+        for workers in (0, 1, 3):
+            config = batches.Config(source=folder, workers=workers, mirrored=0.5)
+            source = batches.pictures(config, None, 9, patch=16)
+            ranks = [
+                list(
+                    batches.stream(
+                        source, config, 9, 64, 4, first=12, count=14, rank=rank, world=world
+                    )
+                )
+                for rank in range(world)
+            ]
+            assert all(len(part.image) == 4 // world for rank in ranks for part in rank)
+            assert [rank[0].first for rank in ranks] == [12 + 4 // world * r for r in range(world)]
+            made[world, workers] = [
+                (
+                    [caption for part in parts for caption in part.captions],
+                    torch.cat([part.image for part in parts]),
+                    parts[0].first,
+                )
+                for parts in zip(*ranks, strict=True)
+            ]
+    expected = made[1, 0]
+    assert {tuple(image.shape[2:]) for _, image, _ in expected} == {(64, 64), (32, 128), (128, 32)}
+    for batch in made.values():
+        for (captions, image, first), (captions0, image0, first0) in zip(
+            batch, expected, strict=True
+        ):
+            assert captions == captions0
+            assert torch.equal(image, image0)
+            assert first == first0
+
+
+def test_a_stage_taken_up_in_the_middle_meets_the_rest_of_its_batches(prepared: Write) -> None:
+    config = batches.Config(source=str(prepared(rows(20))), workers=0)
+    source = batches.pictures(config, None, 9, patch=16)
+    whole = list(batches.stream(source, config, 9, 64, 4, first=0, count=12))
+    rest = list(batches.stream(source, config, 9, 64, 4, first=0, count=5, done=7))
+    for one, other in zip(whole[7:], rest, strict=True):
+        assert torch.equal(one.image, other.image)
+        assert (one.captions, one.first) == (other.captions, other.first)
+
+
+def test_a_batch_that_cannot_be_dealt_evenly_is_refused() -> None:
+    source = batches.Scenes(SCENES, seed=5)
+    stream = batches.stream(
+        source, batches.Config(source="scenes"), 5, 32, batch=4, first=0, count=1, world=3
+    )
+    with pytest.raises(BadRecipe, match="4 cannot be dealt evenly to 3"):
+        next(stream)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_a_picture_that_cannot_be_read_is_replaced_counted_and_named_once(
+    prepared: Write, workers: int
+) -> None:
+    folder = str(prepared(damaged(24, 4)))
+    config = batches.Config(source=folder, workers=workers, empty_captions=0)
+    source = batches.pictures(config, None, 9, patch=16)
+    stream = list(batches.stream(source, config, 9, 64, 4, first=0, count=12))
+    assert all(len(batch.image) == len(batch.captions) == 4 for batch in stream)
+    said = [caption for batch in stream for caption in batch.captions]
+    assert "number 4" not in said
+    assert len(set(said)) == 23
+    assert sum(batch.substituted for batch in stream) == 2  # in two passes
+    complaints = [complaint for batch in stream for complaint in batch.complaints]
+    assert len(complaints) == 1
+    assert "photos/4.jpg" in complaints[0]
+
+
+def test_too_many_pictures_that_cannot_be_read_end_in_a_list_of_ten(prepared: Write) -> None:
+    folder = str(prepared(damaged(60, *range(0, 60, 2))))
+    config = batches.Config(source=folder, workers=0)
+    source = batches.pictures(config, None, 9, patch=16)
+    with pytest.raises(BadData, match=r"samples could not be read, more than 1%") as caught:
+        list(batches.stream(source, config, 9, 64, 4, first=0, count=60))
+    assert len(re.findall(r"photos/\d+\.jpg", str(caught.value))) == 10
+
+
+def test_pictures_are_mirrored_by_their_share() -> None:
+    class Half(batches.Scenes):
+        """Dark on the left, bright on the right."""
+
+        def sample(self, slot: Slot) -> Sample:
+            picture = np.zeros((slot.height, slot.width, 3), np.uint8)
+            picture[:, slot.width // 2 :] = 255
+            return Sample(picture, "")
+
+    config = batches.Config(source="folder", workers=0, mirrored=0.3)
+    stream = batches.stream(Half(SCENES, 5), config, 5, 8, batch=100, first=0, count=20)
+    turned = sum(int((batch.image[:, 0, 0, 0] > 0).sum()) for batch in stream)
+    assert abs(turned / 2000 - 0.3) < 0.04
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"source": "scenes", "mirrored": 0.5}, "tell left from right"),
+        ({"source": []}, "empty list"),
+        ({"source": [["a", 0.5], ["b", -1.0]]}, "'b' has weight -1"),
+        ({"source": "a", "mirrored": 1.5}, "less than or equal to 1"),
+    ],
+)
+def test_what_makes_no_sense_is_refused_in_the_recipe(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        batches.Config.model_validate(config)
+
+
+def test_captions_chosen_twice_are_refused(prepared: Write) -> None:
+    folder = str(prepared(rows(3)))
+    config = batches.Config(source=folder, caption_columns=(("text", 1.0),))
+    with pytest.raises(BadRecipe, match="caption_columns is for pictures that are not prepared"):
+        batches.pictures(config, None, 0, patch=16)
+
+
+def test_what_is_mixed_must_be_prepared(prepared: Write, pictures: Path) -> None:
+    folder = str(prepared(rows(3)))
+    config = batches.Config(source=((folder, 1.0), (str(pictures), 1.0)))
+    with pytest.raises(BadRecipe, match="pictures is not prepared"):
+        batches.pictures(config, None, 0, patch=16)
+
+
+def test_datasets_are_mixed_by_the_weights_of_the_recipe(prepared: Write) -> None:
+    few = str(prepared(rows(6), called="few"))
+    many = str(prepared([{"captions": ["another"]}] * 60, called="many"))
+    config = batches.Config(source=((few, 3.0), (many, 1.0)), workers=0, empty_captions=0)
+    source = batches.pictures(config, None, 0, patch=16)
+    said = [
+        caption
+        for batch in batches.stream(source, config, 0, 64, 6, first=0, count=100)
+        for caption in batch.captions
+    ]
+    assert abs(said.count("another") / len(said) - 0.25) < 0.03
+
+
+def test_a_worker_that_is_killed_is_named_at_once() -> None:
+    class Slow(batches.Scenes):
+        """Says who draws, and takes its time."""
+
+        def sample(self, slot: Slot) -> Sample:
+            time.sleep(0.05)
+            return super().sample(slot)._replace(caption=str(os.getpid()))
+
+    config = batches.Config(source="scenes", workers=1, empty_captions=0)
+    stream = batches.stream(Slow(SCENES, 5), config, 5, 32, batch=4, first=0, count=1000)
+    victim = int(next(stream).captions[0])
+    assert victim != os.getpid()
+    os.kill(victim, signal.SIGKILL)
+    began = time.monotonic()
+    with pytest.raises(LostPeer, match=str(victim)) as caught:
+        list(islice(stream, 20))
+    assert time.monotonic() - began < 8
+    assert caught.value.code == 6

@@ -1,65 +1,109 @@
 """Which pictures make which batch, and how they get there.
 
-The plan is a sequence of global sample indices 0, 1, 2, ...; batch k of a stage is the next slice
-of it. What stands at an index is a function of (seed, index) alone: for `scenes` the index is the
-scene, for a folder it is place `index mod n` in the shuffle of epoch `index div n`. Worker count,
-restarts and the cut into micro-batches cannot change it, and resuming costs nothing.
+Global sample indices 0, 1, 2, ... count the samples of a run; batch k of a stage holds the next b
+of them. What stands at an index is a function of the seed: for `scenes` the index is the scene, for
+a folder it is place `index mod n` in the shuffle of epoch `index div n`, for a prepared dataset
+daybreak/data/plan.py decides. Worker count, restarts, the number of processes and the cut into
+micro-batches cannot change it, and resuming costs nothing.
 
-Caption choice and caption dropout are dice of the same (seed, index).
+Caption choice, caption dropout, crop and mirroring are dice of the same (seed, index).
 
 Letters  b pictures of the batch, c channels.
 """
 
-import itertools
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from daybreak.data import images, scenes, sources
-from daybreak.failure import BadData
+from daybreak.data.plan import Slot
+from daybreak.data.prepared import Picture, Prepared, Sample, chosen, is_prepared
+from daybreak.failure import BadData, BadRecipe, LostPeer
 from daybreak.train import dice
 
-Picture = npt.NDArray[np.uint8]
 CACHE_BYTES = 256 * 2**20  # decoded pictures that one worker keeps
+SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: so many, and this share of all
+PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
 
 
 class Config(BaseModel):
     """Where the pictures come from.
 
-    `source` is "scenes" or a folder; `caption_columns` weighs the columns of its metadata;
-    `empty_captions` is the share of samples trained with the empty prompt.
+    `source` is "scenes", a folder of pictures or a prepared dataset; or several prepared datasets
+    with weights, [["a", 0.7], ["b", 0.3]], that share the samples in this ratio. `caption_columns`
+    weighs the columns of a folder's metadata; `empty_captions` is the share of samples trained with
+    the empty prompt, `mirrored` that of pictures turned left to right.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str
+    source: str | tuple[tuple[str, float], ...]
     caption_columns: tuple[tuple[str, float], ...] = ()
     empty_captions: float = Field(default=0.1, ge=0, le=1)
+    mirrored: float = Field(default=0.0, ge=0, le=1)
     workers: int = Field(default=1, ge=0)
+
+    @model_validator(mode="after")
+    def _can_be_had(self) -> "Config":
+        if not self.folders:
+            raise ValueError("source is an empty list; name a prepared dataset")
+        for folder, weight in self.folders:
+            if not (math.isfinite(weight) and weight > 0):
+                raise ValueError(f"source {folder!r} has weight {weight}; it must be positive")
+        if self.source == "scenes" and self.mirrored:
+            raise ValueError(
+                "mirrored is not for scenes, whose captions tell left from right; set it to 0"
+            )
+        return self
+
+    @property
+    def folders(self) -> tuple[tuple[str, float], ...]:
+        """The sources with their weights, also where there is only one."""
+        return ((self.source, 1.0),) if isinstance(self.source, str) else self.source
 
 
 class Batch(NamedTuple):
-    """Pictures in [-1, 1], their captions, and the global index of the first."""
+    """Pictures in [-1, 1], their captions, and the global index of the first.
+
+    `complaints` names pictures that could not be read, each once; `substituted` counts the samples
+    of this batch that stand in for one.
+    """
 
     image: Float[Tensor, "b c h w"]
     captions: list[str]
     first: int
+    substituted: int = 0
+    complaints: tuple[str, ...] = ()
+
+
+Slots = Callable[[int], list[Slot]]  # the global batch of a number
 
 
 class Pictures(Protocol):
     """An endless sequence of captioned pictures."""
 
-    def sample(self, index: int, resolution: int) -> tuple[Picture, str]:
-        """Return picture (resolution, resolution, 3) and caption at a global index."""
+    @property
+    def files(self) -> Mapping[str, str]:
+        """The sha256 of the files they come from, where a manifest knows it."""
+
+    def plan(self, resolution: int, batch: int, first: int) -> Slots:
+        """Say what stands where in each batch of a stage whose first sample is `first`.
+
+        Errors  BadRecipe for a stage that cannot be had.
+        """
+
+    def sample(self, slot: Slot) -> Sample:
+        """Return picture (height, width, 3) and caption of a slot. Errors: BadData."""
 
     def captions(self) -> Iterator[str]:
         """Yield the captions a tokenizer should learn from."""
@@ -68,13 +112,19 @@ class Pictures(Protocol):
 class Scenes:
     """The endless procedural dataset."""
 
+    files: ClassVar[Mapping[str, str]] = {}
+
     def __init__(self, config: scenes.Config, seed: int) -> None:
         self.config, self.seed = config, seed
 
-    def sample(self, index: int, resolution: int) -> tuple[Picture, str]:  # noqa: ARG002
-        """Draw scene number `index`; its canvas is the resolution."""
-        drawn = scenes.sample(self.config, self.seed, index)
-        return drawn.image, drawn.caption
+    def plan(self, resolution: int, batch: int, first: int) -> Slots:
+        """One scene after the other, on its canvas or scaled down from it."""
+        return _in_order(lambda index: index, resolution, batch, first)
+
+    def sample(self, slot: Slot) -> Sample:
+        """Draw a scene."""
+        drawn = scenes.sample(self.config, self.seed, slot.row)
+        return Sample(images.fit(drawn.image, slot.height, slot.width), drawn.caption)
 
     def captions(self) -> Iterator[str]:
         """Yield the captions of the first 20,000 scenes."""
@@ -83,24 +133,35 @@ class Scenes:
 
 
 class Folder:
-    """A folder of captioned pictures, shuffled anew every epoch."""
+    """A folder of captioned pictures, shuffled anew every epoch, cut to squares."""
 
-    def __init__(self, config: Config, seed: int) -> None:
-        self.pictures = sources.folder(Path(config.source), config.caption_columns)
+    files: ClassVar[Mapping[str, str]] = {}
+
+    def __init__(
+        self, folder: Path, seed: int, caption_columns: Sequence[tuple[str, float]] = ()
+    ) -> None:
+        self.pictures = sources.folder(folder, caption_columns)
         sources.check(self.pictures)
         self.seed = seed
         self.kept: dict[tuple[int, int], Picture] = {}
         self.bytes = 0
 
-    def sample(self, index: int, resolution: int) -> tuple[Picture, str]:
-        """Return the picture at this place of the epoch, with one of its captions by dice."""
-        epoch, place = divmod(index, len(self.pictures))
-        number = int(order(self.seed, epoch, len(self.pictures))[place])
-        captioned = self.pictures[number]
-        die = dice.fraction(self.seed, "caption", index) * sum(captioned.weights)
-        bounds = itertools.accumulate(captioned.weights)
-        choice = next((i for i, bound in enumerate(bounds) if die < bound), -1)
-        return self._picture(number, resolution), captioned.captions[choice]
+    def plan(self, resolution: int, batch: int, first: int) -> Slots:
+        """Epoch after epoch, each a shuffle of the folder."""
+        count = len(self.pictures)
+
+        def row(index: int) -> int:
+            epoch, place = divmod(index, count)
+            return int(order(self.seed, epoch, count)[place])
+
+        return _in_order(row, resolution, batch, first)
+
+    def sample(self, slot: Slot) -> Sample:
+        """Return the picture of a slot, with one of its captions by dice."""
+        captioned = self.pictures[slot.row]
+        die = dice.fraction(self.seed, "caption", slot.sample)
+        caption = chosen(captioned.captions, captioned.weights, die)
+        return Sample(self._picture(slot.row, slot.height), caption)
 
     def _picture(self, number: int, resolution: int) -> Picture:
         """Decode a picture, or take it from those this worker has kept."""
@@ -130,31 +191,86 @@ def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     return generator.permutation(count)
 
 
-def pictures(config: Config, scene: scenes.Config | None, seed: int) -> Pictures:
-    """Open the source that a recipe names. Errors: BadData, in one sentence."""
-    return (
-        Scenes(scene or scenes.Config(), seed)
-        if config.source == "scenes"
-        else Folder(config, seed)
-    )
+def _in_order(row: Callable[[int], int], resolution: int, batch: int, first: int) -> Slots:
+    """Squares that follow one another, `row` saying which picture stands at an index."""
+
+    def slots(number: int) -> list[Slot]:
+        start = first + number * batch
+        return [
+            Slot(index, row(index), resolution, resolution) for index in range(start, start + batch)
+        ]
+
+    return slots
 
 
-class _Samples(Dataset[tuple[Picture, str]]):
-    """What a loader worker runs: global index to picture and caption."""
+def pictures(config: Config, scene: scenes.Config | None, seed: int, patch: int) -> Pictures:
+    """Open the source that a recipe names; `patch` divides the sides of every batch.
 
-    def __init__(self, source: Pictures, config: Config, seed: int, resolution: int) -> None:
-        self.source, self.config, self.seed, self.resolution = source, config, seed, resolution
+    Errors  BadData and BadRecipe, in one sentence.
+    """
+    if config.source == "scenes":
+        return Scenes(scene or scenes.Config(), seed)
+    raw = [folder for folder, _ in config.folders if not is_prepared(Path(folder))]
+    if not raw:
+        if config.caption_columns:
+            raise BadRecipe(
+                "data.caption_columns is for pictures that are not prepared; "
+                "`daybreak prepare` has stored captions with their weights: remove it"
+            )
+        return Prepared(config.folders, seed, patch)
+    if len(config.folders) > 1:
+        raise BadRecipe(
+            f"data.source mixes several datasets, and {raw[0]} is not prepared: run "
+            "`daybreak prepare` on it"
+        )
+    return Folder(Path(raw[0]), seed, config.caption_columns)
 
-    def __getitem__(self, index: int) -> tuple[Picture, str]:
-        picture, caption = self.source.sample(index, self.resolution)
-        if dice.fraction(self.seed, "empty", index) < self.config.empty_captions:
+
+class _Samples(Dataset[Sample | BadData]):
+    """What a loader worker runs: slot to picture and caption.
+
+    A failure travels as a value: raised in a worker, its sentence would arrive inside a traceback.
+    """
+
+    def __init__(self, source: Pictures, config: Config, seed: int) -> None:
+        self.source, self.config, self.seed = source, config, seed
+
+    def __getitem__(self, slot: Slot) -> Sample | BadData:
+        try:
+            picture, caption, complaint = self.source.sample(slot)
+        except BadData as failure:
+            return failure
+        if dice.fraction(self.seed, "empty", slot.sample) < self.config.empty_captions:
             caption = ""
-        return picture, caption
+        if dice.fraction(self.seed, "mirrored", slot.sample) < self.config.mirrored:
+            picture = picture[:, ::-1]
+        return Sample(picture, caption, complaint)
 
 
-def _stack(samples: list[tuple[Picture, str]]) -> tuple[Tensor, list[str]]:
-    pixels, captions = zip(*samples, strict=True)
-    return torch.from_numpy(np.stack(pixels)), list(captions)
+# Pictures (b, h, w, c), captions, and complaints about those that could not be read.
+Stacked = tuple[Tensor, list[str], list[str]] | BadData
+
+
+def _stack(samples: list[Sample | BadData]) -> Stacked:
+    """Make one batch of samples, or say the first thing that is wrong with them."""
+    good = [sample for sample in samples if isinstance(sample, Sample)]
+    if len(good) < len(samples):
+        return next(sample for sample in samples if isinstance(sample, BadData))
+    pixels, captions, complaints = zip(*good, strict=True)
+    return torch.from_numpy(np.stack(pixels)), list(captions), list(filter(None, complaints))
+
+
+def _arriving(loader: Iterable[Stacked]) -> Iterator[Stacked]:
+    """Yield what the workers send. Errors: LostPeer, when one of them has died or hangs."""
+    try:
+        yield from loader
+    except RuntimeError as error:
+        if "DataLoader" not in str(error):
+            raise
+        raise LostPeer(
+            f"a loader worker has died or hangs ({str(error).splitlines()[0]}): the same command "
+            "continues from the last checkpoint"
+        ) from error
 
 
 def _step_aside(_: int) -> None:
@@ -170,8 +286,11 @@ def _step_aside(_: int) -> None:
 
 
 def to_unit(pixels: Tensor) -> Float[Tensor, "b c h w"]:
-    """Turn uint8 pictures (b, h, w, c) into floats in [-1, 1], channels first."""
-    return pixels.permute(0, 3, 1, 2).float().div_(127.5).sub_(1).contiguous()
+    """Turn uint8 pictures (b, h, w, c) into floats in [-1, 1], channels first.
+
+    They are turned round while a pixel is a byte: four times faster than afterwards.
+    """
+    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
 def stream(
@@ -182,23 +301,54 @@ def stream(
     batch: int,
     first: int,
     count: int,
+    done: int = 0,
     device: torch.device | str = "cpu",
+    rank: int = 0,
+    world: int = 1,
 ) -> Iterator[Batch]:
-    """Yield `count` batches, the first of which begins at global sample `first`.
+    """Yield this rank's slice of `count` global batches of a stage, of which `done` were had.
 
-    Errors: BadData from a worker is raised here as BadData.
+    `first` is the global index of the stage's first sample.
+
+    Errors  BadRecipe if the batch cannot be dealt evenly; BadData, also from a worker, for a
+            picture that cannot be read, or for too many of them; LostPeer for a dead worker.
     """
-    plan = [
-        list(range(start, start + batch)) for start in range(first, first + count * batch, batch)
-    ]
+    if batch % world:
+        raise BadRecipe(
+            f"a batch of {batch} cannot be dealt evenly to {world} processes: change stage.batch"
+        )
+    share = batch // world
+    plan = source.plan(resolution, batch, first)
     loader = DataLoader(
-        _Samples(source, config, seed, resolution),
-        batch_sampler=plan,
+        _Samples(source, config, seed),
+        batch_sampler=(
+            plan(number)[rank * share : (rank + 1) * share] for number in range(done, done + count)
+        ),
         collate_fn=_stack,
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
+        timeout=PATIENCE if config.workers else 0,
         worker_init_fn=_step_aside,
         pin_memory=torch.device(device).type == "cuda",
     )
-    for indices, (pixels, captions) in zip(plan, loader, strict=True):
-        yield Batch(to_unit(pixels.to(device, non_blocking=True)), captions, indices[0])
+    failed, told = 0, dict[str, None]()
+    for number, stacked in enumerate(_arriving(loader), start=done):
+        if isinstance(stacked, BadData):
+            raise stacked
+        pixels, captions, complaints = stacked
+        failed += len(complaints)
+        read = (number + 1 - done) * share
+        if failed > SPARE + BUDGET * read:
+            raise BadData(
+                f"{failed} of {read} samples could not be read, more than {BUDGET:.0%}: "
+                + " ".join([*dict.fromkeys((*told, *complaints))][:SPARE])
+            )
+        new = dict.fromkeys(complaint for complaint in complaints if complaint not in told)
+        told |= new
+        yield Batch(
+            to_unit(pixels.to(device, non_blocking=True)),
+            captions,
+            first + number * batch + rank * share,
+            len(complaints),
+            tuple(new),
+        )

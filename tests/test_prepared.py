@@ -1,0 +1,308 @@
+"""Reading a prepared dataset: the right pixels and words, and nothing damaged passed over."""
+
+import io
+import json
+import pickle
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from datasets import load_from_disk
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from daybreak.data import images, ingest, prepare
+from daybreak.data.buckets import buckets, nearest
+from daybreak.data.plan import Slot
+from daybreak.data.prepared import SUBSTITUTES, Prepared, chosen, crop, is_prepared
+from daybreak.failure import BadData, BadRecipe
+
+Write = Callable[..., Path]
+SQUARE, WIDE, TALL = {"bucket": "64x64"}, {"bucket": "32x128"}, {"bucket": "128x32"}
+
+
+def opened(*folders: Path, seed: int = 0, patch: int = 16) -> Prepared:
+    return Prepared([(str(folder), 1.0) for folder in folders], seed, patch)
+
+
+def photo(height: int, width: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """Something smooth with every colour in it, different at every pixel."""
+    y, x = np.mgrid[:height, :width] / 48
+    waves = [np.sin(y + 2 * x), np.cos(2 * y - x), np.sin(y * x / 3)]
+    return np.rint(127.5 + 90 * np.stack(waves, axis=-1)).astype(np.uint8)
+
+
+def encoded(picture: np.ndarray[Any, np.dtype[np.uint8]], kind: str, **how: Any) -> dict[str, Any]:
+    file = io.BytesIO()
+    Image.fromarray(picture).save(file, kind, **how)
+    return {"image": {"bytes": file.getvalue(), "path": None}}
+
+
+def numbered(count: int, *shapes: dict[str, str]) -> list[dict[str, Any]]:
+    return [shapes[n % len(shapes)] | {"captions": [f"number {n}"]} for n in range(count)]
+
+
+def test_every_row_is_read_as_datasets_reads_it(prepared: Write) -> None:
+    folder = prepared(numbered(7, SQUARE, WIDE, TALL), shards=3)
+    source, rows = opened(folder), load_from_disk(str(folder))
+    for number, row in enumerate(rows):
+        height, width = map(int, row["bucket"].split("x"))
+        sample = source.sample(Slot(number, number, height, width))
+        np.testing.assert_array_equal(sample.picture, np.asarray(row["image"]))
+        assert sample == (sample.picture, row["captions"][0], "")
+    assert list(source.captions()) == [f"number {number}" for number in range(7)]
+
+
+def test_the_plan_has_every_picture_in_its_own_shape(prepared: Write) -> None:
+    source = opened(prepared(numbered(12, SQUARE, WIDE, TALL), shards=2))
+    plan = source.plan(resolution=64, batch=2, first=100)
+    slots = [slot for number in range(6) for slot in plan(number)]
+    assert [slot.sample for slot in slots] == list(range(100, 112))
+    assert sorted(slot.row for slot in slots) == list(range(12))
+    for slot in slots:
+        assert (slot.height, slot.width) == [(64, 64), (32, 128), (128, 32)][slot.row % 3]
+
+
+def test_at_half_the_resolution_shapes_and_pictures_are_half_as_large(prepared: Write) -> None:
+    source = opened(prepared(numbered(6, SQUARE, WIDE, TALL)), patch=8)
+    slots = [slot for number in range(3) for slot in source.plan(32, 2, first=0)(number)]
+    assert {(slot.height, slot.width) for slot in slots} == {(32, 32), (16, 64), (64, 16)}
+    for slot in slots:
+        assert source.sample(slot).picture.shape == (slot.height, slot.width, 3)
+
+
+def test_several_datasets_are_one_numbering_and_share_by_weight(prepared: Write) -> None:
+    a = prepared(numbered(6, SQUARE), called="a")
+    b = prepared([{"captions": [f"other {n}"]} for n in range(30)], called="b")
+    source = Prepared([(str(a), 0.5), (str(b), 0.5)], seed=0, patch=16)
+    plan = source.plan(64, 4, first=0)
+    said = [source.sample(slot).caption for number in range(90) for slot in plan(number)]
+    ours = sum(caption.startswith("number") for caption in said)
+    assert abs(ours / len(said) - 0.5) < 0.02
+    assert len(set(said)) == 36
+
+
+def test_small_buckets_join_and_the_picture_is_cut_to_the_new_shape(prepared: Write) -> None:
+    rows = [*numbered(8, {"bucket": "48x80"}), *numbered(2, SQUARE | {"bucket": "48x64"})]
+    source = opened(prepared(rows))
+    slots = [slot for number in range(5) for slot in source.plan(64, 4, first=0)(number)]
+    assert {(slot.height, slot.width) for slot in slots} == {(48, 80)}
+    joined = next(slot for slot in slots if slot.row >= 8)
+    assert source.sample(joined).picture.shape == (48, 80, 3)
+
+
+def test_a_batch_larger_than_the_dataset_is_refused_with_the_arithmetic(prepared: Write) -> None:
+    source = opened(prepared(numbered(3, SQUARE)))
+    with pytest.raises(BadRecipe, match=r"holds 3 pictures and a batch takes 4.*stage\.batch"):
+        source.plan(64, batch=4, first=0)
+
+
+def test_a_resolution_that_was_not_prepared_for_is_refused(prepared: Write) -> None:
+    with pytest.raises(BadRecipe, match="at most 64 px and a stage asks for 128"):
+        opened(prepared(numbered(3, SQUARE))).plan(128, batch=1, first=0)
+
+
+def test_a_crop_takes_pixels_as_they_are_and_moves_with_the_dice(prepared: Write) -> None:
+    stored = photo(64, 80)
+    source = opened(prepared([SQUARE | {"width": 80} | encoded(stored, "PNG")]))
+    lefts = set()
+    for index in range(200):
+        picture = source.sample(Slot(index, 0, 64, 64)).picture
+        lefts.add(next(n for n in range(17) if np.array_equal(picture, stored[:, n : n + 64])))
+    assert lefts == set(range(17))
+
+
+@settings(deadline=None)
+@given(
+    st.integers(8, 90),
+    st.integers(8, 90),
+    st.integers(8, 70),
+    st.integers(8, 70),
+    st.floats(0, 0.999),
+)
+def test_a_crop_never_stretches(
+    have_height: int, have_width: int, height: int, width: int, across: float
+) -> None:
+    y, x = np.mgrid[:have_height, :have_width]
+    ramp = np.stack([y * 2, x * 2, y * 0], axis=-1).astype(np.uint8)  # a slope of two per pixel
+    got = crop(ramp, height, width, across)
+    assert got.shape == (height, width, 3)
+    scale = max(height / have_height, width / have_width)
+    inner = got[height // 4 : -(height // 4), width // 4 : -(width // 4)].astype(float)
+    if min(inner.shape[:2]) >= 12 and 0.5 < scale < 2:
+        for channel, axis in ((0, 0), (1, 1)):
+            slope = np.polyfit(np.arange(inner.shape[axis]), inner[..., channel].mean(1 - axis), 1)
+            assert slope[0] == pytest.approx(2 / scale, rel=0.1, abs=0.1)
+
+
+def test_captions_are_chosen_by_their_weights(prepared: Write) -> None:
+    row = {"captions": ["long", "short"], "caption_weights": [3.0, 1.0]}
+    source = opened(prepared([row]))
+    said = Counter(source.sample(Slot(index, 0, 64, 64)).caption for index in range(2000))
+    assert said.keys() == {"long", "short"}
+    assert abs(said["long"] / 2000 - 0.75) < 0.04
+
+
+def test_a_die_falls_on_every_caption_up_to_the_last() -> None:
+    assert [chosen("abc", (1, 2, 1), die) for die in (0.0, 0.24, 0.26, 0.74, 0.76, 0.9999)] == [
+        *"aabbcc"
+    ]
+
+
+@pytest.mark.parametrize("side", [(64, 64), (37, 64), (61, 90), (512, 300)])
+@pytest.mark.parametrize("by", [1, 2, 4, 8])
+def test_a_jpeg_is_decoded_small_and_covers_what_is_asked(
+    side: tuple[int, int], by: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = photo(*side)
+    data = encoded(original, "JPEG", quality=92)["image"]["bytes"]
+    height, width = max(side[0] // by, 8), max(side[1] // by, 8)
+    small = images.decode_to_cover(data, "it", height, width)
+    assert height <= small.shape[0] < 2 * height + 2 or by == 1
+    assert width <= small.shape[1]
+    if by == 1:
+        np.testing.assert_array_equal(small, images.decode(data, "it"))
+    smooth = Image.fromarray(original).resize(small.shape[1::-1], Image.Resampling.LANCZOS)
+    middle = np.s_[1:-1, 1:-1]
+    error = np.abs(small[middle].astype(float) - np.asarray(smooth)[middle])
+    assert error.mean() < 6
+
+    monkeypatch.setattr(images, "simplejpeg", None)
+    np.testing.assert_array_equal(small, images.decode_to_cover(data, "it", height, width))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP"])
+def test_lossless_pictures_are_read_exactly(prepared: Write, kind: str) -> None:
+    stored = photo(64, 64)
+    source = opened(prepared([encoded(stored, kind, lossless=True)]))
+    np.testing.assert_array_equal(source.sample(Slot(0, 0, 64, 64)).picture, stored)
+
+
+@pytest.mark.parametrize("without", [False, True])
+def test_grey_and_cmyk_jpegs_come_as_three_channels(
+    without: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if without:
+        monkeypatch.setattr(images, "simplejpeg", None)
+    for mode in ("L", "CMYK"):
+        file = io.BytesIO()
+        Image.fromarray(photo(64, 64)).convert(mode).save(file, "JPEG")
+        picture = images.decode_to_cover(file.getvalue(), "it", 32, 32)
+        assert picture.ndim == 3
+        assert picture.shape[2] == 3
+
+
+JPEG = encoded(photo(64, 64), "JPEG", quality=92)["image"]["bytes"]
+DAMAGED = {
+    "truncated": JPEG[: len(JPEG) // 2],
+    "empty": b"",
+    "page": b"<html>not found</html>",
+    "header only": JPEG[:30],
+    "noise": b"\xff\xd8" + bytes(range(256)) * 4,
+}
+
+
+@pytest.mark.parametrize("fault", DAMAGED)
+def test_what_cannot_be_read_is_replaced_and_named(prepared: Write, fault: str) -> None:
+    rows = [*numbered(6, WIDE, SQUARE)]
+    rows[3] |= {"image": {"bytes": DAMAGED[fault], "path": None}, "where": "photos/3.jpg"}
+    folder = prepared(rows)
+    slot = Slot(77, 3, 64, 64)
+    sample = opened(folder).sample(slot)
+    assert sample.caption in {"number 1", "number 5"}
+    assert sample.picture.shape == (64, 64, 3)
+    assert "photos/3.jpg" in sample.complaint
+    assert str(folder) in sample.complaint
+    again = opened(folder).sample(slot)
+    assert (again.caption, again.complaint) == sample[1:]
+    assert opened(folder).sample(Slot(77, 1, 64, 64)).complaint == ""
+
+
+def test_substitutes_of_a_picture_are_not_always_the_same(prepared: Write) -> None:
+    rows = numbered(8, SQUARE)
+    rows[0]["image"] = {"bytes": b"", "path": None}
+    source = opened(prepared(rows))
+    assert len({source.sample(Slot(index, 0, 64, 64)).caption for index in range(50)}) > 3
+
+
+def test_a_dataset_of_damaged_pictures_ends_in_one_sentence(prepared: Write) -> None:
+    rows = [{"image": {"bytes": b"", "path": None}} for _ in range(5)]
+    with pytest.raises(BadData, match=f"Nor can {SUBSTITUTES - 1} others"):
+        opened(prepared(rows)).sample(Slot(0, 0, 64, 64))
+
+
+def test_a_worker_that_is_not_forked_opens_the_dataset_itself(prepared: Write) -> None:
+    source = opened(prepared([encoded(photo(64, 64), "PNG") for _ in range(50)]))
+    sent = pickle.dumps(source)
+    assert len(sent) < 1000
+    there = pickle.loads(sent)
+    slot = Slot(5, 7, 64, 64)
+    np.testing.assert_array_equal(there.sample(slot).picture, source.sample(slot).picture)
+
+
+def test_a_folder_that_is_none_says_how_to_make_one(tmp_path: Path, prepared: Write) -> None:
+    with pytest.raises(BadData, match="daybreak prepare SOURCE"):
+        opened(tmp_path / "nothing")
+    saved = prepared(numbered(2, SQUARE))
+    (saved / "manifest.json").unlink()
+    assert is_prepared(saved)
+    with pytest.raises(BadData, match=f"daybreak prepare {saved} --out OTHER"):
+        opened(saved)
+
+
+def test_a_shard_that_is_missing_or_cut_is_named(prepared: Write) -> None:
+    folder = prepared(numbered(4, SQUARE), shards=2)
+    shard = folder / "data-00001-of-00002.arrow"
+    whole = shard.read_bytes()
+    shard.write_bytes(whole[:-8])
+    with pytest.raises(BadData, match=f"data-00001-of-00002.arrow has .* not {len(whole)}"):
+        opened(folder)
+    shard.unlink()
+    with pytest.raises(BadData, match=r"data-00001-of-00002\.arrow is missing"):
+        opened(folder)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("schema", 2, "has schema 2, not 1"),
+        ("settings", {}, "manifest cannot be read"),
+        ("counts", {"kept": 5}, "holds 4 pictures and its manifest says 5"),
+        ("files", None, "manifest cannot be read"),
+    ],
+)
+def test_a_manifest_that_does_not_fit_is_refused(
+    prepared: Write, key: str, value: object, said: str
+) -> None:
+    folder = prepared(numbered(4, SQUARE))
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {key: value}))
+    with pytest.raises(BadData, match=said):
+        opened(folder)
+
+
+def test_a_picture_without_a_caption_is_refused_at_the_door(prepared: Write) -> None:
+    with pytest.raises(BadData, match="without a picture or a caption"):
+        opened(prepared([SQUARE, SQUARE | {"captions": []}]))
+
+
+def test_what_prepare_writes_is_read(pictures: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    settings = ingest.Config(resolution=32, unit=4, max_aspect=2.0, near=0, shard=3)
+    prepare.prepare([str(pictures)], out, settings)
+    source = opened(out, patch=4)
+    slots = [slot for number in range(4) for slot in source.plan(32, 2, first=0)(number)]
+    said = {}
+    for slot in slots:
+        sample = source.sample(slot)
+        assert sample.picture.shape == (slot.height, slot.width, 3)
+        assert (slot.height, slot.width) == nearest(buckets(32, 4, 2.0), 30, 40)
+        said[sample.caption] = sample.picture.mean((0, 1))
+    assert len(said) == 8
+    for number in range(8):
+        colour = [30 * number, 255 - 30 * number, 17 * number]
+        np.testing.assert_allclose(said[f"colour number {number}"], colour, atol=3)
