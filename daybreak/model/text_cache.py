@@ -1,0 +1,269 @@
+"""Captions encoded once: the words of a frozen encoder, kept on disk.
+
+    DATASET/text/KEY/manifest.json      what decides the numbers; bytes and sha256 of each shard
+    DATASET/text/KEY/00000.safetensors
+        tokens (n, e)     the words of all its captions, one after the other, without padding
+        ends (c,)         where each caption ends
+        digests (c, 24)   which caption it is, in hexadecimal
+
+No entry can be out of date, for both names follow from contents. KEY is a hash of the encoder (the
+commit of a hub id, or the sha256 of every file of a local folder), its precision and the settings
+it is used with. A digest is a hash of the caption as it is tokenised. Another encoder has another
+folder; another caption is not found, and what is not found is encoded. A kill costs the shard that
+was being written: the manifest names those that are whole.
+
+This stands beside the encoder and not among the data because it returns what the encoder returns.
+Of pictures it knows nothing: a dataset gives it a folder and captions.
+
+Letters  b captions of a batch, c captions of a shard, n and l tokens, e width of the encoder.
+Units    the precision of the encoder. Reading takes 48 bytes of memory for each caption that is
+         held; the embeddings are mapped.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import accumulate, chain, islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from daybreak.failure import BadData, BadRecipe, BadStorage
+from daybreak.model.text import LENGTH_STEP, Config, Text, TextEncoder, clean
+
+SCHEMA = 1
+SHARD_BYTES = 2**30
+BATCH, AHEAD = 32, 4096  # captions encoded together, out of so many sorted by length
+DIGITS = 24  # 96 bits: among a billion captions two are alike with a chance of 1e-11
+OURS = {"encoder", "width", "depth", "heads", "vocabulary"}  # settings a frozen encoder has not
+
+
+def settings(config: Config, compute: torch.dtype) -> dict[str, Any]:
+    """Everything but the caption that decides an embedding.
+
+    A local folder is known by its files, not by its path. Errors: BadRecipe if there is no encoder.
+    """
+    name = str(config.encoder)
+    folder = Path(name)
+    return {
+        "schema": SCHEMA,
+        "encoder": {"files": _tree(folder)} if folder.is_dir() else {name: _commit(name)},
+        "precision": str(compute).removeprefix("torch."),
+        "settings": config.model_dump(mode="json", exclude=OURS),
+    }
+
+
+def place(dataset: Path, made_with: dict[str, Any]) -> Path:
+    """The folder of the embeddings that are made with these settings."""
+    digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
+    return dataset / "text" / digest[:16]
+
+
+class Reader:
+    """The embeddings of one dataset or several, all made with the same settings."""
+
+    def __init__(self, folders: Sequence[Path], config: Config) -> None:
+        """Map the shards. Errors: BadData if one is not as its manifest says."""
+        self.step = min(LENGTH_STEP, config.max_tokens)
+        self.shards: list[Tensor] = []
+        digests = [np.empty(0, f"S{DIGITS}")]
+        entries = [np.empty((0, 3), np.int64)]  # shard, start, end
+        for path in (path for folder in folders for path in _whole(folder)):
+            shard = load_file(path)
+            ends = shard["ends"].numpy()
+            starts = np.concatenate([[0], ends[:-1]])
+            entries.append(np.stack([np.full_like(ends, len(self.shards)), starts, ends], axis=1))
+            digests.append(shard["digests"].numpy().view(f"S{DIGITS}")[:, 0])
+            self.shards.append(shard["tokens"])
+        order = np.argsort(np.concatenate(digests))
+        self.digests: npt.NDArray[np.bytes_] = np.concatenate(digests)[order]
+        self.entries = np.concatenate(entries)[order]
+
+    def tokens(self, captions: Sequence[str]) -> Text | None:
+        """What the encoder would give for these captions; None if one of them is not held.
+
+        The words are the encoder's, and so is the length; padding is zero.
+        """
+        wanted = np.array([_digest(caption) for caption in captions])
+        found = np.searchsorted(self.digests, wanted)
+        if (self.digests.take(found, mode="clip") != wanted).any():
+            return None
+        words = [self.shards[shard][start:end] for shard, start, end in self.entries[found]]
+        lengths = torch.tensor([len(one) for one in words])
+        length = -(-int(lengths.max()) // self.step) * self.step
+        tokens = words[0].new_zeros(len(words), length, words[0].shape[1])
+        for row, one in zip(tokens, words, strict=True):
+            row[: len(one)] = one
+        return Text(tokens, torch.arange(length) < lengths[:, None])
+
+
+def reader(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> Reader | None:
+    """The embeddings that datasets hold for an encoder; None if there are none at all."""
+    if config.encoder is None or not any((dataset / "text").is_dir() for dataset in datasets):
+        return None
+    made_with = settings(config, compute)
+    folders = [place(dataset, made_with) for dataset in datasets]
+    there = [folder for folder in folders if (folder / "manifest.json").is_file()]
+    return Reader(there, config) if there else None
+
+
+def write(
+    dataset: Path,
+    encoder: TextEncoder,
+    captions: Iterable[str],
+    progress: Callable[[int], None] | None = None,
+) -> Path:
+    """Encode those captions that a dataset does not hold embeddings of; returns their folder.
+
+    The empty caption, which stands for none, is always among them. `progress` hears how many
+    captions are done.
+
+    Errors  BadStorage if the disk refuses; the shards that were finished stay.
+    """
+    made_with = settings(encoder.config, encoder.compute)
+    folder = place(dataset, made_with)
+    path = folder / "manifest.json"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if not path.is_file():
+            _write_json(path, made_with | {"shards": {}})
+        shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
+        held = set(Reader([folder], encoder.config).digests.tolist())
+        for shard in _shards(encoder, _new(captions, held, progress)):
+            name = f"{len(shards):05}.safetensors"
+            staged = folder / f".tmp-{name}"
+            save_file(shard, staged)
+            staged.chmod(path.stat().st_mode)  # safetensors lets nobody else read it
+            shards[name] = {"bytes": staged.stat().st_size, "sha256": _sha256(staged)}
+            staged.replace(folder / name)
+            _write_json(path, made_with | {"shards": shards})
+    except (OSError, SafetensorError) as error:
+        raise BadStorage(f"cannot write {folder}: {error}") from error
+    return folder
+
+
+def verify(dataset: Path) -> None:
+    """Compare every byte of a dataset's embeddings with the manifests. Errors: BadData."""
+    for path in sorted((dataset / "text").glob("*/manifest.json")):
+        shards = _whole(path.parent)
+        listed = json.loads(path.read_text(encoding="utf-8"))["shards"]
+        for shard in shards:
+            if _sha256(shard) != listed[shard.name]["sha256"]:
+                raise BadData(f"{shard} is damaged, its sha256 is not the listed one: {_REMEDY}")
+
+
+def _new(
+    captions: Iterable[str], held: set[bytes], progress: Callable[[int], None] | None
+) -> Iterator[str]:
+    """The captions that are not held, each once."""
+    for done, caption in enumerate(chain([""], captions)):
+        digest = _digest(caption)
+        if digest not in held:
+            held.add(digest)
+            yield caption
+        if progress and done:
+            progress(done)
+
+
+def _shards(encoder: TextEncoder, captions: Iterator[str]) -> Iterator[dict[str, Tensor]]:
+    """Encode captions, and cut the result into pieces of about SHARD_BYTES."""
+    digests, words, size = list[bytes](), list[Tensor](), 0
+    for digest, one in _encoded(encoder, captions):
+        digests.append(digest)
+        words.append(one)
+        size += one.nbytes
+        if size >= SHARD_BYTES:
+            yield _shard(digests, words)
+            digests, words, size = [], [], 0
+    if words:
+        yield _shard(digests, words)
+
+
+def _shard(digests: list[bytes], words: list[Tensor]) -> dict[str, Tensor]:
+    signs = np.frombuffer(b"".join(digests), np.uint8).reshape(len(digests), DIGITS)
+    return {
+        "tokens": torch.cat(words),
+        "ends": torch.tensor(list(accumulate(map(len, words)))),
+        "digests": torch.from_numpy(signs.copy()),
+    }
+
+
+def _encoded(encoder: TextEncoder, captions: Iterator[str]) -> Iterator[tuple[bytes, Tensor]]:
+    """The words of each caption. Captions of like length are encoded together: little padding."""
+    while ahead := sorted(islice(captions, AHEAD), key=len):
+        for first in range(0, len(ahead), BATCH):
+            part = ahead[first : first + BATCH]
+            tokens, mask = (tensor.cpu() for tensor in encoder(part))
+            for caption, row, there in zip(part, tokens, mask, strict=True):
+                yield _digest(caption), row[there]
+
+
+def _digest(caption: str) -> bytes:
+    """A hash of the caption as it is tokenised: with other cleaning it is another caption."""
+    return hashlib.sha256(clean(caption).encode()).hexdigest()[:DIGITS].encode()
+
+
+def _whole(folder: Path) -> list[Path]:
+    """The shards that the manifest of a folder names. Errors: BadData if they are not there."""
+    try:
+        listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
+        sizes = {folder / name: facts["bytes"] for name, facts in listed.items()}
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise BadData(f"{folder}/manifest.json cannot be read ({error}): {_REMEDY}") from error
+    for path, size in sizes.items():
+        if not path.is_file() or path.stat().st_size != size:
+            raise BadData(f"{path} is missing or not {size} bytes long: {_REMEDY}")
+    return list(sizes)
+
+
+_REMEDY = "remove this folder and run `daybreak prepare --cache-text` again"
+
+
+def _tree(folder: Path) -> str:
+    """A hash of every file of a folder, and of its name there; hidden ones do not count."""
+    paths = sorted(
+        path
+        for path in folder.rglob("*")
+        if path.is_file() and not any(part[0] == "." for part in path.relative_to(folder).parts)
+    )
+    with ThreadPoolExecutor() as pool:
+        digests = pool.map(_sha256, paths)
+    whole = hashlib.sha256()
+    for path, digest in zip(paths, digests, strict=True):
+        whole.update(f"{path.relative_to(folder).as_posix()}\0{digest}\n".encode())
+    return whole.hexdigest()
+
+
+def _commit(name: str) -> str:
+    """The commit of a hub id that `transformers` loads. Errors: BadRecipe if there is none."""
+    from huggingface_hub import try_to_load_from_cache
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name)  # so that the commit is known here
+        found = try_to_load_from_cache(name, "config.json")
+    except (OSError, ValueError) as error:
+        raise BadRecipe(
+            f"text.encoder = {name!r} is neither a local folder nor a model that can be loaded "
+            f"from the hub ({str(error).splitlines()[0]})"
+        ) from error
+    assert isinstance(found, str)  # .../snapshots/COMMIT/config.json
+    return Path(found).parent.name
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, value: dict[str, Any]) -> None:
+    staged = path.with_name(f".tmp-{path.name}")
+    staged.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
+    staged.replace(path)

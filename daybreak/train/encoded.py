@@ -1,0 +1,56 @@
+"""Captions of prepared datasets, encoded before the runs that train on them.
+
+What is stored, and why it cannot be out of date: daybreak/model/text_cache.py. Here its two ends
+meet the rest: `daybreak prepare --cache-text` fills the cache of a dataset, and a run with the same
+frozen encoder, in the same precision, reads from it what it would have computed.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from daybreak import config
+from daybreak.data import prepared
+from daybreak.model import text, text_cache
+from daybreak.train import runs
+
+
+def fill(
+    dataset: Path,
+    encoder: text.Config,
+    precision: str = "auto",
+    progress: Callable[[int, int], None] | None = None,
+) -> Path:
+    """Encode the captions of a dataset that are not yet; returns the folder of the embeddings.
+
+    Errors  BadRecipe if there is no such encoder, BadData if there is no such dataset, BadStorage.
+    """
+    table = prepared.open_dataset(dataset).table
+    chunks = table["captions"].chunks
+    captions = (caption for chunk in chunks for caption in chunk.flatten().to_pylist())
+    of = sum(len(chunk.flatten()) for chunk in chunks)
+    model = text.pretrained(encoder, runs.dtype(precision)).to(runs.device())
+    show = (lambda done: progress(done, of)) if progress else None
+    return text_cache.write(dataset, model, captions, show)
+
+
+def known(
+    recipe: config.Recipe, dtype: torch.dtype, tell: Callable[[str], None]
+) -> text.Known | None:
+    """What a run need not encode; None if nothing was encoded for its encoder."""
+    if recipe.text.encoder is None:
+        return None
+    folders = [Path(folder) for folder, _ in recipe.data.folders]
+    reader = text_cache.reader(folders, recipe.text, dtype)
+    if reader is not None:
+        tell(f"{len(reader.digests):,} captions are already encoded")
+        return reader.tokens
+    for folder in folders:
+        if (folder / "text").is_dir():
+            tell(
+                f"{folder / 'text'} was made with another text.encoder, text.max_tokens, template "
+                f"or precision than this run has ({str(dtype).removeprefix('torch.')}): captions "
+                "are encoded as they come"
+            )
+    return None
