@@ -3,28 +3,40 @@
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from daybreak import config
+from daybreak.failure import BadRecipe
 from daybreak.generate import draw, guidance, pipeline, sampler
-from daybreak.model import dit, flow, text
+from daybreak.model import dit, flow, text, tread
 from daybreak.model.text_to_image import TextToImage, build
+from daybreak.train import dice
 
 ROOT = Path(__file__).parents[1]
 TEXT = text.Config(width=32, depth=1, heads=2, vocabulary=400, max_tokens=16)
 HOW = sampler.Config(steps=6, guidance=3.0)
 FLOW = flow.Config(shift=3.0, noise_scale=1.5)
 PROMPT = "a red circle & a blue square"
+ROUTE = tread.Config(start=1, stop=2, carried=0.5)
 CARD = pipeline.Card("tiny", PROMPT, "scenes", (("steps", "10"),), "seed = 0\n")
 
 
 @pytest.fixture(params=[0, 12])
 def model(request: pytest.FixtureRequest) -> TextToImage:
     """A model none of whose weights is zero."""
-    config = dit.Config(patch=8, bottleneck=request.param, width=32, depth=2, heads=2)
+    config = dit.Config(
+        patch=8,
+        bottleneck=request.param,
+        width=32,
+        depth=3,
+        heads=2,
+        resolution=bool(request.param),
+    )
     tokenizer = text.learn_tokenizer([PROMPT, "a blue square"] * 20, TEXT)
     model = build(config, TEXT, tokenizer, seed=1)
     generator = torch.Generator().manual_seed(0)
@@ -35,22 +47,20 @@ def model(request: pytest.FixtureRequest) -> TextToImage:
 
 
 def exported(model: TextToImage, folder: Path, how: sampler.Config = HOW) -> Path:
-    return pipeline.export(model, folder, 32, how, FLOW, CARD)
+    return pipeline.export(model, folder, 32, how, FLOW, CARD, ROUTE)
 
 
-@pytest.mark.parametrize("scale", [1.0, 3.0])
-def test_diffusers_draws_the_same_picture_from_the_same_noise(
-    model: TextToImage, tmp_path: Path, scale: float
-) -> None:
+def apart(model: TextToImage, folder: Path, scale: float) -> float:
+    """How far diffusers' picture is from ours, for the same noise; 1 is the size of a pixel."""
     from diffusers import PRXPixelPipeline
 
-    theirs = PRXPixelPipeline.from_pretrained(exported(model, tmp_path / "pipeline"))
+    theirs = PRXPixelPipeline.from_pretrained(exported(model, folder))
     theirs.set_progress_bar_config(disable=True)
     start = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     ours = sampler.euler(
         guidance.guided(
-            sampler.denoiser(model.dit, model.text, [PROMPT]),
-            sampler.denoiser(model.dit, model.text, [""]),
+            sampler.denoiser(model.dit, model.text([PROMPT])),
+            sampler.denoiser(model.dit, model.text([""])),
             scale,
         ),
         FLOW.noise_scale * start,
@@ -67,7 +77,91 @@ def test_diffusers_draws_the_same_picture_from_the_same_noise(
         generator=torch.Generator().manual_seed(0),
         output_type="pt",
     ).images
-    assert (drawn - ours).abs().max() < 1e-4 * ours.abs().max().clamp(min=1)
+    return float((drawn - ours).abs().max() / ours.abs().max().clamp(min=1))
+
+
+@pytest.mark.parametrize("scale", [1.0, 3.0])
+def test_diffusers_draws_the_same_picture_from_the_same_noise(
+    model: TextToImage, tmp_path: Path, scale: float
+) -> None:
+    assert apart(model, tmp_path / "pipeline", scale) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        HOW,
+        sampler.Config(steps=5, guidance=4.0, guide="self", interval=(0.3, 0.95)),
+        sampler.Config(steps=5, guidance=4.0, guide="self", shift=1.5, apg=sampler.Apg(norm=0.02)),
+        sampler.Config(steps=5, guidance=4.0, apg=sampler.Apg(eta=0.5, momentum=-0.7)),
+        sampler.Config(steps=5, guidance=1.0),
+    ],
+    ids=["classifier-free", "self, interval", "self, projected", "projected", "none"],
+)
+def test_the_folders_own_pipeline_draws_as_the_recipe_says(
+    model: TextToImage, tmp_path: Path, how: sampler.Config
+) -> None:
+    from diffusers import DiffusionPipeline
+
+    folder = exported(model, tmp_path / "pipeline", how)
+    theirs = DiffusionPipeline.from_pretrained(
+        folder, custom_pipeline="pipeline", trust_remote_code=True
+    )
+    theirs.set_progress_bar_config(disable=True)
+    prompts, seeds = [PROMPT, "a blue square"], [0, 7]
+    ours = draw.draw(model, prompts, seeds, 24, 40, how, FLOW, ROUTE)
+    generators = [torch.Generator().manual_seed(dice.key(seed, 0, 0)) for seed in seeds]
+    drawn = theirs(prompts, height=24, width=40, generator=generators).images
+    assert np.abs(np.stack(drawn).astype(int) - ours.astype(int)).max() <= 1
+
+
+def test_two_exported_folders_keep_their_own_settings(model: TextToImage, tmp_path: Path) -> None:
+    from diffusers import DiffusionPipeline
+
+    loaded: list[Any] = []
+    for steps in (3, 4):
+        folder = exported(model, tmp_path / str(steps), sampler.Config(steps=steps))
+        pipe = DiffusionPipeline.from_pretrained(
+            folder, custom_pipeline="pipeline", trust_remote_code=True
+        )
+        pipe.set_progress_bar_config(disable=True)
+        loaded.append(pipe)
+    start = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    first, second = (pipe(PROMPT, latents=start, output_type="pt").images for pipe in loaded)
+    assert not torch.equal(first, second)
+    asked = loaded[0](PROMPT, num_inference_steps=4, latents=start, output_type="pt").images
+    assert torch.equal(asked, second)
+    with pytest.raises(ValueError, match="neither"):
+        loaded[0](PROMPT, guide="other")
+
+
+def test_the_plain_class_loads_the_folder_without_a_complaint(
+    model: TextToImage, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import diffusers
+
+    folder = exported(model, tmp_path / "pipeline")
+    diffusers.utils.logging.enable_propagation()
+    try:
+        pipe = diffusers.DiffusionPipeline.from_pretrained(folder)
+        assert type(pipe) is diffusers.PRXPixelPipeline
+        assert "will be ignored" not in caplog.text
+        index = folder / "model_index.json"
+        index.write_text(index.read_text().replace("{", '{"stray": 1,', 1))
+        diffusers.DiffusionPipeline.from_pretrained(folder)
+        assert "will be ignored" in caplog.text  # that is how it would complain
+    finally:
+        diffusers.utils.logging.disable_propagation()
+
+
+def test_a_fused_network_is_not_exported(tmp_path: Path) -> None:
+    fused = tread.Config(kind="sprint", start=1, stop=2)
+    size = dit.Config(patch=8, bottleneck=0, width=32, depth=3, heads=2)
+    tokenizer = text.learn_tokenizer([PROMPT] * 20, TEXT)
+    model = build(size, TEXT, tokenizer, route=fused)
+    with pytest.raises(BadRecipe, match="no class of diffusers"):
+        exported(model, tmp_path / "pipeline")
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_cards_snippet_runs_and_its_times_are_ours(
@@ -82,6 +176,12 @@ def test_the_cards_snippet_runs_and_its_times_are_ours(
     monkeypatch.chdir(tmp_path)
     runpy.run_path(str(script))
     assert (tmp_path / "picture.png").is_file()
+    custom = card.split("```python\n")[2].split("```")[0]
+    script.write_text(custom.replace("PATH_OF_THIS_FOLDER", folder.as_posix()))
+    runpy.run_path(str(script))
+    with Image.open(tmp_path / "picture.png") as picture:
+        ours = draw.draw(model, [PROMPT], [0], 32, 32, HOW, FLOW, ROUTE)[0]
+        assert np.abs(np.asarray(picture).astype(int) - ours.astype(int)).max() <= 1
     for shift in (1.0, 3.0, 0.6):
         expression = pipeline.snippet("x", "y", 32, HOW, shift).split("timesteps=")[1]
         times = runpy_value(expression.split(",\n")[0], tmp_path)
@@ -118,7 +218,7 @@ def test_the_folder_names_what_every_reader_knows(model: TextToImage, tmp_path: 
     described = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
     assert described["tokenizer_class"] == "PreTrainedTokenizerFast"
     suffixes = {path.suffix for path in folder.rglob("*") if path.is_file()}
-    assert suffixes == {".json", ".md", ".safetensors"}
+    assert suffixes == {".json", ".md", ".safetensors", ".py"}
 
 
 def test_exporting_again_replaces_the_folder(model: TextToImage, tmp_path: Path) -> None:
@@ -137,15 +237,42 @@ def test_a_picture_does_not_depend_on_what_is_drawn_with_it(model: TextToImage) 
     assert not np.array_equal(together[0], together[2])
 
 
-def test_guidance_of_one_is_the_strong_denoiser_and_an_interval_confines_it() -> None:
-    strong = lambda x_t, t: torch.ones(1)
-    weak = lambda x_t, t: torch.zeros(1)
-    assert guidance.guided(strong, weak, 1.0)(torch.zeros(1), 0.5) == 1
-    assert guidance.guided(strong, weak, 3.0)(torch.zeros(1), 0.5) == 3
-    confined = guidance.guided(strong, weak, 3.0, (0.2, 0.8))
-    assert [float(confined(torch.zeros(1), t)) for t in (0.1, 0.2, 0.8, 0.9)] == [1, 3, 3, 1]
-
-
 def test_pixels_are_rounded_and_clipped() -> None:
     image = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     assert draw.to_bytes(image)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 255]
+
+
+@pytest.mark.parametrize("kind", ["t5gemma", "qwen3_vl"])
+def test_a_frozen_encoder_travels_with_its_template_and_the_layers_it_has_left(
+    tmp_path: Path, kind: str
+) -> None:
+    import transformers
+
+    size = {"vocab_size": 400, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 3}
+    size |= {"num_attention_heads": 3, "num_key_value_heads": 1, "head_dim": 8}
+    torch.manual_seed(0)
+    if kind == "t5gemma":
+        half = size | {"query_pre_attn_scalar": 8}
+        published: Any = transformers.T5GemmaForConditionalGeneration(
+            transformers.T5GemmaConfig(encoder=half, decoder=half, vocab_size=400)
+        )
+    else:
+        turns = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
+        published = transformers.Qwen3VLForConditionalGeneration(
+            transformers.Qwen3VLConfig(
+                text_config=size | {"rope_parameters": turns},
+                vision_config={"depth": 1, "hidden_size": 16, "intermediate_size": 16},
+            )
+        )
+    published.save_pretrained(tmp_path / "published")
+    text.learn_tokenizer([PROMPT] * 20, TEXT).save_pretrained(tmp_path / "published")
+    words = text.Config(
+        encoder=str(tmp_path / "published"), max_tokens=32, template="a blue {} circle", skip=1
+    )
+    model = build(dit.Config(patch=8, bottleneck=0, width=32, depth=3, heads=2), words)
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for parameter in model.dit.parameters():
+            parameter.normal_(std=0.1, generator=generator)
+
+    assert apart(model, tmp_path / "pipeline", HOW.guidance) < 1e-4

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from daybreak.generate import sampler
 from daybreak.generate.guidance import guided
-from daybreak.model import flow
+from daybreak.model import flow, tread
 from daybreak.model.text_to_image import TextToImage
 
 Picture = npt.NDArray[np.uint8]
@@ -35,32 +35,45 @@ def draw(
     width: int,
     how: sampler.Config,
     flow_config: flow.Config,
+    routed: tread.Config | None = None,
     batch: int = 64,
     progress: Callable[[int], None] | None = None,
 ) -> Picture:
     """Return one picture per prompt, uint8 (n, height, width, 3).
 
-    `progress` hears how many pictures were finished, batch by batch.
+    Self-guidance needs to know how the model was `routed` ([tread] of its recipe). `progress` hears
+    how many pictures were finished, batch by batch.
+
+    Errors  ValueError for self-guidance without a route.
     """
+    by_route = how.guide == "self"
+    if by_route and routed is None:
+        raise ValueError("self-guidance sets the network against itself on a route; none is given")
     device = next(model.dit.parameters()).device
     shift = flow_config.shift if how.shift is None else how.shift
     parts = []
     with torch.no_grad():
         for first in range(0, len(prompts), batch):
-            words = prompts[first : first + batch]
-            strong = sampler.denoiser(model.dit, model.text, words)
-            weak = sampler.denoiser(model.dit, model.text, [""] * len(words))
-            start = sampler.noise(
-                seeds[first : first + batch],
-                model.dit.channels,
-                height,
-                width,
+            some = slice(first, first + batch)
+            words = model.text(prompts[some])
+            noise, route = sampler.begin(
+                seeds[some],
+                (model.dit.channels, height, width),
                 flow_config.noise_scale,
-            ).to(device)
-            image = sampler.euler(
-                guided(strong, weak, how.guidance, how.interval), start, how.steps, shift
+                routed if by_route else None,
+                model.dit.config.patch,
+                device,
             )
+            weak_words = words if by_route else model.text([""] * len(noise))
+            denoise = guided(
+                sampler.denoiser(model.dit, words),
+                sampler.denoiser(model.dit, weak_words, route),
+                how.guidance,
+                how.interval,
+                how.apg,
+            )
+            image = sampler.euler(denoise, noise, how.steps, shift)
             parts.append(to_bytes(image))
             if progress is not None:
-                progress(len(words))
+                progress(len(noise))
     return np.concatenate(parts)

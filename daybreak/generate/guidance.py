@@ -2,32 +2,67 @@
 
     x_hat = weak + scale (strong - weak)
 
-Strong knows the prompt; weak is the same network with the empty prompt (classifier-free guidance).
+Strong is the whole network and knows the prompt. Weak is the same network, either with the empty
+prompt (classifier-free guidance) or with the prompt but with part of its tokens on the route it
+was trained with (self-guidance).
 
-Source  classifier-free guidance: arXiv 2207.12598; guidance in an interval: arXiv 2404.07724.
+With `apg` (adaptive projected guidance) the difference first remembers those of earlier steps, is
+shortened to a longest length, and loses its part along x_strong, which is what makes colours
+glaring; scale then multiplies what is left.
+
+    d     <- (strong - weak) + momentum d,     d <- d min(1, norm / rms(d))
+    x_hat  = strong + (scale - 1) (d - (1 - eta) <d, strong> strong / |strong|^2)
+
+Source  classifier-free guidance: arXiv 2207.12598; an interval: arXiv 2404.07724; self-guidance by
+        routed tokens: arXiv 2601.01608; APG: arXiv 2410.02416, algorithm 1.
 """
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from daybreak.generate.sampler import Denoiser
+from daybreak.generate.sampler import Apg, Denoiser
 
 
 def guided(
-    strong: Denoiser, weak: Denoiser, scale: float, interval: tuple[float, float] = (0.0, 1.0)
+    strong: Denoiser,
+    weak: Denoiser,
+    scale: float,
+    interval: tuple[float, float] = (0.0, 1.0),
+    apg: Apg | None = None,
 ) -> Denoiser:
     """Extrapolate from `weak` through `strong`; outside the interval of t use `strong` alone.
 
-    A scale of 1 is `strong` alone everywhere, and costs one pass instead of two.
+    A scale of 1 is `strong` alone everywhere, and costs one pass instead of two. What has momentum
+    remembers: make a new denoiser for each walk from noise to picture.
     """
     if scale == 1.0:
         return strong
+    memory: list[Tensor] = []
 
     def denoise(x_t: Float[Tensor, "b c h w"], t: float) -> Float[Tensor, "b c h w"]:
         guess = strong(x_t, t)
-        if interval[0] <= t <= interval[1]:
+        if not interval[0] <= t <= interval[1]:
+            return guess
+        if apg is None:
             return torch.lerp(weak(x_t, t), guess, scale)
-        return guess
+        difference = guess - weak(x_t, t)
+        if memory:
+            difference = difference + apg.momentum * memory.pop()
+        memory.append(difference)
+        return guess + (scale - 1) * projected(difference, guess, apg)
 
     return denoise
+
+
+def projected(
+    difference: Float[Tensor, "b c h w"], guess: Float[Tensor, "b c h w"], apg: Apg
+) -> Float[Tensor, "b c h w"]:
+    """Shorten each picture's difference and take (1 - eta) of its part along the guess away."""
+    d, along = difference.flatten(1), guess.flatten(1)
+    if apg.norm is not None:
+        rms = d.square().mean(1, keepdim=True).sqrt()
+        d = d * (apg.norm / rms).clamp(max=1)
+    length = along.square().sum(1, keepdim=True).clamp(min=1e-12)  # an untrained guess is zero
+    share = (d * along).sum(1, keepdim=True) / length
+    return (d - (1 - apg.eta) * share * along).view_as(difference)

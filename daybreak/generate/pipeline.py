@@ -1,6 +1,7 @@
 """Export: a trained model as a folder that `diffusers` loads without daybreak.
 
-    pipeline/   model_index.json, transformer/, scheduler/, text_encoder/, tokenizer/, README.md
+    pipeline/   model_index.json, transformer/, scheduler/, text_encoder/, tokenizer/, README.md,
+                pipeline.py
 
 The denoiser's weights bear diffusers' names already, so nothing is renamed. Three settings decide
 whether `PRXPixelPipeline` then draws the picture our sampler draws, and all three are written:
@@ -9,6 +10,10 @@ whether `PRXPixelPipeline` then draws the picture our sampler draws, and all thr
   - a scheduler with `shift = 1`, and in the model card the `timesteps` of our grid, because a
     scheduler that shifts does so to another grid than training's;
   - `use_resolution_binning=False` in the card, because binning knows 1024 px only.
+
+What that class lacks (self-guidance, an interval, projected guidance) is in pipeline.py, a class of
+diffusers' kind that travels along; how the recipe samples stands in the scheduler's configuration
+under a private key, which every scheduler carries along and no class objects to.
 
 Source  diffusers 0.42: `PRXPixelPipeline`, `FlowMatchEulerDiscreteScheduler`.
 """
@@ -21,10 +26,11 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 
-from daybreak.failure import BadStorage
+from daybreak.failure import BadRecipe, BadStorage
 from daybreak.generate import sampler
-from daybreak.model import dit, flow
+from daybreak.model import dit, flow, tread
 from daybreak.model.text_to_image import TextToImage
+from daybreak.train import dice
 
 
 class Card(NamedTuple):
@@ -44,16 +50,23 @@ def export(
     how: sampler.Config,
     flow_config: flow.Config,
     card: Card,
+    route: tread.Config | None = None,
 ) -> Path:
     """Write the pipeline folder, whole or not at all; an earlier one at its place is replaced.
 
-    Errors  BadStorage if the disk refuses.
+    Errors  BadStorage if the disk refuses; BadRecipe for a network diffusers has no class for.
     """
+    if model.dit.fuse is not None:
+        raise BadRecipe(
+            'tread.kind = "sprint" puts a layer into the network that no class of diffusers has: '
+            'a run to be exported uses kind = "tread"'
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
     try:
         _transformer(model.dit, staged / "transformer")
-        _scheduler(staged / "scheduler")
+        _scheduler(staged / "scheduler", sampling(how, flow_config, route))
+        shutil.copyfile(Path(__file__).with_name("custom_pipeline.py"), staged / "pipeline.py")
         encoder: Any = model.text.encoder
         encoder.save_pretrained(staged / "text_encoder")
         model.text.tokenizer.save_pretrained(staged / "tokenizer")
@@ -91,6 +104,22 @@ def timesteps(steps: int, shift: float) -> list[float]:
     return [1000 * t for t in sampler.times(steps, shift)[:-1]]
 
 
+def sampling(
+    how: sampler.Config, flow_config: flow.Config, route: tread.Config | None
+) -> dict[str, Any]:
+    """Return what pipeline.py draws with, its `Sampling`, ready for JSON."""
+    place = route if route is not None and route.kind == "tread" else None
+    return {
+        "steps": how.steps,
+        "shift": flow_config.shift if how.shift is None else how.shift,
+        "guide": how.guide,
+        "guidance": how.guidance,
+        "interval": how.interval,
+        "apg": how.apg and how.apg.model_dump(),
+        "route": place and place.model_dump(include={"start", "stop", "carried"}),
+    }
+
+
 def _transformer(model: dit.DiT, folder: Path) -> None:
     """Write config and weights of `PRXTransformer2DModel`."""
     config = model.config
@@ -112,7 +141,7 @@ def _transformer(model: dit.DiT, folder: Path) -> None:
             "time_factor": 1000.0,
             "time_max_period": 10_000,
             "bottleneck_size": config.bottleneck or None,
-            "resolution_embeds": False,
+            "resolution_embeds": config.resolution,
         },
     )
     save_file(
@@ -122,8 +151,8 @@ def _transformer(model: dit.DiT, folder: Path) -> None:
     )
 
 
-def _scheduler(folder: Path) -> None:
-    """Write a scheduler that takes the given timesteps as they are."""
+def _scheduler(folder: Path, private: dict[str, Any]) -> None:
+    """Write a scheduler that takes the given timesteps as they are, and `private` beside it."""
     folder.mkdir()
     _write(
         folder / "scheduler_config.json",
@@ -132,6 +161,7 @@ def _scheduler(folder: Path) -> None:
             "_diffusers_version": "0.39.0",
             "num_train_timesteps": 1000,
             "shift": 1.0,
+            "_sampling": private,
         },
     )
 
@@ -172,9 +202,24 @@ image.save("picture.png")
 '''
 
 
+def custom_snippet(source: str, prompt: str) -> str:
+    """Return the Python lines that draw `prompt` with the folder's own pipeline.py."""
+    return f'''import torch
+from diffusers import DiffusionPipeline
+
+pipeline = DiffusionPipeline.from_pretrained(
+    "{source}", custom_pipeline="pipeline", trust_remote_code=True
+)
+generator = torch.Generator().manual_seed({dice.key(0, 0, 0)})
+image = pipeline({json.dumps(prompt, ensure_ascii=False)}, generator=generator).images[0]
+image.save("picture.png")
+'''
+
+
 def _card(card: Card, resolution: int, how: sampler.Config, flow_config: flow.Config) -> str:
     """Return the model card: front matter, a snippet that runs, facts, recipe."""
     shift = flow_config.shift if how.shift is None else how.shift
+    custom = custom_snippet("PATH_OF_THIS_FOLDER", card.prompt)
     rows = "\n".join(f"| {name} | {value} |" for name, value in card.facts)
     return f"""---
 library_name: diffusers
@@ -192,8 +237,12 @@ A text-to-image model in pixel space, trained from random weights by daybreak.
 {snippet("PATH_OF_THIS_FOLDER", card.prompt, resolution, how, shift)}```
 
 One prompt per call: `PRXPixelPipeline` mixes up the time of several prompts under guidance.
-`timesteps` is the grid the model was tuned for; the scheduler's own is another. Guidance acts at
-every step here, while daybreak's sampler may confine it to an interval.
+`timesteps` is the grid the model was tuned for; the scheduler's own is another. What the recipe
+says of sampling beyond that (self-guidance, an interval, projected guidance) needs `pipeline.py`,
+which lies in this folder and knows the settings. This is the picture of `daybreak sample --seed 0`:
+
+```python
+{custom}```
 
 | | |
 |---|---|

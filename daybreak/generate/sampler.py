@@ -11,24 +11,42 @@ Source   Euler on the flow's ODE: arXiv 2403.03206; the grid is that of training
 
 from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import Literal
 
 import torch
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from daybreak.model import flow
+from daybreak.model import flow, tread
 from daybreak.model.dit import DiT
-from daybreak.model.text import TextEncoder
+from daybreak.model.text import Text
+from daybreak.model.tread import Route
 from daybreak.train.dice import Dice
 
 Denoiser = Callable[[Tensor, float], Tensor]
 
 
+class Apg(BaseModel):
+    """Adaptive projected guidance: see generate/guidance for the equation.
+
+    `norm` bounds the RMS of the difference, in pixel units (the paper's bound, divided by the root
+    of how many numbers a picture has).
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    eta: float = 0.0
+    momentum: float = Field(default=-0.5, gt=-1, le=0)
+    norm: float | None = Field(default=None, gt=0)
+
+
 class Config(BaseModel):
     """How pictures are made: for the grids during training, and by default afterwards.
 
-    `every` counts training steps between two grids. Guidance acts for t in `interval`.
+    `every` counts training steps between two grids. `guide` names the weak network: the same one
+    with an empty prompt ("classifier-free"), or with routed tokens as in [tread] ("self"). Guidance
+    acts for t in `interval`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -36,8 +54,10 @@ class Config(BaseModel):
     prompts: tuple[str, ...] = ()
     every: int = Field(default=500, gt=0)
     steps: int = Field(default=28, gt=0)
+    guide: Literal["classifier-free", "self"] = "classifier-free"
     guidance: float = Field(default=3.0, ge=1)
     interval: tuple[float, float] = (0.0, 1.0)
+    apg: Apg | None = None
     shift: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
 
@@ -49,24 +69,38 @@ def times(steps: int, shift: float) -> list[float]:
     return grid
 
 
-def denoiser(model: DiT, text: TextEncoder, captions: Sequence[str]) -> Denoiser:
-    """Fix the words: the network as a function of picture and time."""
-    words = text(captions)
+def denoiser(model: DiT, words: Text, route: Route | None = None) -> Denoiser:
+    """Fix the words, and the route if any: the network as a function of picture and time."""
 
     def denoise(x_t: Float[Tensor, "b c h w"], t: float) -> Float[Tensor, "b c h w"]:
-        guess: Tensor = model(x_t, x_t.new_full((len(x_t),), t), words).x
+        guess: Tensor = model(x_t, x_t.new_full((len(x_t),), t), words, route).x
         return guess
 
     return denoise
 
 
-def noise(
-    seeds: Sequence[int], channels: int, height: int, width: int, scale: float
-) -> Float[Tensor, "b c h w"]:
-    """Draw the starting noise of each picture from its own seed, equal on every device."""
-    return scale * torch.cat(
-        [Dice(seed, 0, 0, 1).normal(channels, height, width) for seed in seeds]
-    )
+def begin(
+    seeds: Sequence[int],
+    shape: tuple[int, int, int],
+    scale: float,
+    routed: tread.Config | None,
+    patch: int,
+    device: torch.device,
+) -> tuple[Float[Tensor, "b c h w"], Route | None]:
+    """Draw noise (b, *shape) of standard deviation `scale`, then the weak network's route, if any.
+
+    Each picture has its own seed, and equal numbers on every device. One route serves the whole
+    walk: what is weak at one step is weak at all of them.
+    """
+    dice = [Dice(seed, 0, 0, 1) for seed in seeds]
+    noise = [scale * die.normal(*shape) for die in dice]
+    route = None
+    if routed is not None:
+        kept = [
+            tread.draw(routed, one, patch, die).kept for one, die in zip(noise, dice, strict=True)
+        ]
+        route = Route(routed.start, routed.stop, torch.cat(kept).to(device))
+    return torch.cat(noise).to(device), route
 
 
 @torch.no_grad()

@@ -20,19 +20,24 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 from einops import rearrange
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
+from daybreak.model import tread
 from daybreak.model.text import Text
+from daybreak.model.tread import Route
 
-TIME_FEATURES = 256
+FEATURES = 256  # sinusoids that a number is written in
 ROPE_BASE = 10_000.0
 SHORT = 256  # tokens up to which a CPU computes attention without the fused kernel
 
 
 class Config(BaseModel):
-    """Size of the denoiser. `bottleneck = 0` embeds a patch in one step."""
+    """Size of the denoiser. `bottleneck = 0` embeds a patch in one step.
+
+    With `resolution` the network is told height and width of the picture, beside the time.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -42,6 +47,7 @@ class Config(BaseModel):
     depth: int = Field(default=16, gt=0)
     heads: int = Field(default=28, gt=0)
     mlp: float = Field(default=3.5, gt=0)
+    resolution: bool = False
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Config":
@@ -65,10 +71,19 @@ class Config(BaseModel):
         return int(self.width * self.mlp)
 
 
+class Tapped(NamedTuple):
+    """The tokens as they leave a block: all of them, or those that a route kept there."""
+
+    block: int
+    tokens: Float[Tensor, "b k d"]
+    kept: Int[Tensor, "b k"] | None
+
+
 class Prediction(NamedTuple):
-    """The clean image as the network guesses it, float32."""
+    """The clean image as the network guesses it, float32, and what was tapped on the way."""
 
     x: Float[Tensor, "b c h w"]
+    tapped: tuple[Tapped, ...] = ()
 
 
 class Linear(nn.Linear):
@@ -108,7 +123,9 @@ def rope(
     return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
 
 
-def rotate(x: Float[Tensor, "b a n d"], angles: Float[Tensor, "n d"]) -> Float[Tensor, "b a n d"]:
+def rotate(
+    x: Float[Tensor, "b a n d"], angles: Float[Tensor, "... n d"]
+) -> Float[Tensor, "b a n d"]:
     """Turn neighbouring pairs: (x, y) -> (x cos - y sin, x sin + y cos)."""
     cos, sin = angles.chunk(2, dim=-1)
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
@@ -170,7 +187,7 @@ class Attention(nn.Module):
         x: Float[Tensor, "b n h"],
         words: Float[Tensor, "b l h"],
         mask: Bool[Tensor, "b 1 1 k"] | None,
-        angles: Float[Tensor, "n d"],
+        angles: Float[Tensor, "... n d"],
     ) -> Float[Tensor, "b n h"]:
         q, k, v = rearrange(
             self.img_qkv_proj(x), "b n (three a d) -> three b a n d", three=3, a=self.heads
@@ -215,7 +232,7 @@ class Block(nn.Module):
         words: Float[Tensor, "b l h"],
         mask: Bool[Tensor, "b 1 1 k"] | None,
         time: Float[Tensor, "b h"],
-        angles: Float[Tensor, "n d"],
+        angles: Float[Tensor, "... n d"],
     ) -> Float[Tensor, "b n h"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time)
         u = ((1 + scale1) * normalise(x) + shift1).to(x.dtype)
@@ -226,20 +243,37 @@ class Block(nn.Module):
         return x + gate2 * projected
 
 
-class TimeEmbedder(nn.Module):
-    """Sinusoids of 1000 t, then a two-layer MLP; float32."""
+def sinusoids(x: Float[Tensor, " b"], features: int) -> Float[Tensor, "b f"]:
+    """Return cosines, then sines, of x at frequencies that fall from 1 towards 1 / 10000."""
+    half = features // 2
+    steps = torch.arange(half, dtype=torch.float32, device=x.device)
+    angle = x[:, None] * torch.exp(-math.log(10_000) * steps / half)
+    return torch.cat((angle.cos(), angle.sin()), dim=-1)
+
+
+class Embedder(nn.Module):
+    """Sinusoids to a vector of the network's width: a two-layer MLP, float32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
-        self.in_layer = Linear(TIME_FEATURES, width)
+        self.in_layer = Linear(FEATURES, width)
         self.out_layer = Linear(width, width)
 
-    def forward(self, t: Float[Tensor, " b"]) -> Float[Tensor, "b h"]:
-        half = TIME_FEATURES // 2
-        steps = torch.arange(half, dtype=torch.float32, device=t.device)
-        angle = 1000.0 * t.float()[:, None] * torch.exp(-math.log(10_000) * steps / half)
-        features = torch.cat((angle.cos(), angle.sin()), dim=-1)
+    def forward(self, features: Float[Tensor, "b f"]) -> Float[Tensor, "b h"]:
         vector: Tensor = self.out_layer(F.silu(self.in_layer(features)))
+        return vector
+
+
+class ResolutionEmbedder(nn.Module):
+    """Height and width of the picture, in pixels, as a vector that is added to that of time."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.mlp = Embedder(width)
+
+    def forward(self, x_t: Float[Tensor, "b c height width"]) -> Float[Tensor, "1 h"]:
+        sides = [x_t.new_full((1,), side, dtype=torch.float32) for side in x_t.shape[-2:]]
+        vector: Tensor = self.mlp(torch.cat([sinusoids(s, FEATURES // 2) for s in sides], dim=-1))
         return vector
 
 
@@ -260,6 +294,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The denoiser. `compute` is the precision of its blocks.
 
+    With a `route` most blocks see only the tokens it keeps. `taps` are numbers of blocks, from 0,
+    whose tokens come back with the guess; a tapped block of a route gives what the route keeps.
+
     Shapes  x_t (b, c, height, width), sides multiples of the patch; t (b,); text of any length.
     Units   pixels [-1, 1]; t in [0, 1]. At initialisation x_hat = 0.
     Errors  einops.EinopsError if the patch does not divide the picture.
@@ -271,6 +308,7 @@ class DiT(nn.Module):
         text_width: int,
         channels: int = 3,
         compute: torch.dtype = torch.float32,
+        route: tread.Config | None = None,
     ) -> None:
         super().__init__()
         self.config, self.channels, self.text_width = config, channels, text_width
@@ -283,28 +321,57 @@ class DiT(nn.Module):
             if config.bottleneck
             else Linear(pixels, config.width)
         )
-        self.time_in = TimeEmbedder(config.width)
+        self.time_in = Embedder(config.width)
+        self.resolution_embedder = ResolutionEmbedder(config.width) if config.resolution else None
         self.txt_in = Linear(text_width, config.width)
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, pixels)
+        self.fuse = tread.Fusion(route, config.width) if route and route.kind == "sprint" else None
 
     def forward(
-        self, x_t: Float[Tensor, "b c height width"], t: Float[Tensor, " b"], text: Text
+        self,
+        x_t: Float[Tensor, "b c height width"],
+        t: Float[Tensor, " b"],
+        text: Text,
+        route: Route | None = None,
+        taps: tuple[int, ...] = (),
     ) -> Prediction:
         patch = self.config.patch
         rows, columns = x_t.shape[-2] // patch, x_t.shape[-1] // patch
         patches = rearrange(
             x_t, "b c (rows p) (columns q) -> b (rows columns) (c p q)", p=patch, q=patch
         )
-        time = self.time_in(t)
+        time = self.time_in(sinusoids(1000.0 * t.float(), FEATURES))
+        if self.resolution_embedder is not None:
+            time = time + self.resolution_embedder(x_t)
         angles = rope(rows, columns, self.config.head_width, x_t.device)
         mask = F.pad(text.mask, (0, rows * columns), value=True)[:, None, None]
 
         x = self.img_in(patches.to(self.compute))
         words = self.txt_in(text.tokens.to(self.compute))
         block_time = time.to(self.compute)
-        for block in self.blocks:
-            x = block(x, words, mask, block_time, angles)
+        tapped = []
+
+        def walk(
+            first: int, stop: int, x: Tensor, angles: Tensor, kept: Tensor | None = None
+        ) -> Tensor:
+            seen = mask[..., : words.shape[1] + x.shape[1]]  # no image token is ever masked
+            for i in range(first, stop):
+                x = self.blocks[i](x, words, seen, block_time, angles)
+                if i in taps:
+                    tapped.append(Tapped(i, x, kept))
+            return x
+
+        if route is None and self.fuse is not None:
+            route = self.fuse.whole(x)
+        if route is None:
+            x = walk(0, len(self.blocks), x, angles)
+        else:
+            x = walk(0, route.start, x, angles)
+            turn = route.take(angles.expand(len(x), -1, -1))[:, None]
+            walked = walk(route.start, route.stop, route.take(x), turn, route.kept)
+            x = self.fuse(route, walked, x) if self.fuse else route.put(walked, into=x)
+            x = walk(route.stop, len(self.blocks), x, angles)
         pixels = self.final_layer(x, time)
 
         return Prediction(
@@ -314,5 +381,6 @@ class DiT(nn.Module):
                 rows=rows,
                 p=patch,
                 q=patch,
-            )
+            ),
+            tuple(tapped),
         )
