@@ -1,49 +1,343 @@
-"""The loss is the equation in its docstring."""
+"""The loss is the equation in its docstring, and each part moves what it is meant to move."""
 
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
 import torch
 
-from daybreak.model import dit, flow
-from daybreak.model.text import Text
-from daybreak.objective.objective import Objective
+from daybreak.model import dit, flow, text, tread
+from daybreak.model.text_to_image import TextToImage, build
+from daybreak.objective import contrastive, dino, lpips, repa
+from daybreak.objective.objective import Objective, mean
 from daybreak.train.dice import Dice
 
 CONFIG = flow.Config(shift=2.0)
+CAPTIONS = ("a red circle", "", "a blue square", "two green stars", "a cross", "a red cross")
+DIT = dit.Config(patch=8, bottleneck=0, width=32, depth=4, heads=2)
+TEXT = text.Config(width=32, depth=1, heads=2, vocabulary=400, max_tokens=16)
+ROUTE = tread.Config(start=1, stop=3, carried=0.5)
 
 
-def setting(count: int = 6) -> tuple[dit.DiT, torch.Tensor, Text]:
-    torch.manual_seed(0)
-    model = dit.DiT(dit.Config(patch=4, bottleneck=0, width=32, depth=1, heads=2), 8)
-    torch.nn.init.normal_(model.final_layer.linear.weight, std=0.1)
-    image = torch.rand(count, 3, 8, 8) * 2 - 1
-    return model, image, Text(torch.randn(count, 4, 8), torch.ones(count, 4, dtype=torch.bool))
+class Setting(NamedTuple):
+    """A model whose every weight matters, its elder, and a batch."""
+
+    model: TextToImage
+    average: TextToImage
+    image: torch.Tensor
+
+    def run(
+        self, objective: Objective, first: int = 0, stop: int = 6, without: tuple[str, ...] = ()
+    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        return objective(
+            self.model,
+            self.average,
+            self.image[first:stop],
+            CAPTIONS[first:stop],
+            Dice(0, 1, first, stop - first),
+            without,
+        )
 
 
-def test_it_is_the_squared_difference_of_velocities() -> None:
-    model, image, text = setting()
-    loss, parts = Objective(CONFIG)(model, image, text, Dice(0, 1, 0, 6))
+def awake(seed: int) -> TextToImage:
+    """A model whose zeros have been replaced, so that gradients reach everything."""
+    model = build(DIT, TEXT, text.learn_tokenizer(CAPTIONS * 10, TEXT), seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if not parameter.any():
+                parameter.normal_(std=0.1, generator=generator)
+    return model
 
+
+@pytest.fixture
+def setting() -> Setting:
+    image = torch.rand(6, 3, 32, 32, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    return Setting(awake(0), awake(1).requires_grad_(False), image)
+
+
+@pytest.fixture
+def sections(toys: dict[str, Path]) -> dict[str, Any]:
+    """Every ingredient at once, with tiny teachers; REPA and P-DINO share theirs."""
+    return {
+        "tread_config": ROUTE,
+        "repa_config": repa.Config(teacher=str(toys["dinov2"]), blocks=(1, 3)),
+        "lpips_config": lpips.Config(vgg=str(toys["vgg"]), heads=str(toys["heads"])),
+        "dino_config": dino.Config(teacher=str(toys["dinov2"])),
+        "contrastive_config": contrastive.Config(),
+        "width": DIT.width,
+    }
+
+
+def only(sections: dict[str, Any], *names: str) -> Objective:
+    wanted = {f"{name}_config" for name in names} | {"width"}
+    return Objective(CONFIG, **{key: sections[key] for key in sections if key in wanted})
+
+
+def gradients(loss: torch.Tensor, model: TextToImage) -> set[str]:
+    """The names of all weights that a loss pulls at."""
+    for parameter in model.parameters():
+        parameter.grad = None
+    loss.backward()
+    named = model.named_parameters()
+    return {name for name, p in named if p.grad is not None and p.grad.any()}
+
+
+def test_it_is_the_squared_difference_of_velocities(setting: Setting) -> None:
+    loss, parts = setting.run(Objective(CONFIG))
     dice = Dice(0, 1, 0, 6)
     t = flow.draw_time(CONFIG, dice)
-    eps = dice.normal(3, 8, 8)
+    eps = dice.normal(3, 32, 32)
     level = t.view(-1, 1, 1, 1)
-    guess = model((1 - level) * image + level * eps, t, text).x
-    expected = ((guess - image) / level.clamp(min=0.05)).square().mean()
+    noisy = (1 - level) * setting.image + level * eps
+    guess = setting.model.dit(noisy, t, setting.model.text(CAPTIONS)).x
+    expected = ((guess - setting.image) / level.clamp(min=0.05)).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
     assert parts.keys() == {"flow"}
     assert not parts["flow"].requires_grad
 
 
-def test_micro_batches_see_the_noise_of_the_whole_batch() -> None:
-    model, image, text = setting()
-    objective = Objective(CONFIG)
-    whole, _ = objective(model, image, text, Dice(0, 1, 0, 6))
-    halves = [
-        objective(
-            model,
-            image[first : first + 3],
-            Text(text.tokens[first : first + 3], text.mask[first : first + 3]),
-            Dice(0, 1, first, 3),
-        )[0]
-        for first in (0, 3)
-    ]
-    torch.testing.assert_close(whole, sum(halves) / 2)
+def test_the_loss_is_the_weighted_sum_of_its_parts(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    objective = Objective(CONFIG, **sections)
+    loss, parts = setting.run(objective)
+    assert list(parts) == ["flow", "repa", "lpips", "dino", "contrastive"]
+    weights = {"flow": 1.0, "repa": 0.5, "lpips": 0.1, "dino": 0.01, "contrastive": 0.05}
+    torch.testing.assert_close(loss, sum(weights[name] * part for name, part in parts.items()))
+    assert not any(part.requires_grad for part in parts.values())
+
+
+def test_however_the_batch_is_cut_the_loss_is_the_same(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    sections["lpips_config"] = sections["lpips_config"].model_copy(update={"fraction": 0.5})
+    sections["dino_config"] = sections["dino_config"].model_copy(
+        update={"fraction": 1 / 3, "below": 0.8}
+    )
+    objective = Objective(CONFIG, **sections)
+    whole, all_parts = setting.run(objective)
+    first, some = setting.run(objective, 0, 2)
+    second, rest = setting.run(objective, 2, 6)
+    torch.testing.assert_close(whole, (2 * first + 4 * second) / 6)
+    for name, part in all_parts.items():
+        torch.testing.assert_close(part, (2 * some[name] + 4 * rest[name]) / 6, msg=name)
+
+
+def test_in_half_precision_every_part_is_near(setting: Setting, sections: dict[str, Any]) -> None:
+    _, exact = setting.run(Objective(CONFIG, **sections))
+    half = build(DIT, TEXT, setting.model.text.tokenizer, 0, torch.bfloat16)
+    half.load(setting.model.weights())
+    _, near = setting._replace(model=half).run(
+        Objective(CONFIG, **sections, compute=torch.bfloat16)
+    )
+    for name, part in exact.items():
+        assert near[name].dtype == torch.float32
+        torch.testing.assert_close(near[name], part, rtol=0.05, atol=1e-3, msg=name)
+
+
+def test_sections_that_rest_leave_the_loss(setting: Setting, sections: dict[str, Any]) -> None:
+    everything = Objective(CONFIG, **sections)
+    resting = ("tread", "repa", "lpips", "dino", "contrastive")
+    loss, parts = setting.run(everything, without=resting)
+    plain, _ = setting.run(Objective(CONFIG))
+    assert torch.equal(loss, plain)
+    assert parts.keys() == {"flow"}
+
+
+def test_repa_compares_the_tokens_that_walk_with_their_own_patches(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    objective = only(sections, "tread", "repa")
+    _, parts = setting.run(objective)
+
+    dice = Dice(0, 1, 0, 6)
+    t = flow.draw_time(CONFIG, dice)
+    noisy = flow.corrupt(setting.image, t, flow.draw_noise(CONFIG, setting.image, dice))
+    route = tread.draw(ROUTE, setting.image, 8, dice)
+    guess = setting.model.dit(noisy.x_t, t, setting.model.text(CAPTIONS), route, (1, 3))
+    with torch.no_grad():
+        seen = objective.teachers[sections["repa_config"].teacher](setting.image, 4, 4)
+    walked, everyone = guess.tapped
+    assert objective.repa is not None
+    said = objective.repa.projectors["1"](walked.tokens, 4)
+    there = torch.stack([seen[row, places] for row, places in enumerate(route.kept)])
+    inside = 1 - torch.nn.functional.cosine_similarity(said, there, dim=-1).mean()
+    said = objective.repa.projectors["3"](everyone.tokens, 4)
+    outside = 1 - torch.nn.functional.cosine_similarity(said, seen, dim=-1).mean()
+    assert said.shape[1] == 2 * there.shape[1] == 16
+    torch.testing.assert_close(parts["repa"], (inside + outside) / 2)
+
+
+def test_repa_moves_the_blocks_below_it_the_words_and_its_projector(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    sections["repa_config"] = sections["repa_config"].model_copy(update={"blocks": (1,)})
+    objective = only(sections, "repa")
+    with_it, _ = setting.run(objective)
+    without, _ = setting.run(objective, without=("repa",))
+    moved = gradients(with_it - without, setting.model)  # the two flows cancel to the last bit
+    above = ("dit.blocks.2.", "dit.blocks.3.", "dit.final_layer.")
+    below = {name for name, _ in setting.model.dit.named_parameters(prefix="dit")}
+    below = {name for name in below if not name.startswith(above)}
+    assert {name for name in moved if name.startswith("dit.")} == below
+    assert any(name.startswith("text.") for name in moved)
+    assert all(p.grad is not None and p.grad.any() for p in objective.learned.parameters())
+
+
+@pytest.mark.parametrize("name", ["lpips", "dino"])
+def test_a_perceptual_term_moves_the_whole_network_and_no_teacher(
+    setting: Setting, sections: dict[str, Any], name: str
+) -> None:
+    objective = only(sections, name)
+    objective.weights = {name: 1e6}  # the flow's pull is nothing beside it
+    loss, _ = setting.run(objective)
+    moved = gradients(loss, setting.model)
+    assert {key for key, _ in setting.model.dit.named_parameters()} == {
+        key.removeprefix("dit.") for key in moved if key.startswith("dit.")
+    }
+    for teacher in objective.teachers.values():
+        assert all(p.grad is None for p in teacher.network.parameters())
+    assert not list(objective.learned.parameters())
+
+
+def test_only_the_projectors_are_learned(sections: dict[str, Any]) -> None:
+    objective = Objective(CONFIG, **sections)
+    assert {name.split(".")[0] for name in objective.learned.state_dict()} == {"repa"}
+    widths = {tuple(p.shape) for p in objective.learned.parameters()}
+    assert widths == {(32, 32), (32,)}
+    assert not Objective(CONFIG).learned.state_dict()
+
+
+def test_projectors_depend_on_the_seed_alone(sections: dict[str, Any]) -> None:
+    first, again = Objective(CONFIG, **sections), Objective(CONFIG, **sections)
+    other = Objective(CONFIG, **sections, seed=1)
+    for name, value in first.learned.state_dict().items():
+        assert torch.equal(value, again.learned.state_dict()[name])
+    key = "repa.projectors.1.layers.0.weight"
+    assert not torch.equal(first.learned.state_dict()[key], other.learned.state_dict()[key])
+
+
+def test_two_terms_with_one_teacher_look_at_the_true_pictures_once(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    objective = only(sections, "repa", "dino")
+    (teacher,) = objective.teachers.values()
+    looks: list[int] = []
+    teacher.network.register_forward_hook(lambda *_: looks.append(1))
+    _, together = setting.run(objective)
+    assert len(looks) == 2  # the truth once, the guess once
+    _, apart = setting.run(objective, without=("repa",))
+    assert len(looks) == 4
+    torch.testing.assert_close(together["dino"], apart["dino"])
+
+
+def test_terms_with_two_teachers_or_two_grids_each_have_their_own_view(
+    setting: Setting, sections: dict[str, Any], toys: dict[str, Path]
+) -> None:
+    other = {"teacher": str(toys["dinov3"])}
+    for change in (other, {"patches": 4}):
+        sections["dino_config"] = dino.Config(**({"teacher": str(toys["dinov2"])} | change))
+        _, together = setting.run(only(sections, "repa", "dino"))
+        _, alone = setting.run(only(sections, "dino"))
+        torch.testing.assert_close(together["dino"], alone["dino"])
+
+
+def test_with_itself_as_teacher_it_listens_to_its_average_at_less_noise(setting: Setting) -> None:
+    setting.average.requires_grad_()  # so that only the objective keeps gradients out
+    config = repa.Config(teacher="self", blocks=(1,), target=3, earlier=0.3)
+    objective = Objective(CONFIG, ROUTE, config, width=DIT.width)
+    loss, parts = setting.run(objective)
+    assert not objective.teachers
+
+    dice = Dice(0, 1, 0, 6)
+    t = flow.draw_time(CONFIG, dice)
+    eps = flow.draw_noise(CONFIG, setting.image, dice)
+    noisy = flow.corrupt(setting.image, t, eps)
+    route = tread.draw(ROUTE, setting.image, 8, dice)
+    sooner = (t - 0.3 * dice.uniform(1)[:, 0]).clamp(min=1e-3)
+    assert (sooner < t).all()
+    assert (sooner > t - 0.3).all()
+    x_s = flow.corrupt(setting.image, sooner, eps).x_t
+    elder = setting.average.dit(x_s, sooner, setting.average.text(CAPTIONS), None, (3,)).tapped[0]
+    tap = setting.model.dit(noisy.x_t, t, setting.model.text(CAPTIONS), route, (1,)).tapped[0]
+    assert objective.repa is not None
+    said = objective.repa.projectors["1"](tap.tokens, 4)
+    torch.testing.assert_close(
+        parts["repa"], repa.disagreement(said, elder.tokens, route.kept), rtol=1e-4, atol=1e-6
+    )
+    loss.backward()
+    assert all(p.grad is None for p in setting.average.parameters())
+
+
+def test_a_share_of_the_pictures_has_the_expectation_of_all() -> None:
+    miss, t = torch.arange(1.0, 13.0), torch.linspace(0.05, 0.95, 12)
+    term = lpips.Config(fraction=0.25, below=0.7)
+    shares = []
+    for first in range(4):
+        rows = Dice(0, 1, first, 12).share(term.fraction)
+        shares.append(mean(miss[rows], t[rows], term, 12))
+    whole = mean(miss, t, term.model_copy(update={"fraction": 1.0}), 12)
+    torch.testing.assert_close(torch.stack(shares).mean(), whole)
+    torch.testing.assert_close(whole, (miss * (t < 0.7)).mean())
+
+
+def test_a_share_of_nobody_costs_nothing(setting: Setting, sections: dict[str, Any]) -> None:
+    for name in ("lpips", "dino"):
+        key = f"{name}_config"
+        sections[key] = sections[key].model_copy(update={"fraction": 0.1})
+    loss, parts = setting.run(only(sections, "lpips", "dino"))
+    assert float(parts["lpips"]) == float(parts["dino"]) == 0
+    assert torch.equal(loss, setting.run(Objective(CONFIG))[0])
+
+
+def test_above_the_gate_a_guess_is_not_judged(setting: Setting, sections: dict[str, Any]) -> None:
+    t = flow.draw_time(CONFIG, Dice(0, 1, 0, 6))
+    gate = float(t.sort().values[2:4].mean())
+    sections["lpips_config"] = sections["lpips_config"].model_copy(update={"below": gate})
+    _, gated = setting.run(only(sections, "lpips"))
+    below = torch.tensor([float(t[row]) < gate for row in range(6)])
+    each = [setting.run(only(sections, "lpips"), row, row + 1)[1]["lpips"] for row in range(6)]
+    assert [float(value) > 0 for value in each] == below.tolist()
+    torch.testing.assert_close(gated["lpips"], torch.stack(each).mean())
+
+
+def test_what_is_deferred_is_neither_guessed_nor_judged(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    sections["tread_config"] = tread.Config(kind="deferred", start=1, stop=4, carried=0.5)
+    loss, parts = setting.run(only(sections, "tread", "lpips"))
+    dice = Dice(0, 1, 0, 6)
+    t = flow.draw_time(CONFIG, dice)
+    noisy = flow.corrupt(setting.image, t, flow.draw_noise(CONFIG, setting.image, dice))
+    route = tread.draw(sections["tread_config"], setting.image, 8, dice)
+    guess = setting.model.dit(noisy.x_t, t, setting.model.text(CAPTIONS), route).x
+    shown = tread.walked(route, setting.image, 8).expand_as(guess)
+    miss = (guess - setting.image) / t.clamp(min=0.05).view(-1, 1, 1, 1)
+    torch.testing.assert_close(parts["flow"], miss[shown].square().mean(), rtol=1e-4, atol=1e-6)
+    pasted = torch.where(shown, guess, setting.image)
+    vgg = lpips.load(sections["lpips_config"])
+    expected = lpips.distance(vgg, pasted, setting.image, 0.5).mean()
+    torch.testing.assert_close(parts["lpips"], expected, rtol=1e-4, atol=1e-6)
+    assert torch.isfinite(loss)
+
+
+def test_teachers_stay_as_they_were_read(setting: Setting, sections: dict[str, Any]) -> None:
+    from safetensors.torch import load_file
+
+    objective = Objective(CONFIG, **sections)
+    weights = [*setting.model.parameters(), *objective.learned.parameters()]
+    optimizer = torch.optim.AdamW(weights, lr=1e-2)
+    before = objective.learned.state_dict()["repa.projectors.1.layers.0.weight"].clone()
+    for _ in range(3):
+        setting.run(objective)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    assert not torch.equal(
+        before, objective.learned.state_dict()["repa.projectors.1.layers.0.weight"]
+    )
+    for source, teacher in objective.teachers.items():
+        stored = load_file(Path(source) / "model.safetensors")
+        now = teacher.network.state_dict()
+        assert all(torch.equal(now[name], stored[name]) for name in stored if name in now)
+        assert len(stored.keys() & now.keys()) > 10

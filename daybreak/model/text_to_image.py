@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from daybreak.model import dit, text
+from daybreak.model import dit, text, tread
 
 
 class TextToImage(nn.Module):
@@ -49,17 +49,21 @@ def build(
     tokenizer: Any = None,
     seed: int = 0,
     compute: torch.dtype = torch.float32,
+    route: tread.Config | None = None,
+    known: text.Known | None = None,
 ) -> TextToImage:
     """Build the model with random weights that depend on the seed alone.
 
-    The tokenizer is that of the encoder that trains with the model; a frozen one has its own.
+    The tokenizer is that of the encoder that trains with the model; a frozen one has its own, and
+    may find captions already `known`. Some kinds of route have weights too.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = (
             text.scratch(text_config, tokenizer, compute)
             if text_config.encoder is None
-            else text.pretrained(text_config, compute)
+            else text.pretrained(text_config, compute, known)
         )
         torch.manual_seed(seed)
-        return TextToImage(encoder, dit.DiT(dit_config, encoder.width, compute=compute))
+        denoiser = dit.DiT(dit_config, encoder.width, compute=compute, route=route)
+        return TextToImage(encoder, denoiser)

@@ -1,42 +1,180 @@
 """What training minimises.
 
     x_t = (1 - t) x + t eps,    x_hat = DiT(x_t, t, text)
-    L   = mean |v(x_hat) - v(x)|^2,    v(y) = (x_t - y) / max(t, 0.05)
+    L   = mean |v(x_hat) - v(x)|^2 + sum of weight * term,    v(y) = (x_t - y) / max(t, 0.05)
 
-The whole loss of a run stands in `Objective.__call__`; an ingredient adds a line to it.
+The whole loss of a run stands in `Objective.__call__`; a term is a few lines there, a file beside
+this one and a section of the recipe. Terms look at the guess and at the truth and never at the
+network, which is called once, with a route if there is one, and hands out the tokens REPA asks for.
 
-Letters  b pictures of the micro-batch, c channels.
+Letters  b pictures of the micro-batch, c channels, k pictures that a term looks at.
 Source   arXiv 2511.13720, eq. 6 (x-prediction, v-loss).
 """
 
-from jaxtyping import Float
-from torch import Tensor
+from collections.abc import Collection, Sequence
+from typing import NamedTuple
 
-from daybreak.model import flow
-from daybreak.model.dit import DiT
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from daybreak.model import flow, tread, vision
 from daybreak.model.text import Text
+from daybreak.model.text_to_image import TextToImage
+from daybreak.objective import contrastive, dino, lpips, repa
 from daybreak.train.dice import Dice
 
 
-class Objective:
-    """The loss of a run, and its parts by name."""
+class View(NamedTuple):
+    """A teacher, and the grid of patches on which it looks at a picture."""
 
-    def __init__(self, flow_config: flow.Config) -> None:
-        self.flow = flow_config
+    teacher: str
+    rows: int
+    columns: int
+
+
+class Objective:
+    """The loss of a run, and its parts by name.
+
+    `learned` holds what the terms themselves learn, REPA's projectors: the optimiser's and the
+    checkpoint's business, as the model is. Teachers and perceptual networks are not in it.
+
+    Errors  BadRecipe if a teacher or a file of weights cannot be had.
+    """
+
+    def __init__(
+        self,
+        flow_config: flow.Config,
+        tread_config: tread.Config | None = None,
+        repa_config: repa.Config | None = None,
+        lpips_config: lpips.Config | None = None,
+        dino_config: dino.Config | None = None,
+        contrastive_config: contrastive.Config | None = None,
+        *,
+        width: int = 0,
+        seed: int = 0,
+        compute: torch.dtype = torch.float32,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        self.flow, self.tread = flow_config, tread_config
+        self.lpips, self.dino = lpips_config, dino_config
+        sections = {
+            "repa": repa_config,
+            "lpips": lpips_config,
+            "dino": dino_config,
+            "contrastive": contrastive_config,
+        }
+        self.weights = {name: section.weight for name, section in sections.items() if section}
+        self.teachers: dict[str, vision.Teacher] = {}  # one for two terms that name the same
+        for name, section in (("repa", repa_config), ("dino", dino_config)):
+            if section and section.teacher not in {repa.SELF, *self.teachers}:
+                self.teachers[section.teacher] = vision.load(
+                    section.teacher, f"{name}.teacher", compute, device
+                )
+        self.vgg = lpips.load(lpips_config, compute, device) if lpips_config else None
+        self.repa: repa.Repa | None = None
+        if repa_config:
+            teacher = self.teachers.get(repa_config.teacher)
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(seed)
+                self.repa = repa.Repa(repa_config, width, teacher.width if teacher else width)
+        self.learned = nn.ModuleDict({"repa": self.repa} if self.repa else {}).to(device)
 
     def __call__(
-        self, model: DiT, image: Float[Tensor, "b c h w"], text: Text, dice: Dice
+        self,
+        model: TextToImage,
+        average: TextToImage,
+        image: Float[Tensor, "b c h w"],
+        captions: Sequence[str],
+        dice: Dice,
+        without: Collection[str] = (),
+        shift: float | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Return the loss to minimise and its detached parts; image in [-1, 1], one die a picture.
+        """Return the loss to minimise and its detached, unweighted parts; one die a picture.
 
-        The order of the draws (time, then noise) is part of a run's identity.
+        `without` names sections that rest in this step, `shift` stands in for that of [flow]. The
+        order of the draws (time, noise, route, then a term's own) is part of a run's identity.
         """
-        t = flow.draw_time(self.flow, dice)
+        active = [name for name in self.weights if name not in without]
+        patch = model.dit.config.patch
+        grid = image.shape[-2] // patch, image.shape[-1] // patch
+        t = flow.draw_time(self.flow, dice, shift)
         eps = flow.draw_noise(self.flow, image, dice)
         noisy = flow.corrupt(image, t, eps)
+        route = None
+        if self.tread and "tread" not in without:
+            route = tread.draw(self.tread, image, patch, dice)
+        words = model.text(captions)
+        taps = self.repa.config.blocks if self.repa and "repa" in active else ()
 
-        guess = model(noisy.x_t, t, text)
+        guess = model.dit(noisy.x_t, t, words, route, taps)
 
-        miss = flow.velocity(noisy.x_t, guess.x, t) - flow.velocity(noisy.x_t, noisy.x, t)
-        loss = miss.square().mean()
-        return loss, {"flow": loss.detach()}
+        x_hat, share = guess.x, 1.0
+        if route and self.tread and self.tread.kind == "deferred":  # the rest was never guessed
+            x_hat = torch.where(tread.walked(route, image, patch), x_hat, image)
+            share = route.kept.shape[1] / (grid[0] * grid[1])
+        v_hat, v = flow.velocity(noisy.x_t, x_hat, t), flow.velocity(noisy.x_t, image, t)
+        parts = {"flow": (v_hat - v).square().mean() / share}
+        seen: dict[View, Tensor] = {}  # by a teacher in the true pictures: once, for all terms
+        if self.repa and "repa" in active:
+            view = View(self.repa.config.teacher, *grid)
+            if view.teacher == repa.SELF:
+                seen[view] = self._elder(average, noisy, captions, words, dice)
+            else:
+                seen[view] = self._look(view, image)
+            parts["repa"] = self.repa(guess.tapped, seen[view], view.rows)
+        if self.lpips and self.vgg and "lpips" in active:
+            some = dice.share(self.lpips.fraction)
+            miss = lpips.distance(self.vgg, x_hat[some], image[some], self.lpips.resize)
+            parts["lpips"] = mean(miss, t[some], self.lpips, len(image))
+        if self.dino and "dino" in active:
+            some = dice.share(self.dino.fraction)
+            view = View(self.dino.teacher, *dino.grid(self.dino, *grid))
+            truth = seen[view][some] if view in seen else self._look(view, image[some])
+            miss = dino.distance(self._see(view, x_hat[some]), truth, self.dino.pooled)
+            parts["dino"] = mean(miss, t[some], self.dino, len(image))
+        if "contrastive" in active:
+            captioned = torch.tensor([caption != "" for caption in captions])
+            captioned = captioned.to(image.device, non_blocking=True)
+            parts["contrastive"] = contrastive.term(v_hat, v, captioned)
+
+        loss = parts["flow"] + sum(self.weights[name] * parts[name] for name in active)
+        return loss, {name: part.detach() for name, part in parts.items()}
+
+    def _see(self, view: View, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        return self.teachers[view.teacher](image, view.rows, view.columns)
+
+    @torch.no_grad()
+    def _look(self, view: View, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
+        """See without a way back for gradients."""
+        return self._see(view, image)
+
+    @torch.no_grad()
+    def _elder(
+        self,
+        average: TextToImage,
+        noisy: flow.Noisy,
+        captions: Sequence[str],
+        words: Text,
+        dice: Dice,
+    ) -> Float[Tensor, "b n h"]:
+        """Ask the averaged model about the same pictures and noise, at a little lower t."""
+        assert self.repa is not None
+        assert self.repa.config.target is not None
+        ahead = self.repa.config.earlier * dice.uniform(1)[:, 0]
+        earlier = flow.corrupt(noisy.x, (noisy.t - ahead).clamp(min=flow.T_FIRST), noisy.eps)
+        if average.text.trained:  # else both have the same words
+            words = average.text(captions)
+        taps = (self.repa.config.target,)
+        return average.dit(earlier.x_t, earlier.t, words, None, taps).tapped[0].tokens
+
+
+def mean(
+    miss: Float[Tensor, " k"], t: Float[Tensor, " k"], term: lpips.Config | dino.Config, count: int
+) -> Float[Tensor, ""]:
+    """Average over all pictures, of which k were looked at; where t is high a miss counts as zero.
+
+    PRX and PixelGen divide by the number of pictures below the gate instead. Here a picture counts
+    the same whatever others are in its micro-batch.
+    """
+    return (miss * (t < term.below)).sum() / (term.fraction * count)

@@ -1,0 +1,85 @@
+"""Tiny teachers with random weights, in the file layouts of the real ones.
+
+They teach little, but a recipe with every ingredient can be tried with them in minutes, offline
+and without a licence: `daybreak doctor --make-toy-teachers DIR`. A random network still tells
+pictures apart, so a term that uses one has a gradient that points towards the true picture.
+"""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from daybreak.failure import BadStorage
+
+WIDTH, DEPTH, HEADS = 32, 2, 2
+CHANNELS = ((8, 2), (16, 2), (32, 3), (32, 3), (32, 3))  # and convolutions; VGG-16 has 64 to 512
+
+
+def make(folder: Path, seed: int = 0) -> dict[str, Path]:
+    """Write all of them to a folder; returns what to set in a recipe, by kind.
+
+    `dinov2`, `dinov2_with_registers` and `dinov3` are folders for `repa.teacher` and
+    `dino.teacher`; `vgg` and `heads` are the files of `[lpips]`. Errors: BadStorage.
+    """
+    from transformers import (
+        Dinov2Config,
+        Dinov2Model,
+        Dinov2WithRegistersConfig,
+        Dinov2WithRegistersModel,
+        DINOv3ViTConfig,
+        DINOv3ViTModel,
+    )
+
+    size: dict[str, Any] = {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+    }
+    transformers: dict[str, Callable[[], Any]] = {
+        "dinov2": lambda: Dinov2Model(Dinov2Config(**size, image_size=224, patch_size=14)),
+        "dinov2_with_registers": lambda: Dinov2WithRegistersModel(
+            Dinov2WithRegistersConfig(**size, image_size=224, patch_size=14, num_register_tokens=4)
+        ),
+        "dinov3": lambda: DINOv3ViTModel(
+            DINOv3ViTConfig(
+                **size, patch_size=16, intermediate_size=2 * WIDTH, num_register_tokens=4
+            )
+        ),
+    }
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadStorage(f"cannot make the folder {folder}: {error.strerror}") from error
+    made = {name: folder / name for name in transformers}
+    made |= {"vgg": folder / "vgg16.pth", "heads": folder / "lpips_vgg.pth"}
+    with torch.random.fork_rng(devices=[]):
+        for name, build in transformers.items():
+            torch.manual_seed(seed)
+            build().save_pretrained(made[name])
+        torch.manual_seed(seed)
+        torch.save(_vgg(), made["vgg"])
+        torch.save(
+            {
+                f"lin{depth}.model.1.weight": torch.rand(1, channels, 1, 1) / channels
+                for depth, (channels, _) in enumerate(CHANNELS)
+            },
+            made["heads"],
+        )
+    return made
+
+
+def _vgg() -> dict[str, torch.Tensor]:
+    """Number the convolutions as torchvision does: a ReLU or a pooling takes a number too."""
+    weights: dict[str, torch.Tensor] = {}
+    width, number = 3, 0
+    for channels, convolutions in CHANNELS:
+        for _ in range(convolutions):
+            layer = nn.Conv2d(width, channels, 3)
+            nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")
+            weights |= {f"features.{number}.{k}": v for k, v in layer.state_dict().items()}
+            width, number = channels, number + 2
+        number += 1
+    return weights

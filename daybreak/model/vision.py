@@ -1,0 +1,100 @@
+"""Frozen teachers: networks that know pictures, and are only asked.
+
+A DINOv2 or DINOv3 of any size, by hub id or local folder, gives one vector for each patch of a
+picture. The picture is resized so that the teacher's patches are the squares its caller asks for:
+token i of a denoiser and patch i of its teacher are the same place, whatever the patch sizes.
+
+A `Teacher` is no module: whoever holds one has none of its weights among the parameters, so no
+optimiser, average or checkpoint finds them. Gradients pass through to the picture where one asks.
+
+Letters  b pictures, n patches in raster order, d width of a feature.
+Units    pictures [-1, 1]. ImageNet's means are known here and nowhere else.
+Source   DINOv2: arXiv 2304.07193; registers: arXiv 2309.16588; DINOv3: arXiv 2508.10104.
+"""
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub.errors import GatedRepoError
+from jaxtyping import Float
+from safetensors import SafetensorError
+from torch import Tensor
+
+from daybreak.failure import BadRecipe
+
+MEAN = (0.485, 0.456, 0.406)
+DEVIATION = (0.229, 0.224, 0.225)
+KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # in all of them patches come last
+
+
+def resize(image: Float[Tensor, "b c h w"], height: int, width: int) -> Float[Tensor, "b c y x"]:
+    """Scale pictures with antialiasing, so that every pixel counts and every one gets gradient."""
+    if image.shape[-2:] == (height, width):
+        return image
+    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+
+
+def standardise(image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
+    """Bring pictures in [-1, 1] to the mean and deviation that ImageNet's networks learned with."""
+    mean, deviation = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    return ((image + 1) / 2 - mean) / deviation
+
+
+class Teacher:
+    """A frozen vision transformer; `patch` is the side of its patches, `width` that of a feature.
+
+    Shapes  image (b, 3, h, w) -> features (b, rows * columns, d), float32, after the last norm;
+            class and register tokens are left out.
+    Units   image [-1, 1]; what lies outside is cut off, as it will be when a picture is saved.
+    """
+
+    def __init__(self, network: Any) -> None:
+        self.network = network.eval().requires_grad_(False)
+        self.patch, self.width = int(network.config.patch_size), int(network.config.hidden_size)
+
+    def __call__(
+        self, image: Float[Tensor, "b 3 h w"], rows: int, columns: int
+    ) -> Float[Tensor, "b n d"]:
+        """Look at pictures, or at none, on a grid of so many patches."""
+        if not len(image):
+            return image.new_zeros(0, rows * columns, self.width)
+        pixels = resize(image.float(), rows * self.patch, columns * self.patch).clamp(-1, 1)
+        seen = self.network(pixel_values=standardise(pixels).to(self.network.dtype))
+        patches: Tensor = seen.last_hidden_state[:, -rows * columns :]
+        return patches.float()
+
+
+def load(
+    source: str,
+    key: str,
+    compute: torch.dtype = torch.float32,
+    device: torch.device | str = "cpu",
+) -> Teacher:
+    """Load a teacher by hub id or local folder; `key` is the place in the recipe that names it.
+
+    Errors  BadRecipe if it is not there, gated, damaged, or not a DINO.
+    """
+    from transformers import AutoConfig, AutoModel
+
+    section = key.partition(".")[0]
+    remedy = f"give {key} a local folder that holds it, or leave it out with --without {section}"
+    try:
+        kind = AutoConfig.from_pretrained(source).model_type
+        if kind not in KINDS:
+            raise BadRecipe(f"{key} = {source!r} is a {kind}, not one of {', '.join(KINDS)}")
+        network, report = AutoModel.from_pretrained(source, dtype=compute, output_loading_info=True)
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error.__cause__, GatedRepoError):
+            raise BadRecipe(
+                f"{key} = {source!r} is gated: accept its licence at https://hf.co/{source} and "
+                f"log in with hf auth login, or {remedy}"
+            ) from error
+        raise BadRecipe(
+            f"{key} = {source!r} is neither a local folder nor a model that can be loaded from the "
+            f"hub ({str(error).splitlines()[0]}): {remedy}"
+        ) from error
+    absent = [name for name in report["missing_keys"] if not name.endswith("mask_token")]
+    if absent:
+        raise BadRecipe(f"{key} = {source!r} lacks weights ({absent[0]}, ...): download it anew")
+    return Teacher(network.to(device))

@@ -1,0 +1,158 @@
+"""LPIPS: the distance between two pictures as VGG-16 perceives it.
+
+    d(x, y) = sum over five depths of  mean over places of  w . (f(x) - f(y))^2
+
+f are the activations after the last ReLU before each halving, each place scaled to length one; w
+are the weights, one for each channel, that people's judgements chose. The networks are read as
+data from the files that torchvision and the `lpips` package publish; neither is imported. Their
+tensors are plain values: they cannot train and no checkpoint holds them.
+
+Letters  b pictures, c channels of a depth.
+Source   LPIPS: arXiv 1801.03924, version 0.1; on a guessed picture: PixelGen, arXiv 2602.02493.
+"""
+
+import importlib.util
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from pydantic import BaseModel, ConfigDict, Field
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from daybreak.failure import BadRecipe
+from daybreak.model import vision
+
+# The numbers of the convolutions in torchvision's `vgg16().features`; between rows, a halving.
+CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
+SMALLEST = 2 ** (len(CONVOLUTIONS) - 1)  # side of a picture that survives the halvings
+Unpickling = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]
+VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
+
+
+class Config(BaseModel):
+    """LPIPS of the guessed picture to the true one, both scaled by `resize`.
+
+    `vgg` and `heads` are files; by default torchvision's cache and the installed package `lpips`.
+    Pictures with t >= `below` count as zero. `fraction` of the pictures are looked at, each
+    counting so much more.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    weight: float = Field(default=0.1, gt=0)
+    resize: float = Field(default=0.5, gt=0, le=1)
+    below: float = Field(default=1.0, gt=0, le=1)
+    fraction: float = Field(default=1.0, gt=0, le=1)
+    vgg: str | None = None
+    heads: str | None = None
+
+
+class Vgg(NamedTuple):
+    """The network as data: for each depth, (kernel, bias) of its convolutions and the head's w."""
+
+    depths: tuple[tuple[tuple[Tensor, Tensor], ...], ...]
+    heads: tuple[Float[Tensor, "1 c 1 1"], ...]
+
+
+def distance(
+    vgg: Vgg, guess: Float[Tensor, "b 3 h w"], truth: Float[Tensor, "b 3 h w"], scale: float = 1.0
+) -> Float[Tensor, " b"]:
+    """Return one number for each pair of pictures, in [-1, 1]; gradient reaches the guess only."""
+    height, width = (max(SMALLEST, round(side * scale)) for side in guess.shape[-2:])
+    guess, truth = (vision.resize(image.float(), height, width) for image in (guess, truth))
+    with torch.no_grad():
+        wanted = list(activations(vgg, truth))
+    apart = [
+        (head * (seen - right).square()).sum(1).mean((1, 2))
+        for head, seen, right in zip(vgg.heads, activations(vgg, guess), wanted, strict=True)
+    ]
+    return torch.stack(apart).sum(0)
+
+
+def activations(vgg: Vgg, image: Float[Tensor, "b 3 h w"]) -> Iterator[Float[Tensor, "b c y x"]]:
+    """Yield what each depth makes of a picture, float32, of length one at every place."""
+    x = vision.standardise(image).to(vgg.depths[0][0][0].dtype)
+    for number, convolutions in enumerate(vgg.depths):
+        x = F.max_pool2d(x, 2) if number else x
+        for kernel, bias in convolutions:
+            x = F.relu(F.conv2d(x, kernel, bias, padding=1))
+        # Where a place is dead in all channels a written-out root would have no gradient.
+        yield x.float() / (torch.linalg.vector_norm(x.float(), dim=1, keepdim=True) + 1e-10)
+
+
+def load(
+    config: Config, compute: torch.dtype = torch.float32, device: torch.device | str = "cpu"
+) -> Vgg:
+    """Read the two files. Errors: BadRecipe that says which is missing and where to get it."""
+    cache = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
+    network = Path(config.vgg or cache / "hub" / "checkpoints" / Path(VGG_URL).name)
+    heads = Path(config.heads) if config.heads else _packaged()
+    if not network.is_file():
+        raise BadRecipe(
+            f"lpips.vgg: {network} does not exist: put {VGG_URL} (528 MiB) there, or name another "
+            "place with --set lpips.vgg=FILE"
+        )
+    if heads is None or not heads.is_file():
+        raise BadRecipe(
+            f"lpips.heads: {heads or 'the package lpips'} does not exist: pip install --no-deps "
+            "lpips brings it (weights/v0.1/vgg.pth, 7 KiB), or name another place of that file "
+            "with --set lpips.heads=FILE"
+        )
+    found, learned = _read(network, "lpips.vgg"), _read(heads, "lpips.heads")
+    try:
+        vgg = Vgg(
+            tuple(
+                tuple(
+                    (found[f"features.{layer}.weight"], found[f"features.{layer}.bias"])
+                    for layer in convolutions
+                )
+                for convolutions in CONVOLUTIONS
+            ),
+            tuple(learned[f"lin{depth}.model.1.weight"] for depth in range(len(CONVOLUTIONS))),
+        )
+    except KeyError as error:
+        raise BadRecipe(
+            f"{network} and {heads} are not torchvision's VGG-16 and its LPIPS heads: {error} is "
+            "not there; download them anew"
+        ) from error
+    widths = [len(convolutions[-1][0]) for convolutions in vgg.depths]
+    if [head.shape[1] for head in vgg.heads] != widths:
+        raise BadRecipe(f"{heads} does not fit {network}, whose depths have {widths} channels")
+    return Vgg(
+        tuple(
+            tuple(
+                (kernel.to(device, compute), bias.to(device, compute))
+                for kernel, bias in convolutions
+            )
+            for convolutions in vgg.depths
+        ),
+        tuple(head.to(device, torch.float32) for head in vgg.heads),
+    )
+
+
+def _packaged() -> Path | None:
+    """Find the heads inside the package `lpips` without importing it: it needs torchvision."""
+    package = importlib.util.find_spec("lpips")
+    if package is None or package.origin is None:
+        return None
+    return Path(package.origin).parent / "weights" / "v0.1" / "vgg.pth"
+
+
+def _read(path: Path, key: str) -> dict[str, Tensor]:
+    """Read a file of named tensors."""
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        named: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
+        return named
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, Unpickling) as error:
+        raise BadRecipe(
+            f"{key}: {path} cannot be read as weights ({str(error).splitlines()[0]}): download it "
+            "anew"
+        ) from error
