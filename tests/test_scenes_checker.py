@@ -18,7 +18,7 @@ from scipy import ndimage
 from daybreak.data import scenes
 from daybreak.data.scenes import CANVASES, PALETTE, Config, Demand, Scene, Thing
 from daybreak.data.scenes_captions import COLOURS, OPPOSITE, SHAPES, Specification, Wanted, parse
-from daybreak.evaluate import scenes_checker
+from daybreak.evaluate import scenes_checker, scenes_diagnosis
 from daybreak.evaluate.scenes_checker import check, detect, judge
 
 Picture = npt.NDArray[np.uint8]
@@ -137,6 +137,62 @@ def test_renders_of_another_program_pass(canvas: str, number: int) -> None:
         misses += not check(by_pillow(scene), truth(scene), canvas).passed
     print(f"{canvas} pillow: {misses} of {number} refused")
     assert misses <= 0.01 * number
+
+
+def five(canvas: str, index: int) -> Scene:
+    """Five things, more than any training set shows: each in a cell of its own, anywhere in it."""
+    size, bands, gap = CANVASES[canvas].size, CANVASES[canvas].bands, CANVASES[canvas].gap
+    rng = np.random.default_rng(index)
+    high, wide = size / 3, size / 2
+    things = []
+    for cell in rng.permutation(6)[:5].tolist():
+        radius = rng.uniform(*bands[0])
+        reach = 1.2 * radius + gap / 2
+        x = rng.uniform(min(reach, wide / 2), max(wide - reach, wide / 2)) + wide * (cell % 2)
+        y = rng.uniform(min(reach, high / 2), max(high - reach, high / 2)) + high * (cell // 2)
+        shape, colour = str(rng.choice(SHAPES)), str(rng.choice(COLOURS))
+        things.append(Thing(shape, colour, "small", x - 0.5, y - 0.5, radius))
+    grey = 90 + rng.uniform(-8, 8)
+    return Scene(canvas, tuple(things), grey, scenes.Dice(0, 0, 0, 0, 0, 0))
+
+
+many = pytest.mark.parametrize(
+    ("canvas", "number"),
+    [
+        ("64", 60),
+        pytest.param("64", 2_000, marks=pytest.mark.slow),
+        pytest.param("128", 2_000, marks=pytest.mark.slow),
+    ],
+)
+
+
+@many
+def test_scenes_of_five_pass_as_five_and_not_as_four(canvas: str, number: int) -> None:
+    misses = accepted = 0
+    for index in range(number):
+        scene = five(canvas, index)
+        picture = noisy(scenes.render(scene), 8, np.random.default_rng(index))
+        objects = scenes.describe(scene).objects
+        seen = detect(picture, canvas)
+        misses += not judge(seen, Specification(objects), canvas).passed
+        accepted += judge(seen, Specification(objects[1:]), canvas).passed
+    print(f"{canvas} five: {misses} of {number} refused, {accepted} taken for four")
+    assert misses <= 0.01 * number
+    assert accepted == 0
+
+
+@gates
+def test_attributes_of_true_renders_are_not_confused(canvas: str, number: int) -> None:
+    """The confusion matrices of the calibration: what is not on the diagonal stays below 0.5 %."""
+    found = []
+    for index in range(number):
+        scene = scenes.scene(config(canvas), 91, index)
+        picture = noisy(scenes.render(scene), 12, np.random.default_rng(index))
+        found += scenes_diagnosis.confusions(detect(picture, canvas), truth(scene))
+    print(f"{canvas} confusions: {scenes_diagnosis.matrices(found)}")
+    for attribute in {one.attribute for one in found}:
+        its = [one for one in found if one.attribute == attribute]
+        assert sum(one.wanted != one.seen for one in its) <= max(1, 0.005 * len(its))
 
 
 # Everything else is refused

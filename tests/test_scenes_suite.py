@@ -87,7 +87,7 @@ def test_always_the_same_circle_scores_where_it_is_asked_for() -> None:
 def test_a_result_is_json_with_the_promised_keys(perfect: dict[str, object]) -> None:
     result = json.loads(json.dumps(perfect, allow_nan=False))
     shares = [result["overall"], *result["controls"].values(), *result["attributes"].values()]
-    shares += [*result["tasks"].values(), *result["held_out"].values()]
+    shares += [*result["tasks"].values(), *result["held_out"].values(), *result["gaps"].values()]
     assert all(list(share) == ["exact", "low", "high", "n"] for share in shares)
     assert set(result["tasks"]) == set(TASKS)
     assert set(result["held_out"]) == set(SMALL.held_out)
@@ -96,7 +96,44 @@ def test_a_result_is_json_with_the_promised_keys(perfect: dict[str, object]) -> 
     assert {"prompt", "task", "seed", "passed", "marks"} <= set(result["items"][0])
 
 
-@pytest.mark.parametrize("task", ["tasks.size", "tasks.three", "held_out.H5"])
+def test_the_truth_has_no_gap_confuses_nothing_and_is_drawn_cleanly(
+    perfect: dict[str, object],
+) -> None:
+    for split in ("H1", "H2", "H3", "H4"):
+        assert at(perfect, f"gaps.{split}.exact") == pytest.approx(0, abs=0.02)
+        assert at(perfect, f"gaps.{split}.low") < 0 < at(perfect, f"gaps.{split}.high")  # type: ignore[operator]
+    confusion = at(perfect, "confusion.model")
+    assert isinstance(confusion, dict)
+    assert set(confusion) == {"count", "shapes", "colours", "relation"}
+    assert all(wanted in seen for table in confusion.values() for wanted, seen in table.items())
+    assert sum(map(len, confusion["shapes"].values())) == 5
+    assert confusion == at(perfect, "confusion.ground_truth")
+    assert at(perfect, "fidelity.model") == at(perfect, "fidelity.ground_truth")
+    assert at(perfect, "fidelity.model.psnr") > 30  # type: ignore[operator]
+    assert at(perfect, "fidelity.model.leftover") == 0
+
+
+def test_a_model_that_draws_the_held_out_pairs_as_others_falls_behind() -> None:
+    truth = Truth(SMALL, 5, 15)
+    for item in held_out(SMALL, 5, 15):
+        if item.split == "H1":
+            things = tuple(thing._replace(shape="circle") for thing in item.scene.things)
+            truth.pictures[item.seed] = scenes.render(item.scene._replace(things=things))
+    result = evaluate(truth, SMALL, 5, 15, workers=1)
+    gap = at(result, "gaps.H1.exact")
+    assert gap == pytest.approx(1 - at(result, "held_out.H1.exact"), abs=0.03)  # type: ignore[operator]
+    assert at(result, "gaps.H1.low") > 0.2  # type: ignore[operator]
+    confusion = at(result, "confusion.model.shapes")
+    assert isinstance(confusion, dict)
+    assert all("circle" in seen for seen in confusion.values())
+
+
+def test_what_is_noise_is_far_from_what_is_found_in_it() -> None:
+    result = evaluate(noise, SMALL, 0, 6, workers=1)
+    assert at(result, "fidelity.model.psnr") < 15  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("task", ["tasks.size", "tasks.three", "held_out.H5", "gaps.H5"])
 def test_what_a_canvas_cannot_draw_has_no_score(perfect: dict[str, object], task: str) -> None:
     assert at(perfect, task) == {"exact": None, "low": None, "high": None, "n": 0}
 

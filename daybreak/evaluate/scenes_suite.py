@@ -8,8 +8,11 @@
 The score is the mean of the six tasks' shares; tasks a recipe cannot draw are left out and say so
 with n = 0. Beside it stand what makes it believable: the same pictures under shuffled prompts
 (chance), renders of true scenes (what the checker lets through at best), single virtues
-("attributes"), combinations that training never showed ("held_out"), and what independent
-attributes would predict ("product": a score well below means right things bound wrongly).
+("attributes"), combinations that training never showed ("held_out") and how far they fall behind
+the same tasks with seen ones ("gaps"), what independent attributes would predict ("product": a
+score well below means right things bound wrongly), what was taken for what ("confusion") and how
+cleanly things are drawn ("fidelity"). More controls, which draw pictures of their own:
+`evaluate/scenes_controls`.
 
 Prompts come from scenes, drawn like those of training at indices that training never reaches, so
 every prompt can be drawn, and none outside `held_out` asks for what is held out.
@@ -29,6 +32,7 @@ import numpy.typing as npt
 from daybreak.data import scenes, scenes_captions
 from daybreak.data.scenes import CANVASES, Config, Demand, Scene, Split
 from daybreak.data.scenes_captions import Specification
+from daybreak.evaluate import scenes_diagnosis
 from daybreak.evaluate.scenes_checker import (
     VERSION,
     Detection,
@@ -37,7 +41,7 @@ from daybreak.evaluate.scenes_checker import (
     judge,
     thresholds_hash,
 )
-from daybreak.evaluate.statistics import cluster_bootstrap, wilson
+from daybreak.evaluate.statistics import cluster_bootstrap, difference, wilson
 from daybreak.failure import BadRecipe
 
 Pictures = npt.NDArray[np.uint8]
@@ -60,6 +64,13 @@ class Item(NamedTuple):
     split: Split | None  # None: training shows such scenes
     seed: int  # of the noise; no two items share one
     scene: Scene
+
+
+class Seen(NamedTuple):
+    """What the checker found in a picture, and how near that is to the picture, in decibels."""
+
+    detection: Detection
+    psnr: float
 
 
 class Score(NamedTuple):
@@ -85,7 +96,9 @@ def evaluate(
 
     Shares stand as {exact, low, high, n} with 95 % intervals: `overall`, `tasks.NAME`,
     `held_out.SPLIT`, `attributes.NAME`, `controls.shuffled`, `controls.ground_truth`. Where n is 0
-    the others are None. `items` lists every prompt with its verdict.
+    the others are None. `gaps.SPLIT` are differences of shares in the same form. `confusion` and
+    `fidelity` have one table for the model and one for true renders. `items` lists every prompt
+    with its verdict.
 
     Errors  ValueError if the generator returns other pictures than it was asked for.
     """
@@ -96,14 +109,15 @@ def evaluate(
             batch = asked[start : start + BATCH]
             pictures = generate([item.prompt for item in batch], [item.seed for item in batch])
             _inspect(pictures, len(batch), config.canvas)
-            pending.append(pool.submit(_detect, pictures, config.canvas))
+            pending.append(pool.submit(look, pictures, config.canvas))
             renders = np.stack([scenes.render(item.scene) for item in batch])
-            truths.append(pool.submit(_detect, renders, config.canvas))
+            truths.append(pool.submit(look, renders, config.canvas))
             if progress is not None:
                 progress(start + len(batch), len(asked))
-        seen = [detection for batch in pending for detection in batch.result()]
-        true = [detection for batch in truths for detection in batch.result()]
-    return _result(config, seed, asked, _scores(config, seed, asked, seen, true))
+        seen = [one for batch in pending for one in batch.result()]
+        true = [one for batch in truths for one in batch.result()]
+    scores = _scores(config, seed, asked, seen, true)
+    return _result(config, seed, asked, scores) | _diagnosis(config, asked, seen, true)
 
 
 # What is asked for
@@ -204,24 +218,29 @@ def _inspect(pictures: Pictures, number: int, canvas: str) -> None:
         )
 
 
-def _detect(pictures: Pictures, canvas: str) -> list[Detection]:
-    return [detect(picture, canvas) for picture in pictures]
+def look(pictures: Pictures, canvas: str) -> list[Seen]:
+    """Take pictures apart."""
+    found = [detect(picture, canvas) for picture in pictures]
+    return [
+        Seen(detection, scenes_diagnosis.psnr(picture, detection))
+        for picture, detection in zip(pictures, found, strict=True)
+    ]
 
 
 def _scores(
     config: Config,
     seed: int,
     asked: Sequence[Item],
-    seen: Sequence[Detection],
-    true: Sequence[Detection],
+    seen: Sequence[Seen],
+    true: Sequence[Seen],
 ) -> list[Score]:
     """Verdicts in the order of the items."""
     another = _shuffled(asked, seed)
     return [
         Score(
-            judge(seen[i], item.specification, config.canvas),
-            judge(seen[i], another[i], config.canvas) if i in another else None,
-            judge(true[i], item.specification, config.canvas),
+            judge(seen[i].detection, item.specification, config.canvas),
+            judge(seen[i].detection, another[i], config.canvas) if i in another else None,
+            judge(true[i].detection, item.specification, config.canvas),
         )
         for i, item in enumerate(asked)
     ]
@@ -268,6 +287,7 @@ def _result(
         "held_out": {
             split: _share([s.verdict.passed for _, s in its]) for split, its in by_split.items()
         },
+        "gaps": {split: _gap(by_task, its) for split, its in by_split.items()},
         "controls": {
             "shuffled": _mean([(i, s.shuffled) for i, s in scored if s.shuffled is not None]),
             "ground_truth": _mean([(item, score.truth) for item, score in scored]),
@@ -283,6 +303,42 @@ def _result(
         },
         "items": [_row(item, score.verdict) for item, score in rows],
     }
+
+
+def _gap(
+    by_task: dict[str, list[tuple[Item, Score]]],
+    held: Sequence[tuple[Item, Score]],
+) -> dict[str, float | int | None]:
+    """How much better the same tasks go with combinations that training showed."""
+    tasks = {item.task for item, _ in held}
+    known = [score.verdict.passed for task in tasks for _, score in by_task[task]]
+    new = [score.verdict.passed for _, score in held]
+    if not known or not new:
+        return _share([])
+    gap = sum(known) / len(known) - sum(new) / len(new)
+    low, high = difference(sum(known), len(known), sum(new), len(new))
+    return {"exact": gap, "low": low, "high": high, "n": len(new)}
+
+
+def _diagnosis(
+    config: Config, asked: Sequence[Item], seen: Sequence[Seen], true: Sequence[Seen]
+) -> dict[str, object]:
+    """What was taken for what, and how cleanly it was drawn: by the model, and in true renders."""
+    confusion, fidelity = {}, {}
+    for name, pictures in (("model", seen), ("ground_truth", true)):
+        confusion[name] = scenes_diagnosis.matrices(
+            found
+            for item, one in zip(asked, pictures, strict=True)
+            for found in scenes_diagnosis.confusions(one.detection, item.specification)
+        )
+        decibels = [one.psnr for one in pictures]
+        left = [scenes_diagnosis.leftover(one.detection, config.canvas) for one in pictures]
+        fidelity[name] = {
+            "psnr": float(np.median(decibels)) if decibels else None,
+            "psnr_worst_tenth": float(np.quantile(decibels, 0.1)) if decibels else None,
+            "leftover": float(np.mean(left)) if left else None,
+        }
+    return {"confusion": confusion, "fidelity": fidelity}
 
 
 def _mean(rows: Sequence[tuple[Item, Verdict]]) -> dict[str, float | int | None]:

@@ -1,23 +1,45 @@
-"""Intervals for shares, so that no score is printed as if it were exact.
+"""How sure a score is, and whether one recipe is better than another.
+
+Intervals of 95 %, so that no score is printed as if it were exact:
 
     wilson              independent images: one task, one held-out split
+    difference          two shares of different images
     cluster_bootstrap   everything else: images of one specification are not independent, and a
                         mean of task means is not a share
 
-Both are 95 % intervals, (low, high) in [0, 1] for values in [0, 1].
+Comparisons of a candidate with a baseline, seed by seed: the two share initial weights, order of
+data and evaluation noise, so most of what chance does cancels.
 
-Source  Wilson 1927; clustering of evaluations: Miller, "Adding error bars to evals",
-        arXiv 2411.00640.
+    paired, verdict     the mean gain, its bootstrap interval, its exact p, and what follows
+    mcnemar             the same prompts within one seed
+    holm                several candidates against one baseline
+    race                cost until a target is met, where some runs may never meet it
+    meets               whether the mean of many runs meets a target
+
+All p-values are exact or of Student's t. Those of `paired` are one-sided, one for each direction,
+since five seeds cannot give a two-sided p below 0.05: of comparisons without any difference, up to
+one in twenty is called better and as many worse.
+
+Source  Wilson 1927; Newcombe 1998; clustering of evaluations: Miller, "Adding error bars to evals",
+        arXiv 2411.00640; paired seeds and P(A > B): Bouthillier et al., arXiv 2103.03098; sign
+        flips: Fisher 1935; McNemar 1947; Holm 1979.
 """
 
 import math
 from collections.abc import Hashable, Sequence
+from typing import Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
+from scipy import stats
 
 Z = 1.959963984540054  # the standard normal stays within +-Z in 95 % of all cases
 CHUNK = 500  # resamples at a time: a table (CHUNK, clusters) of counts stays small
+
+ALPHA = 0.05  # largest p of a claim, for each direction
+WINS = 0.75  # least share of seeds in which what is called an improvement improves
+FEWEST, MOST = 5, 40  # seeds: 2^-5 is the first p below ALPHA; 2^40 flips can still be counted
+POWER = (Z + 0.8416212335729143) ** 2  # two-sided 5 %, found in 80 % of all cases
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
@@ -33,6 +55,21 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2) / (1 + Z * Z / n)
     return max(0.0, centre - half), min(1.0, centre + half)
+
+
+def difference(successes: int, n: int, others: int, m: int) -> tuple[float, float]:
+    """The differences of two independent shares that successes/n - others/m would not surprise.
+
+    Made of Wilson's intervals of both (Newcombe's method 10), so it stays within [-1, 1].
+
+    Errors  ValueError as `wilson`.
+    """
+    one, other = successes / max(n, 1), others / max(m, 1)
+    (low, high), (lower, higher) = wilson(successes, n), wilson(others, m)
+    return (
+        one - other - math.hypot(one - low, higher - other),
+        one - other + math.hypot(high - one, other - lower),
+    )
 
 
 def cluster_bootstrap(
@@ -73,3 +110,251 @@ def cluster_bootstrap(
             means[start : start + rows] += (drawn @ sums) / (drawn @ sizes) / len(names)
     low, high = np.quantile(means, [0.025, 0.975])
     return float(low), float(high)
+
+
+# One recipe against another
+
+
+class Paired(NamedTuple):
+    """Candidate against baseline over seeds, signed so that a positive gain is an improvement."""
+
+    gain: float  # mean of the differences
+    low: float
+    high: float
+    p_better: float  # of a gain this large if there were none
+    p_worse: float
+    wins: float  # share of seeds in which the candidate is better; a tie is half a win
+    sd: float  # of the differences; 0 for a single seed
+    n: int  # seeds
+
+    @property
+    def p(self) -> float:
+        """The p of the direction that was seen, which is what several comparisons adjust."""
+        return min(self.p_better, self.p_worse)
+
+
+class Verdict(NamedTuple):
+    """What follows from a comparison, and why."""
+
+    word: Literal["better", "worse", "not resolved"]
+    sentence: str
+
+
+class McNemar(NamedTuple):
+    """Prompts on which two models differ, and the two-sided p of so uneven a split."""
+
+    gained: int  # only the candidate passes
+    lost: int  # only the baseline passes
+    p: float
+
+
+def paired(
+    candidate: Sequence[float] | npt.NDArray[np.float64],
+    baseline: Sequence[float] | npt.NDArray[np.float64],
+    lower_is_better: bool = False,
+) -> Paired:
+    """Compare results of the same seeds, in the same order.
+
+    Errors  ValueError unless equally many, one at least, all finite.
+    """
+    if not len(candidate) == len(baseline) > 0:
+        raise ValueError(
+            f"{len(candidate)} results of the candidate and {len(baseline)} of the baseline "
+            "cannot be paired"
+        )
+    differences = np.subtract(candidate, baseline, dtype=np.float64)
+    if lower_is_better:
+        differences = -differences
+    if not np.isfinite(differences).all():
+        raise ValueError("a result is not finite, so nothing can be compared with it")
+    n = len(differences)
+    low, high = cluster_bootstrap(differences, range(n))
+    return Paired(
+        gain=float(differences.mean()),
+        low=low,
+        high=high,
+        p_better=sign_flip(differences),
+        p_worse=sign_flip(-differences),
+        wins=float((np.sign(differences) / 2 + 0.5).mean()),
+        sd=float(differences.std(ddof=1)) if n > 1 else 0.0,
+        n=n,
+    )
+
+
+def sign_flip(differences: Sequence[float] | npt.NDArray[np.float64]) -> float:
+    """Exact one-sided p that the mean difference is not above zero.
+
+    If candidate and baseline were the same, each difference could as well have had the other sign.
+    Of all 2^n ways to choose signs, p is the share whose sum is as large as the one observed or
+    larger. The sums of both halves are sorted and matched, so 2^(n/2) numbers are enough.
+
+    Errors  ValueError for none or more than MOST differences.
+    """
+    numbers = np.asarray(differences, dtype=np.float64)
+    if not 0 < len(numbers) <= MOST:
+        raise ValueError(f"{len(numbers)} differences; sign flips are counted for 1 to {MOST}")
+    half = len(numbers) // 2
+    first, second = (np.sort(_signed_sums(part)) for part in (numbers[:half], numbers[half:]))
+    least = numbers.sum() - 1e-9 * np.abs(numbers).sum()  # equal sums differ by rounding
+    reached = len(first) - np.searchsorted(first, least - second)
+    return float(reached.sum() / 2 ** len(numbers))
+
+
+def _signed_sums(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
+    sums = np.zeros(1)
+    for number in numbers:
+        sums = np.concatenate((sums + number, sums - number))
+    return sums
+
+
+def verdict(comparison: Paired, margin: float = 0.0, p: float | None = None) -> Verdict:
+    """Better or worse only if the exact test and the interval agree.
+
+    `margin` is the smallest gain worth having, written down before the runs; `p` stands for the
+    comparison's own where it was one of several (`holm`). What most seeds do not show is called by
+    its name: with enough of them a gain far smaller than their noise can be proven.
+    """
+    gain, low, high, *_, wins, sd, n = comparison
+    p = comparison.p if p is None else p
+    seen = (
+        f"the mean difference over {n} {'seed' if n == 1 else 'seeds'} is {gain:+.4g} "
+        f"(95 % interval {low:+.4g} to {high:+.4g}, p = {p:.2g}, better in {wins:.0%} of seeds)"
+    )
+    if p <= ALPHA and (low > margin or high < -margin):
+        word: Literal["better", "worse"] = "better" if gain > 0 else "worse"
+        rare = gain > 0 and wins < WINS
+        more = ", too few of them to call it an improvement" if rare else ""
+        return Verdict(word, f"{word}: {seen}{more}")
+    if n < FEWEST:
+        return Verdict(
+            "not resolved", f"not resolved: {seen}; nothing can be resolved with fewer than 5 seeds"
+        )
+    beyond = abs(gain) - margin
+    if beyond <= 0:
+        what = "no difference" if margin == 0 else f"no difference beyond {margin:.4g}"
+        return Verdict("not resolved", f"not resolved: {seen}; there is {what} to be resolved")
+    needed = max(n + 1, seeds_needed(sd, beyond))
+    many = f"about {needed:,} seeds" if needed <= 10_000 else "more than 10,000 seeds"
+    return Verdict("not resolved", f"not resolved: {seen}; a difference of this size needs {many}")
+
+
+def seeds_needed(sd: float, difference: float) -> int:
+    """Seeds that find a mean difference in 80 % of all cases (two-sided 5 %), FEWEST at least.
+
+    `sd` is that of the paired differences: sqrt(2 (1 - rho)) times that of one recipe's results.
+    The normal approximation is a little low for small numbers.
+    """
+    return max(FEWEST, math.ceil(POWER * (sd / difference) ** 2))
+
+
+def mcnemar(candidate: Sequence[bool], baseline: Sequence[bool]) -> McNemar:
+    """Exact test on the prompts that one of two models passes and the other fails.
+
+    It knows chance over prompts alone: two seeds of one recipe may well differ by it.
+
+    Errors  ValueError unless equally many.
+    """
+    pairs = list(zip(candidate, baseline, strict=True))
+    gained = sum(one and not other for one, other in pairs)
+    lost = sum(other and not one for one, other in pairs)
+    p = float(stats.binomtest(gained, gained + lost).pvalue) if gained + lost else 1.0
+    return McNemar(gained, lost, p)
+
+
+def holm(p: Sequence[float]) -> list[float]:
+    """Adjust p-values of several comparisons: any below 0.05 is then wrong with 5 % in all."""
+    order = sorted(range(len(p)), key=lambda i: p[i])
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(order):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+# Cost until a target is met
+
+
+class Reached(NamedTuple):
+    """Where a run met its target; or, if it never did, how far it was watched."""
+
+    cost: float
+    met: bool
+
+
+class Race(NamedTuple):
+    """Two recipes on their way to a target; `ratio` is cost of the candidate per baseline's."""
+
+    ratio: float  # geometric mean over seeds
+    low: float
+    high: float
+    median: float  # of the ratios
+    met: tuple[int, int]  # runs of candidate and baseline that met the target
+    means: tuple[float, float]  # their mean costs, each counted up to the horizon
+    horizon: float  # cost up to which every run was watched
+    logs: Paired  # of log cost, lower is better
+
+
+def to_target(
+    costs: Sequence[float],
+    values: Sequence[float],
+    target: float,
+    lower_is_better: bool = False,
+    interpolate: bool = False,
+) -> Reached:
+    """The first point of a grid of evaluations that meets the target.
+
+    A published cost is that of a grid point. To compare recipes the crossing may be interpolated
+    between the first point that passes and the one before. A value that is NaN never passes.
+
+    Errors  ValueError unless there are as many costs as values, rising, and one at least.
+    """
+    if not len(costs) == len(values) > 0 or any(np.diff(costs) <= 0):
+        raise ValueError(f"{len(costs)} rising costs and as many values are needed")
+    sign = -1 if lower_is_better else 1
+    for i, value in enumerate(values):
+        if sign * value >= sign * target:
+            if not interpolate or i == 0 or not math.isfinite(values[i - 1]):
+                return Reached(costs[i], met=True)
+            way = (target - values[i - 1]) / (value - values[i - 1])
+            return Reached(costs[i - 1] + way * (costs[i] - costs[i - 1]), met=True)
+    return Reached(costs[-1], met=False)
+
+
+def race(candidate: Sequence[Reached], baseline: Sequence[Reached]) -> Race:
+    """Compare costs to a target over the same seeds.
+
+    A run that missed the target is censored and not dropped: all costs are counted up to the
+    horizon, the least at which a missing run was given up. If one of a pair missed, its ratio is
+    therefore nearer to 1 than the truth; if both did, it is 1.
+
+    Errors  ValueError as `paired`.
+    """
+    horizon = min((run.cost for run in (*candidate, *baseline) if not run.met), default=math.inf)
+    ours, theirs = ([min(run.cost, horizon) for run in runs] for runs in (candidate, baseline))
+    logs = paired(np.log(ours), np.log(theirs), lower_is_better=True)
+    ratios = np.divide(ours, theirs)
+    return Race(
+        ratio=math.exp(-logs.gain),
+        low=math.exp(-logs.high),
+        high=math.exp(-logs.low),
+        median=float(np.median(ratios)),
+        met=(sum(run.met for run in candidate), sum(run.met for run in baseline)),
+        means=(float(np.mean(ours)), float(np.mean(theirs))),
+        horizon=horizon,
+        logs=logs,
+    )
+
+
+def meets(values: Sequence[float], target: float, lower_is_better: bool = False) -> float:
+    """One-sided p, by Student's t, that the mean result of a recipe does not meet a target.
+
+    The rule for a record: runs enough that this is below 0.01.
+
+    Errors  ValueError for fewer than two runs, whose spread nobody knows.
+    """
+    if len(values) < 2:
+        raise ValueError("one run has no spread: give two at least")
+    side = "less" if lower_is_better else "greater"
+    if np.ptp(values) == 0:  # t is infinite or undefined
+        return float(not (values[0] < target if lower_is_better else values[0] > target))
+    return float(stats.ttest_1samp(values, target, alternative=side).pvalue)

@@ -1,0 +1,97 @@
+"""CLIPScore: how near CLIP finds a picture and its prompt.
+
+    score = 100 max(0, cos(picture, words))
+
+It knows which things a prompt names better than how many there are or which is which, it saturates
+for good models, and it reads no more than 77 tokens: compare it at equal prompts, and look at
+`Scores.cut`.
+
+Letters  n pictures, each with its prompt.
+Source   arXiv 2104.08718, with weight 1 as in torchmetrics (the paper multiplies by 2.5).
+"""
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from daybreak.evaluate import features
+from daybreak.evaluate.features import BATCH, Extractor, Features
+from daybreak.failure import BadRecipe
+
+
+class Clip(NamedTuple):
+    """Both sides of a CLIP model."""
+
+    pictures: Extractor
+    words: Callable[[Sequence[str]], Features]
+    length: Callable[[str], int]  # tokens of a prompt
+    longest: int  # tokens that are read
+
+
+class Scores(NamedTuple):
+    """One score for each picture, and how many prompts were longer than CLIP reads."""
+
+    values: npt.NDArray[np.float64]
+    cut: int
+
+
+def load(source: str = "clip", device: torch.device | str = "cpu") -> Clip:
+    """A CLIP model by hub id or local folder.
+
+    Errors  BadRecipe if it cannot be loaded, does not read, or its tokenizer is another one.
+    """
+    from transformers import AutoTokenizer
+
+    model, processor = features.from_hub(source)
+    if not hasattr(model.config, "text_config"):
+        raise BadRecipe(f"{source} sees and does not read: CLIPScore needs a CLIP model")
+    hub, revision = features.located(source)
+    tokenizer = AutoTokenizer.from_pretrained(hub, revision=revision)
+    known, needed = len(tokenizer), int(model.config.text_config.vocab_size)
+    if known != needed:  # without its files `transformers` makes an empty one
+        raise BadRecipe(
+            f"the tokenizer of {hub} knows {known} tokens and its model {needed}: put the "
+            "tokenizer.json of the model beside it"
+        )
+    longest = int(model.config.text_config.max_position_embeddings)
+
+    @torch.no_grad()
+    def words(prompts: Sequence[str]) -> Features:
+        tokens = tokenizer(
+            list(prompts), padding=True, truncation=True, max_length=longest, return_tensors="pt"
+        ).to(device)
+        found: Features = (
+            model.get_text_features(
+                input_ids=tokens["input_ids"], attention_mask=tokens["attention_mask"]
+            )
+            .pooler_output.cpu()
+            .numpy()
+        )
+        return found
+
+    return Clip(
+        features.from_model(source, model.to(device), processor),
+        words,
+        lambda prompt: len(tokenizer(prompt)["input_ids"]),
+        longest,
+    )
+
+
+def score(clip: Clip, pictures: npt.NDArray[np.uint8], prompts: Sequence[str]) -> Scores:
+    """The score of each picture with its own prompt.
+
+    Errors  ValueError unless there are as many prompts as pictures.
+    """
+    if len(pictures) != len(prompts):
+        raise ValueError(f"{len(pictures)} pictures and {len(prompts)} prompts")
+    seen = features.extract(clip.pictures, pictures)
+    read = np.concatenate(
+        [clip.words(prompts[first : first + BATCH]) for first in range(0, len(prompts), BATCH)]
+    )
+    seen, read = (rows / np.linalg.norm(rows, axis=1, keepdims=True) for rows in (seen, read))
+    nearness = np.einsum("nf,nf->n", seen.astype(np.float64), read.astype(np.float64))
+    cut = sum(clip.length(prompt) > clip.longest for prompt in prompts)
+    return Scores(100 * nearness.clip(0), cut)

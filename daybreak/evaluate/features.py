@@ -1,0 +1,315 @@
+"""Pictures to features: the networks whose features distances compare.
+
+    scenes      33 thousand weights, part of the package (`evaluate/scenes_features`)
+    dinov2      DINOv2 ViT-L/14, its class token
+    clip        CLIP ViT-L/14 at 336 px, its projected picture
+    inception   Inception v3 of the FID, by the extra `eval`
+    any other   a vision or CLIP model of `transformers`, by hub id, hub id@revision or local folder
+
+Pictures are bytes: what is scored is what would be saved. They are resized once, to the side a
+network was made for, by Pillow's bicubic filter, whose support grows with the reduction; Inception
+resizes by itself, as its FID demands. A digest of weights and preparation travels with every
+extractor, because numbers of two versions do not compare.
+
+A network that took part in training must not judge: its distance may be looked at, not reported.
+
+Shapes  pictures (n, h, w, 3) uint8 or float in [0, 1]; features (n, f) float32.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float, UInt8
+from PIL import Image, ImageOps
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+from torch import Tensor, nn
+
+from daybreak.data import images
+from daybreak.evaluate import scenes_features
+from daybreak.failure import BadData, BadRecipe, BadStorage
+
+Pictures = npt.NDArray[np.uint8]
+Features = npt.NDArray[np.float32]
+
+VERSION = "1"  # of resizing and reading; another one makes other references
+
+KNOWN = {  # name: hub id; size and licence
+    "dinov2": ("facebook/dinov2-large", "1.2 GB, Apache-2.0"),
+    "clip": ("openai/clip-vit-large-patch14-336", "1.7 GB, MIT"),
+}
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the last word begins its sha256
+INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
+BATCH = 64
+
+
+class Extractor(NamedTuple):
+    """A network, and all that decides what it says of a picture."""
+
+    name: str
+    digest: str  # 16 hex digits of the sha256 of weights and preparation
+    side: int | None  # of the square its pictures are brought to; None takes them as they are
+    network: Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "b f"]]
+
+
+class Reference(NamedTuple):
+    """Features of a fixed set of pictures, and the key under which they are kept."""
+
+    features: Features
+    digest: str
+
+
+def load(name: str, device: torch.device | str = "cpu") -> Extractor:
+    """An extractor by one of the names above.
+
+    Errors  BadRecipe if its weights or its package are not there, saying where they belong.
+    """
+    if name == "scenes":
+        return scenes(device)
+    if name == "inception":
+        return inception(inception_home(), device)
+    return pretrained(name, device)
+
+
+def extract(extractor: Extractor, pictures: npt.NDArray[Any]) -> Features:
+    """Features of all pictures, in their order. Errors: ValueError as `as_bytes`."""
+    parts = []
+    pixels = as_bytes(pictures)
+    for first in range(0, len(pixels), BATCH):
+        batch = pixels[first : first + BATCH]
+        if extractor.side is not None:
+            batch = np.stack([fit(one, extractor.side, extractor.side) for one in batch])
+        with torch.no_grad():
+            found = extractor.network(torch.tensor(batch).permute(0, 3, 1, 2))
+        parts.append(found.float().cpu().numpy())
+    return np.concatenate(parts)
+
+
+def as_bytes(pictures: npt.NDArray[Any]) -> Pictures:
+    """Pictures as uint8, rounded; floats must lie in [0, 1].
+
+    A float picture in 0-255 or in [-1, 1], or one with its channels first, would give numbers that
+    look right and mean nothing.
+
+    Errors  ValueError for any other range, type or shape, and for no pictures at all.
+    """
+    if pictures.ndim != 4 or pictures.shape[-1] != 3 or 0 in pictures.shape:
+        raise ValueError(f"pictures are (n, h, w, 3), not {pictures.shape}")
+    if pictures.dtype == np.uint8:
+        return pictures
+    if not np.issubdtype(pictures.dtype, np.floating):
+        raise ValueError(f"pictures are uint8 or float, not {pictures.dtype}")
+    low, high = float(pictures.min()), float(pictures.max())
+    if not (low >= 0 and high <= 1):  # NaN fails both
+        raise ValueError(f"float pictures lie in [0, 1], not in [{low:g}, {high:g}]")
+    rounded: Pictures = np.rint(pictures.astype(np.float64) * 255).astype(np.uint8)
+    return rounded
+
+
+def fit(picture: Pictures, height: int, width: int) -> Pictures:
+    """The largest centred part of a picture with the wanted shape, scaled by a bicubic filter."""
+    if picture.shape[:2] == (height, width):
+        return picture
+    scaled = ImageOps.fit(Image.fromarray(picture), (width, height), Image.Resampling.BICUBIC)
+    return np.asarray(scaled)
+
+
+# Networks
+
+
+def scenes(device: torch.device | str = "cpu") -> Extractor:
+    """The network that was taught with coloured shapes."""
+    network = scenes_features.load().to(device)
+    return Extractor(
+        "scenes", _digest(network, ()), None, lambda x: network(x.to(device).float() / 127.5 - 1)
+    )
+
+
+def pretrained(source: str, device: torch.device | str = "cpu") -> Extractor:
+    """A vision model of `transformers`, or the picture side of one that also reads.
+
+    Errors  BadRecipe if it cannot be loaded.
+    """
+    model, processor = from_hub(source)
+    return from_model(source, model.to(device), processor)
+
+
+def from_model(name: str, model: Any, processor: Any) -> Extractor:
+    """A loaded model with mean, spread and side from the preparation that was saved with it."""
+    device = model.device
+    side = _side(processor)
+    mean, spread = (
+        torch.tensor(values, device=device).view(1, 3, 1, 1)
+        for values in (processor.image_mean, processor.image_std)
+    )
+    reads = hasattr(model.config, "text_config")  # CLIP and its like
+
+    def network(x: UInt8[Tensor, "b 3 h w"]) -> Float[Tensor, "b f"]:
+        pixels = (x.to(device).float() / 255 - mean) / spread
+        output = model.get_image_features(pixels) if reads else model(pixels)
+        found: Tensor = output.pooler_output
+        return found
+
+    preparation = (side, list(processor.image_mean), list(processor.image_std))
+    return Extractor(name, _digest(model, preparation), side, network)
+
+
+def inception(weights: Path, device: torch.device | str = "cpu") -> Extractor:
+    """The Inception v3 of the FID, with weights converted from the original ones.
+
+    Errors  BadRecipe without the package, the file, or if the file is another one.
+    """
+    try:
+        from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+    except (ImportError, RuntimeError) as error:  # torchvision of another torch is no ImportError
+        raise BadRecipe(
+            'the features of inception need torch-fidelity: pip install "daybreak[eval]" '
+            f"({str(error).splitlines()[0]})"
+        ) from error
+    if not weights.is_file():
+        raise BadRecipe(
+            f"the features of inception need {INCEPTION} (92 MB): download {INCEPTION_URL} to "
+            f"{weights}"
+        )
+    expected = Path(INCEPTION).stem.rpartition("-")[2]
+    if not _hash(weights).startswith(expected):
+        raise BadRecipe(
+            f"{weights} is damaged or another file: its sha256 does not begin with {expected}"
+        )
+    torch.load(weights, weights_only=True)  # the package would also run code, had it any
+    network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
+    return Extractor("inception", _digest(network, ()), None, lambda x: network(x.to(device))[0])
+
+
+def inception_home() -> Path:
+    """Where torch-fidelity itself keeps the weights of Inception."""
+    home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
+    return home / "hub" / "checkpoints" / INCEPTION
+
+
+def located(source: str) -> tuple[str, str]:
+    """Hub id or folder, and revision, of an extractor's name."""
+    hub = KNOWN[source][0] if source in KNOWN else source
+    name, _, revision = hub.partition("@")
+    return (hub, "main") if Path(hub).is_dir() or not revision else (name, revision)
+
+
+def from_hub(source: str) -> tuple[Any, Any]:
+    """A frozen model of `transformers` and the preparation of its pictures.
+
+    Errors  BadRecipe with name, size and place of what is missing or incomplete: `transformers`
+            would fill a gap in the weights with random numbers, and every score would be wrong.
+    """
+    from transformers import AutoImageProcessor, AutoModel
+
+    hub, revision = located(source)
+    try:
+        processor = AutoImageProcessor.from_pretrained(hub, revision=revision)
+        model, report = AutoModel.from_pretrained(
+            hub, revision=revision, dtype=torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, SafetensorError) as error:
+        named = f"{hub} ({KNOWN[source][1]})" if source in KNOWN else hub
+        raise BadRecipe(
+            f"the features of {source} need the model {named}, which is neither a local folder nor "
+            f"can be loaded from the hub ({str(error).splitlines()[0]}): connect once, or give the "
+            "path of a folder with config.json, model.safetensors and preprocessor_config.json"
+        ) from error
+    absent = [name for name in report["missing_keys"] if not name.endswith("mask_token")]
+    if absent:
+        raise BadRecipe(f"the model {hub} lacks weights ({absent[0]}, ...): download it anew")
+    return model.eval().requires_grad_(False), processor
+
+
+def _side(processor: Any) -> int:
+    """The side of the square in the middle that a processor would cut out."""
+    for size in (processor.crop_size, processor.size):
+        if size is not None:
+            side = size.height or size.shortest_edge
+            if side is not None:
+                return int(side)
+    raise BadRecipe("preprocessor_config.json names no size of pictures")
+
+
+def _digest(network: nn.Module, preparation: tuple[Any, ...]) -> str:
+    digest = hashlib.sha256(json.dumps([VERSION, *preparation]).encode())
+    for name, value in sorted(network.state_dict().items()):
+        digest.update(f"{name}{tuple(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]
+
+
+# What is compared with
+
+
+def reference(
+    extractor: Extractor, files: Sequence[Path], height: int, width: int, cache: Path
+) -> Reference:
+    """Features of picture files at the size a model draws, computed once.
+
+    They are kept in `cache` under a hash of the files' contents, the size and the extractor: names
+    and order do not matter, and any change of a byte makes another reference.
+
+    Errors  BadData for a picture that is damaged or smaller than the model's, or for none;
+            BadStorage if the cache cannot be written.
+    """
+    if not files:
+        raise BadData("there are no pictures to compare with")
+    with ThreadPoolExecutor() as pool:
+        hashes = list(pool.map(_hash, files))
+        ordered = [file for _, file in sorted(zip(hashes, files, strict=True))]
+        parts_of_key = [VERSION, height, width, extractor.name, extractor.digest, *sorted(hashes)]
+        digest = hashlib.sha256(json.dumps(parts_of_key).encode()).hexdigest()[:16]
+        place = cache / f"{digest}.safetensors"
+        kept = _kept(place, len(files))
+        if kept is not None:
+            return Reference(kept, digest)
+        parts = []
+        for first in range(0, len(ordered), BATCH):
+            some = ordered[first : first + BATCH]
+            pictures = np.stack(list(pool.map(lambda file: _read(file, height, width), some)))
+            parts.append(extract(extractor, pictures))
+    features = np.concatenate(parts)
+    staged = place.with_suffix(f".{os.getpid()}")
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        save_file({"features": features}, staged)
+        staged.replace(place)
+    except OSError as error:
+        raise BadStorage(f"cannot keep the reference in {cache}: {error.strerror}") from error
+    return Reference(features, digest)
+
+
+def _kept(place: Path, number: int) -> Features | None:
+    """Features found in the cache; None if they are not there or not whole."""
+    try:
+        features: Features = load_file(place)["features"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return features if len(features) == number else None
+
+
+def _read(file: Path, height: int, width: int) -> Pictures:
+    picture = images.decode(file.read_bytes(), str(file))
+    if picture.shape[0] < height or picture.shape[1] < width:
+        raise BadData(
+            f"{file}: is {picture.shape[1]} x {picture.shape[0]} pixels and the model draws "
+            f"{width} x {height}: compare with pictures at least as large"
+        )
+    return fit(picture, height, width)
+
+
+def _hash(file: Path) -> str:
+    try:
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError as error:
+        raise BadData(f"{file}: cannot be read ({error.strerror})") from error

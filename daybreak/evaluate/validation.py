@@ -1,0 +1,124 @@
+"""Validation loss: how well the network guesses pictures it never saw, noise level by noise level.
+
+    x_t = (1 - t) x + t eps,    x_hat = DiT(x_t, t, text)
+    image error     mean (x_hat - x)^2
+    velocity error  mean (v(x_hat) - v(x))^2,    v(y) = (x_t - y) / max(t, 0.05)
+
+Picture, t and noise come from a fixed table: every picture is seen once in each bin of t, at a
+level and with a noise that depend on seed, bin and the picture's number alone. Two networks, or one
+at two steps, therefore differ by what they guess and by nothing else; no generator of a run is
+touched; and the pictures may be shared out over processes in any way.
+
+Drawing t as training does would waste the table: under a shifted logit-normal one sample in a
+hundred lies below t = 0.1 and carries half of the loss. Here each bin is covered evenly, and the
+velocity error of the whole is the integral over t.
+
+Letters  n pictures, k bins, c channels.
+Units    pixels [-1, 1].
+Source   a validation loss at evenly spaced t as the target of a benchmark: MLPerf's FLUX.1.
+"""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from daybreak.model import flow
+from daybreak.model.text_to_image import TextToImage
+from daybreak.train.dice import Dice
+
+EDGES = (0.0, 0.3, 0.6, 1.0)  # of the bins of t
+GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, cover an interval evenly however many
+BATCH = 64
+
+Floats = npt.NDArray[np.float64]
+
+
+class Errors(NamedTuple):
+    """Mean squared errors of each picture in each bin, (n, k), and the t they were made at."""
+
+    t: Floats
+    image: Floats
+    velocity: Floats
+
+
+class Summary(NamedTuple):
+    """Means over pictures: by bin (k,), and of the velocity error over all t in [0, 1]."""
+
+    loss: float
+    image: tuple[float, ...]
+    velocity: tuple[float, ...]
+
+
+def errors(
+    model: TextToImage,
+    image: Float[Tensor, "n c h w"],
+    captions: Sequence[str],
+    noise_scale: float = 1.0,
+    seed: int = 0,
+    first: int = 0,
+) -> Errors:
+    """The errors of pictures numbered from `first` on.
+
+    Rows of several calls may be put together in any order. `noise_scale` is that of the flow the
+    network was trained with.
+
+    Errors  ValueError unless there are as many captions as pictures.
+    """
+    if len(image) != len(captions):
+        raise ValueError(f"{len(image)} pictures and {len(captions)} captions")
+    device = next(model.dit.parameters()).device
+    found = Errors(*(np.zeros((len(image), len(EDGES) - 1)) for _ in range(3)))
+    for start in range(0, len(image), BATCH):
+        rows = slice(start, min(start + BATCH, len(image)))
+        x = image[rows].to(device, torch.float32)
+        with torch.no_grad():
+            words = model.text(captions[rows])
+            for number in range(len(EDGES) - 1):
+                t = level(number, first + start, len(x), seed)
+                # Steps of training are positive, so no picture meets the noise it was trained on.
+                dice = Dice(seed, -1 - number, first + start, len(x))
+                eps = (noise_scale * dice.normal(*x.shape[1:])).to(device)
+                noisy = flow.corrupt(x, t.to(device), eps)
+                guess = model.dit(noisy.x_t, noisy.t, words).x.float()
+                miss = flow.velocity(noisy.x_t, guess, noisy.t)
+                miss = miss - flow.velocity(noisy.x_t, x, noisy.t)
+                found.t[rows, number] = t
+                found.image[rows, number] = (guess - x).square().mean((1, 2, 3)).cpu()
+                found.velocity[rows, number] = miss.square().mean((1, 2, 3)).cpu()
+    return found
+
+
+def level(number: int, first: int, count: int, seed: int = 0) -> Float[Tensor, " b"]:
+    """The noise levels of bin `number` for pictures `first` and following, never below T_FIRST."""
+    low, high = EDGES[number], EDGES[number + 1]
+    start = float(Dice(seed, -1 - number, -1, 1).uniform(1))
+    turns = torch.arange(first, first + count, dtype=torch.float64) * GOLDEN + start
+    return (low + (high - low) * (turns % 1)).clamp(min=flow.T_FIRST).float()
+
+
+def summarise(errors: Errors) -> Summary:
+    """Average over pictures; bins count by their width. Errors: ValueError for no pictures."""
+    if not len(errors.t):
+        raise ValueError("there are no pictures to average over")
+    velocity = errors.velocity.mean(0)
+    return Summary(
+        float(velocity @ np.diff(EDGES)),
+        tuple(errors.image.mean(0).tolist()),
+        tuple(velocity.tolist()),
+    )
+
+
+def values(summary: Summary) -> dict[str, float]:
+    """The summary by names a log can hold: `loss`, `velocity 0.0-0.3`, `image 0.0-0.3`, ..."""
+    bins = [f"{low:.1f}-{high:.1f}" for low, high in pairwise(EDGES)]
+    rows = {"loss": summary.loss}
+    for name, numbers in (("velocity", summary.velocity), ("image", summary.image)):
+        rows |= {f"{name} {at}": number for at, number in zip(bins, numbers, strict=True)}
+    return rows
