@@ -1,0 +1,353 @@
+"""What a run will take, before its first step: hours, dollars, memory; and what a budget buys.
+
+    seconds of a step = max(arithmetic, communication)
+    arithmetic        = FLOPs / (peak x share)           share: assumed, given, or measured
+    communication     = bytes in a node / link + bytes between nodes / network
+
+The two go on at the same time, so the slower one is the step. Arithmetic and memory are counted
+(`train/flops`, `train/memory`), peaks and prices looked up (`train/hardware`). What remains is the
+share of its peak that a device reaches: `train/measure` finds it, with real steps. Pictures are
+taken to be there in time; how many workers that needs is said, not counted.
+
+Units   seconds, dollars, FLOP, bytes; energy in kWh, of devices at full power.
+"""
+
+import math
+import re
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from daybreak.config import Recipe, Stage
+from daybreak.data import prepared
+from daybreak.failure import BadRecipe
+from daybreak.train import flops, hardware, log, measure, memory, runs
+from daybreak.train.hardware import Cluster
+from daybreak.train.memory import Mesh
+
+GB = hardware.GB
+FILL = 0.95  # of a datasheet's memory: allocators leave gaps, and the driver wants some too
+# Shares of the peak where nothing was measured. torchtitan gives 33 to 39 % without and with
+# compilation in benchmarks/llama3_h100_202412_torchtitan.md; this is the middle.
+GPU_SHARE = 0.36
+GPU_SOURCE = "assumed: what torchtitan reports for Llama 3.1 8B in bfloat16 on 8 and 128 H100"
+# 304 and 337 GFLOP/s in the two stages of docs/records/quickstart/metrics.jsonl, on two cores whose
+# products make 900.
+CPU_SHARE = 0.35
+CPU_SOURCE = "assumed: what the quickstart's record reached on two cores"
+
+UNITS: dict[str, tuple[Literal["seconds", "dollars", "flops", "pictures"], float]] = {
+    "s": ("seconds", 1),
+    "min": ("seconds", 60),
+    "h": ("seconds", 3600),
+    "d": ("seconds", 86400),
+    "usd": ("dollars", 1),
+    "flop": ("flops", 1),
+    "images": ("pictures", 1),
+    "k-images": ("pictures", 1e3),
+    "m-images": ("pictures", 1e6),
+}
+
+
+class Budget(NamedTuple):
+    """What may be spent: so many seconds, dollars, FLOPs or pictures."""
+
+    kind: Literal["seconds", "dollars", "flops", "pictures"]
+    amount: float
+
+
+class StagePlan(NamedTuple):
+    """One stage: its size, FLOPs by part over all its steps, and what sets the pace of a step."""
+
+    resolution: int
+    steps: int
+    batch: int
+    flops: dict[str, float]
+    seconds: dict[str, float]
+    memory: dict[str, float]
+
+    @property
+    def step(self) -> float:
+        """Seconds of a step."""
+        return max(self.seconds.values())
+
+    @property
+    def limit(self) -> str:
+        """What a step waits for."""
+        return max(self.seconds, key=self.seconds.__getitem__)
+
+
+class Plan(NamedTuple):
+    """A run on paper. `share` is the part of the peak assumed, and `source` says by whom."""
+
+    cluster: Cluster
+    mesh: Mesh
+    price: float | None
+    share: float
+    source: str
+    cached: bool
+    weights: int
+    stages: tuple[StagePlan, ...]
+
+    @property
+    def seconds(self) -> float:
+        """From the first step to the last, without compilation, grids and checkpoints."""
+        return sum(stage.steps * stage.step for stage in self.stages)
+
+    @property
+    def flops(self) -> float:
+        """All of them."""
+        return sum(sum(stage.flops.values()) for stage in self.stages)
+
+    @property
+    def pictures(self) -> int:
+        """Pictures seen, the same one again and again included."""
+        return sum(stage.steps * stage.batch for stage in self.stages)
+
+    @property
+    def dollars(self) -> float | None:
+        """Price of all devices, if an hour has one."""
+        return None if self.price is None else self.price * self.hours
+
+    @property
+    def hours(self) -> float:
+        """Hours of one device."""
+        return self.cluster.number * self.seconds / 3600
+
+    @property
+    def energy(self) -> float | None:
+        """Of all devices, in kWh, if they are known to draw so much."""
+        power = self.cluster.device.power
+        return None if power is None else self.hours * power / 1000
+
+    @property
+    def fullest(self) -> dict[str, float]:
+        """Memory by part, in the stage that needs most."""
+        return max((stage.memory for stage in self.stages), key=lambda parts: sum(parts.values()))
+
+    @property
+    def room(self) -> float:
+        """Bytes that a device has for a run."""
+        return FILL * self.cluster.device.memory
+
+
+def parse(text: str) -> Budget:
+    """Read `1500usd`, `$1500`, `24h`, `90s`, `4e20flop` or `200k-images`. Errors: BadRecipe."""
+    plain = text.strip().lower().replace(",", "").replace("_", "")
+    plain = f"{plain[1:]}usd" if plain.startswith("$") else plain
+    found = re.fullmatch(r"(\d+\.?\d*(?:e\+?\d+)?)\s*([a-z-]+)", plain)
+    if found is None or found[2] not in UNITS or not 0 < float(found[1]) < math.inf:
+        raise BadRecipe(
+            f"--budget {text}: write an amount and a unit ({', '.join(UNITS)}), "
+            "for example 1500usd, 24h or 4e20flop"
+        )
+    kind, size = UNITS[found[2]]
+    return Budget(kind, float(found[1]) * size)
+
+
+def cluster(recipe: Recipe, gpus: str | None) -> Cluster:
+    """The devices that are asked for, or those of this machine. Errors: BadRecipe."""
+    dtype = runs.precision(recipe)
+    return hardware.parse(gpus, dtype) if gpus else hardware.here(dtype)
+
+
+def plan(
+    recipe: Recipe,
+    cluster: Cluster,
+    price: float | None = None,
+    share: float | None = None,
+    measured: bool = False,
+    cached: bool = False,
+) -> Plan:
+    """Put a run on paper; `measured` takes real steps on this machine for it.
+
+    `cached` says that captions are encoded already; a dataset that is here says so itself.
+
+    Errors  BadRecipe if the devices cannot share a batch evenly, or are not those of this machine
+            where something is to be measured.
+    """
+    number, device = cluster
+    check_shares(recipe, number)
+    cached = cached or has_words(recipe)
+    taken = real_steps(recipe, cluster) if measured else ()
+    mesh, dtype = memory.mesh_for(number), precision(recipe, cluster)
+    source = "as given"
+    if share is None:
+        share, source = (CPU_SHARE, CPU_SOURCE) if device.name == "cpu" else (GPU_SHARE, GPU_SOURCE)
+    stages = []
+    for row, stage in enumerate(recipe.stage):
+        work = flops.work(recipe, stage, cached)
+        mine = stage.batch // number
+        arithmetic = mine * sum(work.picture.values()) + sum(work.step.values()) / mesh.shard
+        pace = {
+            "arithmetic": taken[row] if taken else arithmetic / (share * device.flops),
+            "communication": communication(recipe, mesh, device.link),
+        }
+        counted = {name: stage.count * stage.batch * each for name, each in work.picture.items()}
+        # Replicas do the same work on the same gradients.
+        counted |= {n: stage.count * mesh.replicate * each for n, each in work.step.items()}
+        parts = held(recipe, stage, mesh, passes(recipe, stage, number), dtype, device.name)
+        stages.append(StagePlan(stage.resolution, stage.count, stage.batch, counted, pace, parts))
+    if taken:
+        reached = sum(sum(stage.flops.values()) for stage in stages)
+        possible = number * device.flops * sum(s.steps * s.seconds["arithmetic"] for s in stages)
+        share, source = reached / possible, f"measured: {measure.STEPS} real steps of each stage"
+    return Plan(
+        cluster=cluster,
+        mesh=mesh,
+        price=device.price if price is None else price,
+        share=share,
+        source=source,
+        cached=cached,
+        weights=sum(shape.numel() for shape, _ in flops.learned(recipe)),
+        stages=tuple(stages),
+    )
+
+
+def real_steps(recipe: Recipe, cluster: Cluster) -> tuple[float, ...]:
+    """Measure the seconds of a step in each stage. Errors: BadRecipe if not on such a device."""
+    local = hardware.here(runs.precision(recipe))
+    if local.device.name != cluster.device.name:
+        raise BadRecipe(
+            f"--measure takes steps on this machine, which is {local} and not {cluster}: leave "
+            "--gpus out, or measure there"
+        )
+    return measure.steps(recipe, cluster.number)
+
+
+def has_words(recipe: Recipe) -> bool:
+    """Whether the datasets are here and hold the words of their captions, encoded."""
+    return all((Path(folder) / "text").is_dir() for folder, _ in recipe.data.folders)
+
+
+def different(recipe: Recipe) -> int | None:
+    """How many pictures the datasets hold, if they are prepared and here. Errors: BadData."""
+    folders = [Path(folder) for folder, _ in recipe.data.folders]
+    if not all((folder / "manifest.json").is_file() for folder in folders):
+        return None
+    return sum(len(prepared.open_dataset(folder).numbers) for folder in folders)
+
+
+def precision(recipe: Recipe, cluster: Cluster) -> torch.dtype:
+    """Precision of the blocks there; every GPU of the table is fast in bfloat16."""
+    if recipe.precision == "auto" and cluster.device.name != "cpu":
+        return torch.bfloat16
+    return runs.precision(recipe)
+
+
+def check_shares(recipe: Recipe, count: int) -> None:
+    """Refuse a number of devices that does not divide every batch. Errors: BadRecipe."""
+    common = math.gcd(*(stage.batch for stage in recipe.stage))
+    if common % count:
+        near = max(divisor for divisor in range(1, count) if common % divisor == 0)
+        number = next(n for n, stage in enumerate(recipe.stage) if stage.batch % count)
+        raise BadRecipe(
+            f"{count} devices cannot share stage.{number}.batch = {recipe.stage[number].batch} "
+            f"evenly: {near} can, or set a batch that {count} divides"
+        )
+
+
+def passes(recipe: Recipe, stage: Stage, count: int) -> int:
+    """Pictures that one device takes at once."""
+    mine = stage.batch // count
+    return min(recipe.micro or mine, mine)
+
+
+def held(
+    recipe: Recipe, stage: Stage, mesh: Mesh, pictures: int, dtype: torch.dtype, device: str
+) -> dict[str, float]:
+    """Memory by part; on a processor the program itself lies in it too."""
+    parts = memory.parts(recipe, stage, mesh, pictures, dtype, "cpu" if device == "cpu" else "cuda")
+    return parts | ({"program": float(log.memory())} if device == "cpu" else {})
+
+
+def communication(recipe: Recipe, mesh: Mesh, link: float) -> float:
+    """Seconds in which one device exchanges weights and gradients, once for each step."""
+    inside, across = traffic(recipe, mesh)
+    return inside / link + across / hardware.NETWORK
+
+
+def traffic(recipe: Recipe, mesh: Mesh) -> tuple[float, float]:
+    """Bytes that one device sends in a step: to devices of its node, and to other nodes.
+
+    Weights are gathered once in bfloat16, gradients summed in float32, and each matrix travels to
+    the device that makes its momentum orthogonal and back, in bfloat16.
+    """
+    learned = [(shape.numel(), learner) for shape, learner in flops.learned(recipe)]
+    weights = sum(count for count, _ in learned)
+    matrices = sum(count for count, learner in learned if learner == "muon")
+    others = (mesh.shard - 1) / mesh.shard
+    cut = (2 + 4) * weights * others + 2 * 2 * matrices / mesh.shard * others
+    copied = 2 * 4 * weights / mesh.shard * (mesh.replicate - 1) / mesh.replicate
+    inside, across = (cut, copied) if mesh.shard <= memory.NODE else (0.0, cut + copied)
+    return (inside, across) if mesh.devices > memory.NODE else (inside + across, 0.0)
+
+
+def check_memory(recipe: Recipe, made: Plan) -> None:
+    """Refuse a run that does not fit. Errors: BadRecipe, with the smallest change that helps."""
+    needed = sum(made.fullest.values())
+    if needed <= made.room:
+        return
+    count, device = made.cluster
+    remedy = f"no pass is small enough on {made.cluster}"
+    smaller = largest_pass(recipe, made.cluster)
+    if smaller:
+        remedy = f"--set micro={smaller} would fit"
+    else:
+        for other in sorted(hardware.DEVICES.values(), key=lambda device: device.memory):
+            fitting = largest_pass(recipe, Cluster(count, other))
+            if fitting:
+                remedy = f"{remedy}, {Cluster(count, other)} with --set micro={fitting} would fit"
+                break
+    raise BadRecipe(
+        f"a run of this recipe needs {needed / GB:.1f} GB of memory on each {device.name}, which "
+        f"has {made.room / GB:.1f} GB for it: {remedy}"
+    )
+
+
+def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
+    """The recipe with the largest passes that fit. Errors: BadRecipe if none does."""
+    check_shares(recipe, cluster.number)
+    pictures = largest_pass(recipe, cluster)
+    if pictures is None:
+        check_memory(recipe, plan(recipe, cluster))
+    return recipe.model_copy(update={"micro": pictures})
+
+
+def largest_pass(recipe: Recipe, cluster: Cluster) -> int | None:
+    """Pictures that a device can take at once, of those numbers that divide every share."""
+    count, device = cluster
+    mesh, dtype = memory.mesh_for(count), precision(recipe, cluster)
+    common = math.gcd(*(stage.batch // count for stage in recipe.stage))
+    for pictures in range(common, 0, -1):
+        if common % pictures == 0 and all(
+            sum(held(recipe, stage, mesh, pictures, dtype, device.name).values())
+            <= FILL * device.memory
+            for stage in recipe.stage
+        ):
+            return pictures
+    return None
+
+
+def bought(made: Plan, budget: Budget) -> float:
+    """How many times the run a budget pays for. Errors: BadRecipe if not even for one step."""
+    first = made.stages[0]
+    whole, step, unit = {
+        "seconds": (made.seconds, first.step, "s"),
+        "dollars": (made.dollars, (made.dollars or 0) * first.step / made.seconds, "usd"),
+        "flops": (made.flops, sum(first.flops.values()) / first.steps, "flop"),
+        "pictures": (made.pictures, first.batch, "images"),
+    }[budget.kind]
+    if not whole:
+        raise BadRecipe(
+            f"an hour of {made.cluster.device.name} has no price: give one with --price, or a "
+            "--budget in h"
+        )
+    if budget.amount < step:
+        digit = 10.0 ** (math.floor(math.log10(step)) - 2)
+        raise BadRecipe(
+            f"a budget of {budget.amount:g} {unit} is too small for one step: give at least "
+            f"--budget {math.ceil(step / digit) * digit:.4g}{unit}"
+        )
+    return budget.amount / whole

@@ -1,0 +1,129 @@
+"""What a machine can do at most, and what an hour of it costs.
+
+    32xH200, 8xL40S, RTX 4090, cpu
+
+Peaks are dense bfloat16 products that accumulate in float32: datasheets print twice as much, for
+matrices half of zeros. `here` is the machine at hand; a processor has no datasheet worth the name,
+so its peak is measured.
+
+Units   FLOP/s, bytes (a datasheet's GB are 10^9), bytes/s in one direction, dollars an hour, watts.
+Source  peaks, memory, power and links: NVIDIA's datasheets of the SXM boards (A100, H100, H200,
+        HGX B200) and of the L40S; the RTX 4090's and 5090's architecture papers, appendix A.
+        prices: RunPod's Community Cloud, deploybase.ai/articles/runpod-gpu-pricing, March 2026.
+        Prices swing by a factor of two between providers and years: `--price` is the one to trust.
+"""
+
+import difflib
+import os
+import re
+import time
+from typing import NamedTuple
+
+import torch
+
+from daybreak import doctor
+from daybreak.failure import BadRecipe
+
+GB = 10**9
+NETWORK = 50 * GB  # between nodes, per GPU: 400 Gb/s, what clusters of these boards are sold with
+PER_NODE = 8
+
+
+class Device(NamedTuple):
+    """One GPU, or the processor of one machine."""
+
+    name: str
+    flops: float
+    memory: float
+    link: float
+    power: float | None
+    price: float | None
+
+
+class Cluster(NamedTuple):
+    """Equal devices, eight to a node."""
+
+    number: int
+    device: Device
+
+    def __str__(self) -> str:
+        return f"{self.number} x {self.device.name}"
+
+
+DEVICES = {
+    device.name: device
+    for device in (
+        # 312 TFLOP/s; NVLink 3: 600 GB/s both ways
+        Device("A100", 312e12, 80 * GB, 300 * GB, 400, 1.39),
+        # 1,979 TFLOP/s with sparsity; NVLink 4: 900 GB/s both ways
+        Device("H100", 989.5e12, 80 * GB, 450 * GB, 700, 2.69),
+        Device("H200", 989.5e12, 141 * GB, 450 * GB, 700, 3.59),
+        # HGX B200, per GPU: 4,500 TFLOP/s with sparsity; NVLink 5: 1.8 TB/s both ways
+        Device("B200", 2250e12, 180 * GB, 900 * GB, 1000, 5.98),
+        # 362.05 TFLOP/s; PCIe 4.0 x16
+        Device("L40S", 362e12, 48 * GB, 32 * GB, 350, 0.79),
+        # 165.2 TFLOP/s; PCIe 4.0 x16
+        Device("RTX 4090", 165.2e12, 24 * GB, 32 * GB, 450, 0.34),
+        # 209.5 TFLOP/s; PCIe 5.0 x16
+        Device("RTX 5090", 209.5e12, 32 * GB, 64 * GB, 575, 0.69),
+    )
+}
+
+
+def parse(text: str, dtype: torch.dtype) -> Cluster:
+    """Read `32xH200`, `H200` or `cpu`. Errors: BadRecipe, naming the nearest known GPU."""
+    number, name = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?(.*)", text.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    count = int(number or 1)
+    if count < 1 or not name:
+        raise BadRecipe(f"--gpus {text}: write how many and which, for example 32xH200")
+    if name.lower() == "cpu":
+        return Cluster(count, processor(dtype))
+    known = {_plain(known): device for known, device in DEVICES.items()}
+    wanted = _plain(name)
+    device = known.get(wanted) or known.get(f"rtx{wanted}")
+    if device is None:
+        close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {known[close[0]].name}?" if close else ""
+        raise BadRecipe(
+            f"--gpus {text}: no figures are known for {name!r}{hint} "
+            f"(there are {', '.join(DEVICES)} and cpu)"
+        )
+    return Cluster(count, device)
+
+
+def here(dtype: torch.dtype) -> Cluster:
+    """Return the GPUs of this machine, or its processor where there are none."""
+    if not torch.cuda.is_available():
+        return Cluster(1, processor(dtype))
+    title = torch.cuda.get_device_name(0)
+    memory = float(torch.cuda.get_device_properties(0).total_memory)
+    found = next((d for d in DEVICES.values() if _plain(d.name) in _plain(title)), None)
+    if found is None:
+        found = Device(title, speed(dtype, "cuda"), memory, 32 * GB, None, None)
+    return Cluster(torch.cuda.device_count(), found._replace(memory=memory))
+
+
+def processor(dtype: torch.dtype) -> Device:
+    """Measure the processor of this machine, with the threads torch would use."""
+    memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+    allowed = doctor.memory_limit(doctor.CGROUP)
+    memory = min(memory, allowed) if allowed else memory
+    return Device("cpu", speed(dtype, "cpu"), memory, 10 * GB, None, None)
+
+
+def speed(dtype: torch.dtype, kind: str, seconds: float = 0.2) -> float:
+    """Measure the FLOP/s of one large product, the best of those that fit into `seconds`."""
+    side = 1024 if kind == "cpu" else 8192
+    left = torch.ones(side, side, dtype=dtype, device=kind)
+    best, until = 0.0, time.perf_counter() + seconds
+    while time.perf_counter() < until or not best:
+        began = time.perf_counter()
+        left @ left
+        if kind == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * side**3 / (time.perf_counter() - began))
+    return best
+
+
+def _plain(name: str) -> str:
+    return re.sub(r"[\s_-]", "", name).lower()

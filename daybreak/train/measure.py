@@ -1,0 +1,108 @@
+"""What this machine really does: real steps of a recipe, and how fast a core prepares pictures.
+
+A recipe is measured by training it, in a folder that is thrown away, for a few steps of each stage
+and with one device's share of the batch. Data that is not there is replaced by noise of its size,
+captions by ones as long as the recipe allows.
+"""
+
+import contextlib
+import itertools
+import json
+import math
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from daybreak.config import Recipe
+from daybreak.data import images, scenes
+
+FIRST, STEPS = 4, 20  # steps that do not count: they compile; and steps that do
+
+
+def steps(recipe: Recipe, count: int) -> tuple[float, ...]:
+    """Train for a few steps; returns the median seconds of a step in each stage.
+
+    `count` devices share a batch, of which this process takes one share. Progress goes to stderr.
+    Errors  those of training.
+    """
+    from daybreak.train import loop  # half of the program, and a plan without measuring needs none
+
+    with tempfile.TemporaryDirectory(prefix="daybreak-measure-") as folder:
+        short = _shortened(recipe, count, Path(folder))
+        with contextlib.redirect_stdout(sys.stderr):
+            outcome = loop.train(short)
+        if outcome.code:
+            raise SystemExit(outcome.code)
+        lines = (Path(short.out) / "metrics.jsonl").read_text().splitlines()
+    ends = [float(json.loads(line)["seconds"]) for line in lines]
+    medians = []
+    for number in range(len(short.stage)):
+        stage = ends[number * (FIRST + STEPS) :][: FIRST + STEPS]
+        taken = [after - before for before, after in itertools.pairwise(stage)]
+        medians.append(statistics.median(taken[-STEPS:]))
+    return tuple(medians)
+
+
+def preparing(recipe: Recipe, side: int) -> float:
+    """Seconds in which a core draws a scene, or decodes a JPEG of this size."""
+    if recipe.data.source == "scenes":
+        scene = recipe.scenes or scenes.Config()
+        return _fastest(lambda: scenes.sample(scene, recipe.seed, 0))
+    data = images.encode(noise(side, 0), "jpeg")
+    return _fastest(lambda: images.decode_to_cover(data, "a picture", side, side))
+
+
+def noise(side: int, seed: int) -> npt.NDArray[np.uint8]:
+    """A picture of smooth noise, about as hard to decode as a photograph."""
+    coarse = np.random.Generator(np.random.Philox(seed)).integers(0, 256, (side // 4, side // 4, 3))
+    return images.fit(coarse.astype(np.uint8), side, side)
+
+
+def _shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
+    """The same steps, fewer of them, and nothing between them."""
+    stages = [
+        stage.model_copy(
+            update={"steps": FIRST + STEPS, "samples": None, "batch": stage.batch // count}
+        )
+        for stage in recipe.stage
+    ]
+    never = sum(stage.count for stage in stages) + 1
+    changes: dict[str, Any] = {
+        "out": str(folder / "run"),
+        "stage": tuple(stages),
+        "save_every": never,
+        "evaluate": None,
+        "sample": recipe.sample.model_copy(update={"every": never, "steps": 1, "prompts": ("",)}),
+    }
+    if recipe.data.source != "scenes" and not all(Path(f).exists() for f, _ in recipe.data.folders):
+        changes["data"] = recipe.data.model_copy(
+            update={"source": str(_pretend(recipe, folder / "noise")), "caption_columns": ()}
+        )
+    return recipe.model_copy(update=changes)
+
+
+def _pretend(recipe: Recipe, folder: Path) -> Path:
+    """Write captioned noise where there are no pictures."""
+    folder.mkdir()
+    for number in range(32):
+        picture = noise(max(stage.resolution for stage in recipe.stage), number)
+        (folder / f"{number}.jpg").write_bytes(images.encode(picture, "jpeg"))
+        (folder / f"{number}.txt").write_text(f"{number} " + "a word " * recipe.text.max_tokens)
+    return folder
+
+
+def _fastest(deed: Callable[[], object], seconds: float = 0.05) -> float:
+    """Seconds that something takes when nothing is in its way."""
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until or best == math.inf:
+        began = time.perf_counter()
+        deed()
+        best = min(best, time.perf_counter() - began)
+    return best

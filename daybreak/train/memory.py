@@ -1,0 +1,247 @@
+"""What lies in the memory of one device when a step is at its fullest: the end of the forward pass.
+
+    weights, gradients, optimiser, average      float32, cut into as many parts as the mesh says
+    copies       of the weights in the precision of the blocks; the backward pass wants them again
+    activations  what else it wants again, for each picture of a pass
+    pictures     image, noise, their mixture, the guess
+    teachers     networks that are only asked
+    workspace    the gradients of one block's activations, while the pass goes back through it
+
+A compiled block keeps what goes into a product and what comes out of one, and computes the rest
+again: `compiled`. What one keeps that is not compiled, autograd itself is asked: `asked`.
+
+Letters  n image tokens, l words, h width, m width of the MLP, a heads, c bytes of a number.
+Units    bytes, on one device.
+"""
+
+import math
+from collections.abc import Iterable
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.autograd.graph import saved_tensors_hooks
+
+from daybreak.config import Recipe, Stage
+from daybreak.model import dit
+from daybreak.model.text import Text
+from daybreak.objective import lpips
+from daybreak.train import flops
+from daybreak.train.networks import CHANNELS, Network
+
+FULL = 4  # bytes of a float32
+PICTURES = 4  # of a picture: itself, its noise, their mixture, the guess
+NODE = 8  # devices that share a fast link
+
+
+class Mesh(NamedTuple):
+    """How devices share weights: `shard` of them hold a weight together, `replicate` times over."""
+
+    replicate: int
+    shard: int
+
+    @property
+    def devices(self) -> int:
+        """How many they are."""
+        return self.replicate * self.shard
+
+
+class Saved(NamedTuple):
+    """What the backward pass wants again: for each picture of a pass, and once for all of them."""
+
+    each: float
+    once: float
+
+    def __add__(self, other: object) -> "Saved":
+        """Both together."""
+        assert isinstance(other, Saved)
+        return Saved(self.each + other.each, self.once + other.once)
+
+    def times(self, count: int) -> "Saved":
+        """So many of them."""
+        return Saved(count * self.each, count * self.once)
+
+
+def mesh_for(count: int) -> Mesh:
+    """Cut weights among the devices of a node and copy them across nodes."""
+    shard = count if count <= NODE else math.gcd(count, NODE)
+    return Mesh(count // shard, shard)
+
+
+def parts(
+    recipe: Recipe, stage: Stage, mesh: Mesh, pictures: int, dtype: torch.dtype, kind: str
+) -> dict[str, float]:
+    """Bytes by part, for passes of so many pictures on a `cpu` or a `cuda` device."""
+    learned = [(shape.numel(), learner) for shape, learner in flops.learned(recipe)]
+    weights = sum(count for count, _ in learned)
+    state = sum(count * (1 if learner == "muon" else 2) for count, learner in learned)
+    saved = activations(recipe, stage, dtype, kind)
+    # Between the passes of one step gradients wait whole, and are cut when the last is done.
+    waiting = mesh.shard > 1 and stage.batch // mesh.devices > pictures
+    return {
+        "weights": FULL * weights / mesh.shard,
+        "gradients": FULL * weights * (1 / mesh.shard + waiting),
+        "optimiser": FULL * state / mesh.shard,
+        "average": FULL * weights / mesh.shard,
+        "copies": max(saved.once, dtype.itemsize * weights if mesh.shard > 1 else 0),
+        "activations": pictures * saved.each,
+        "pictures": pictures * PICTURES * FULL * CHANNELS * stage.resolution**2,
+        "teachers": dtype.itemsize * asleep(recipe, stage),
+        "workspace": pictures * _widest(recipe, stage, dtype, kind),
+    }
+
+
+def asleep(recipe: Recipe, stage: Stage) -> float:
+    """Weights of the networks that are only asked."""
+    views = flops.teachers(recipe, stage).values()
+    total = sum(network.weights for network in {view.network for view in views})
+    if recipe.text.encoder is not None:
+        total += flops.text_encoder(recipe).weights
+    if recipe.lpips and flops.active(recipe, stage, "lpips"):
+        inputs = CHANNELS
+        for channels, convolutions in flops.vgg_depths(recipe.lpips):
+            total += 9 * channels * (inputs + (convolutions - 1) * channels)
+            inputs = channels
+    return total
+
+
+def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> Saved:
+    """What a pass through denoiser, text encoder and losses keeps for the way back."""
+    size, l, c = recipe.dit, recipe.text.max_tokens, dtype.itemsize  # noqa: E741
+    route, n = flops.route(recipe, stage), flops.tokens(recipe, stage)
+    text = flops.text_encoder(recipe)
+    routed = route.stop - route.start if route else 0
+    total = Saved(outside(size, n, l, text.width, c) + FULL * CHANNELS * stage.resolution**2, 0)
+    for tokens, count in ((n, size.depth - routed), (flops.visible(route, n), routed)):
+        if count:
+            block = compiled if recipe.compile else asked
+            total += block(size, tokens, l, dtype, kind).times(count)
+    if route:
+        total += Saved(c * n * size.width, 0)  # the tokens, put back together
+    if recipe.text.encoder is None:
+        total += scratch_encoder(text, recipe.text.heads, l, dtype)
+    if recipe.repa and flops.active(recipe, stage, "repa"):
+        compared = sum(flops.walking(recipe, stage, block) for block in recipe.repa.blocks)
+        total += Saved(compared * flops.target(recipe) * (5 * c + 2 * FULL), 0)
+    if recipe.lpips and flops.active(recipe, stage, "lpips"):
+        side = max(lpips.SMALLEST, round(stage.resolution * recipe.lpips.resize))
+        kept = perceived(flops.vgg_depths(recipe.lpips), side, c)
+        total += Saved(recipe.lpips.fraction * kept, 0)
+    if recipe.dino and flops.active(recipe, stage, "dino"):
+        view = flops.teachers(recipe, stage)["dino"]
+        total += Saved(recipe.dino.fraction * looked(view, c), 0)
+    return total
+
+
+def outside(size: dit.Config, n: int, l: int, context: int, c: int) -> float:  # noqa: E741
+    """What the denoiser keeps before its first block and after its last.
+
+    Inputs of products, and the last tokens in float32: as they come, normalised, and modulated.
+    """
+    patches = n * (CHANNELS * size.patch**2 + size.bottleneck)
+    return c * (patches + l * context) + 3 * FULL * n * size.width
+
+
+def perceived(depths: Iterable[tuple[int, int]], side: int, c: int) -> float:
+    """What LPIPS keeps of a guess: each activation, and what a pooling chose.
+
+    Of the last of each depth also the distance to the truth and, where the network computes in
+    less than float32, two copies in that.
+    """
+    total = float(c * CHANNELS * side**2)
+    pooled = 0
+    for channels, convolutions in depths:
+        places = channels * side**2
+        total += c * (convolutions * places + pooled) + 8 * pooled
+        total += (3 if c < FULL else 1) * FULL * places
+        side //= 2
+        pooled = channels * side**2
+    return total
+
+
+def looked(view: flops.View, c: int) -> float:
+    """What a frozen teacher keeps of a guess. Its weights learn nothing, so products keep nothing.
+
+    Of each patch, in each layer: the inputs of two norms, query, key, value, answer, and what the
+    MLP bends.
+    """
+    network, patches = view
+    width = 2 * network.width + 2 * network.queries + 2 * network.keys + network.mlp
+    pixels = CHANNELS * patches * network.patch**2
+    return network.layers * (patches + network.extra) * c * width + (c + FULL) * pixels
+
+
+def compiled(size: dit.Config, n: int, l: int, dtype: torch.dtype, kind: str) -> Saved:  # noqa: E741
+    """What one compiled block keeps.
+
+    Of each image token: its gate, its value and their product (m each); query, key and value as
+    they come out of their product; input of the block, of the attention, of the MLP; outputs of
+    both; the answers, and the queries once turned (10 h). Keys and values of all tokens, turned and
+    joined; of words also as they come and go (3 h). Attention keeps a number for each query, or,
+    written out, its scores.
+    """
+    h, m, c = size.width, size.mlp_width, dtype.itemsize
+    written_out = kind == "cpu" and n <= dit.SHORT
+    scores = n * (n + l) if written_out else n
+    tokens = n * (3 * m + 10 * h) + (0 if written_out else n * h)
+    each = c * (tokens + 2 * h * (n + l) + 3 * h * l) + FULL * size.heads * scores
+    return Saved(each, _copies(12 * h**2 + 3 * h * m, dtype))
+
+
+@lru_cache
+def asked(size: dit.Config, n: int, l: int, dtype: torch.dtype, kind: str) -> Saved:  # noqa: ARG001, E741
+    """Ask autograd what one block keeps when it is not compiled, on the CPU.
+
+    It gets tensors that have shapes and no contents: one picture, then two, with one block more and
+    one less. Nothing is computed.
+    """
+    kept = {
+        (depth, pictures): _kept(size.model_copy(update={"depth": depth}), n, l, dtype, pictures)
+        for depth in (1, 2)
+        for pictures in (1, 2)
+    }
+    one, two = (kept[2, pictures] - kept[1, pictures] for pictures in (1, 2))
+    return Saved(two - one, 2 * one - two)
+
+
+def _kept(size: dit.Config, n: int, l: int, dtype: torch.dtype, pictures: int) -> int:  # noqa: E741
+    """Bytes that autograd keeps of a forward pass, but for the weights."""
+    storages: dict[int, tuple[int, Tensor]] = {}
+
+    def note(tensor: Tensor) -> Tensor:
+        storage = tensor.untyped_storage()
+        storages[storage._cdata] = storage.nbytes(), tensor  # held: a freed one's number comes back
+        return tensor
+
+    with FakeTensorMode(), saved_tensors_hooks(note, lambda tensor: tensor):
+        model = dit.DiT(size, size.width, compute=dtype)
+        x_t = torch.empty(pictures, CHANNELS, n * size.patch, size.patch)
+        words = torch.empty(pictures, l, size.width)
+        text = Text(words, torch.ones(pictures, l, dtype=torch.bool))
+        guess = model(x_t, torch.empty(pictures), text)  # noqa: F841 - holds what is kept
+        own = {weight.untyped_storage()._cdata for weight in model.parameters()}
+        return sum(size for at, (size, _) in storages.items() if at not in own)
+
+
+def scratch_encoder(text: Network, heads: int, l: int, dtype: torch.dtype) -> Saved:  # noqa: E741
+    """What the small T5 keeps, as `transformers` writes it.
+
+    Of each word, in each layer: seven numbers of the MLP's width, ten to twelve of its own, five of
+    them always float32, and its scores.
+    """
+    c = dtype.itemsize
+    word = 7 * c * text.mlp + text.width * (7 * c + 5 * FULL if c < FULL else 10 * FULL)
+    layer = Saved(l * word + FULL * heads * l**2, _copies(text.block, dtype))
+    return layer.times(text.layers) + Saved(2 * FULL * l * text.width, 0)
+
+
+def _copies(weights: int, dtype: torch.dtype) -> float:
+    """Weights stay float32; a product in another precision needs them in that one."""
+    return dtype.itemsize * weights if dtype.itemsize < FULL else 0
+
+
+def _widest(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> float:
+    n = flops.tokens(recipe, stage)
+    return compiled(recipe.dit, n, recipe.text.max_tokens, dtype, kind).each

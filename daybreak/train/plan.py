@@ -1,0 +1,178 @@
+"""What `daybreak plan` says: a run on paper as tables for people, and as JSON for programs."""
+
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.table import Table
+from rich.text import Text
+
+from daybreak.config import Recipe
+from daybreak.train import budget, flops, measure
+from daybreak.train.budget import Plan
+
+TIMES = ((3600, "h"), (60, "min"), (1, "s"))
+UNITS = {1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP"}
+BAR = 32  # signs
+PRICES = "RunPod's Community Cloud, March 2026; --price changes it"
+
+
+def tables(recipe: Recipe, made: Plan, times: float | None = None) -> Iterator[Table]:
+    """Yield what is printed, in order; a budget buys the run so many times."""
+    yield stages(recipe, made)
+    unit = next(size for size in UNITS if made.flops >= size or size == min(UNITS))
+    yield bars("arithmetic", totals(made), unit, UNITS[unit])
+    yield bars(f"memory of each {made.cluster.device.name}", made.fullest, 1e9, "GB")
+    notes = Table.grid(padding=(0, 2))
+    for name, value in remarks(recipe, made).items():
+        notes.add_row(Text(name, "bold"), value)
+    if times is not None:
+        notes.add_row(Text("the budget", "bold"), purchase(recipe, times))
+    yield notes
+
+
+def stages(recipe: Recipe, made: Plan) -> Table:
+    """One row for each stage, and one for all."""
+    table = Table(box=None, pad_edge=False)
+    table.add_column("stage", no_wrap=True)
+    for name in ("steps", "batch", "GFLOP", "s/step", "img/s", "time", "$"):
+        table.add_column(name, justify="right", no_wrap=True)
+    table.add_column("waits for")
+    for number, (stage, paper) in enumerate(zip(recipe.stage, made.stages, strict=True)):
+        seconds = paper.steps * paper.step
+        table.add_row(
+            f"{number}: {paper.resolution} px",
+            f"{paper.steps:,}",
+            f"{paper.batch:,}",
+            _three(sum(flops.work(recipe, stage, made.cached).picture.values()) / 1e9),
+            _three(paper.step),
+            _three(paper.batch / paper.step),
+            _time(seconds),
+            dollars(made, seconds),
+            paper.limit,
+        )
+    last = _time(made.seconds), dollars(made, made.seconds), ""
+    table.add_row("all", f"{recipe.steps:,}", "", "", "", "", *last, style="bold")
+    return table
+
+
+def bars(title: str, parts: Mapping[str, float], unit: float, name: str) -> Table:
+    """Draw each part as long as its share of the whole."""
+    table = Table(box=None, pad_edge=False)
+    whole = sum(parts.values())
+    table.add_column(title)
+    table.add_column(name, justify="right")
+    table.add_column("%", justify="right")
+    table.add_column("")
+    for part, amount in sorted(parts.items(), key=lambda item: -item[1]):
+        if amount:
+            length = max(1, round(BAR * amount / whole))
+            table.add_row(part, _three(amount / unit), f"{100 * amount / whole:.0f}", "█" * length)
+    table.add_row("all", _three(whole / unit), "", "", style="bold")
+    return table
+
+
+def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
+    """What the figures rest on, and what else is good to know."""
+    count, device = made.cluster
+    needed = sum(made.fullest.values())
+    fits = "fits" if needed <= made.room else "DOES NOT FIT"
+    inside, across = budget.traffic(recipe, made.mesh)
+    price = "none known; give one with --price"
+    if made.price is not None:
+        price = f"${made.price:.2f} an hour and device"
+        price += f" ({PRICES})" if made.price == device.price else ""
+    found = {
+        "speed": f"{100 * made.share:.0f} % of {_three(device.flops / 1e12)} TFLOP/s "
+        f"({made.source})",
+        "memory": f"{fits}: {needed / 1e9:.1f} of {made.room / 1e9:.1f} GB, in passes of "
+        f"{max(budget.passes(recipe, stage, count) for stage in recipe.stage)} pictures",
+        "pictures": f"{made.pictures:,}" + _epochs(recipe, made),
+        "weights": f"{made.weights / 1e6:,.1f} M that learn",
+        "price": price,
+        "captions": f"counted as {recipe.text.max_tokens} words (text.max_tokens)",
+    }
+    if made.energy is not None:
+        found["energy"] = f"{made.energy:,.0f} kWh at full power"
+    if count > 1:
+        found["mesh"] = f"{made.mesh.replicate} x {made.mesh.shard}; a step and device sends "
+        found["mesh"] += f"{inside / 1e9:.1f} GB in its node, {across / 1e9:.1f} GB to others"
+    busiest = max(made.stages, key=lambda paper: paper.batch / paper.step * paper.resolution**2)
+    wanted = busiest.batch / count / busiest.step
+    ready = 1 / measure.preparing(recipe, busiest.resolution)
+    found["loader"] = (
+        f"{wanted:,.0f} img/s for each device at {busiest.resolution} px; a core here prepares "
+        f"{ready:,.0f}: {math.ceil(wanted / ready)} of data.workers, now {recipe.data.workers}"
+    )
+    if not made.cached and recipe.text.encoder is not None:
+        share = totals(made)["text encoder"] / made.flops
+        found["text"] = f"`daybreak prepare --cache-text` would save {100 * share:.0f} % of it all"
+    return found
+
+
+def purchase(recipe: Recipe, times: float) -> str:
+    """What a budget buys: so many times the run, and the run it would be."""
+    steps = [max(1, int(times * stage.count)) for stage in recipe.stage]
+    sets = " ".join(f"--set stage.{number}.steps={count}" for number, count in enumerate(steps))
+    pictures = sum(n * stage.batch for n, stage in zip(steps, recipe.stage, strict=True))
+    return f"buys {_three(times)} times this run: {pictures:,} pictures with {sets}"
+
+
+def totals(made: Plan) -> dict[str, float]:
+    """FLOPs of the whole run by part."""
+    found: dict[str, float] = {}
+    for stage in made.stages:
+        for name, amount in stage.flops.items():
+            found[name] = found.get(name, 0.0) + amount
+    return found
+
+
+def facts(recipe: Recipe, made: Plan, times: float | None = None) -> dict[str, Any]:
+    """Everything as plain values; units are seconds, dollars, FLOP, bytes and kWh."""
+    inside, across = budget.traffic(recipe, made.mesh)
+    found: dict[str, Any] = {
+        "devices": {"count": made.cluster.number, **made.cluster.device._asdict()},
+        "mesh": made.mesh._asdict(),
+        "share_of_peak": made.share,
+        "share_from": made.source,
+        "weights": made.weights,
+        "flops": totals(made),
+        "pictures": made.pictures,
+        "seconds": made.seconds,
+        "device_hours": made.hours,
+        "price": made.price,
+        "dollars": made.dollars,
+        "energy": made.energy,
+        "memory": made.fullest,
+        "room": made.room,
+        "fits": sum(made.fullest.values()) <= made.room,
+        "traffic": {"inside": inside, "across": across},
+        "stages": [
+            {**stage._asdict(), "step": stage.step, "limit": stage.limit} for stage in made.stages
+        ],
+    }
+    return found if times is None else found | {"budget_buys": times}
+
+
+def dollars(made: Plan, seconds: float) -> str:
+    """Price of all devices for so long."""
+    return (
+        "-" if made.price is None else f"{made.price * made.cluster.number * seconds / 3600:,.0f}"
+    )
+
+
+def _epochs(recipe: Recipe, made: Plan) -> str:
+    """How often the run sees the pictures it has, where that is known."""
+    there = budget.different(recipe)
+    return f": {_three(made.pictures / there)} times each of {there:,}" if there else ""
+
+
+def _time(seconds: float) -> str:
+    """A stretch of time, with three digits that count."""
+    size, unit = next((size, unit) for size, unit in TIMES if seconds >= size or size == 1)
+    return f"{_three(seconds / size)} {unit}"
+
+
+def _three(amount: float) -> str:
+    """A number with three digits that count."""
+    return f"{amount:,.0f}" if amount >= 100 else f"{amount:.3g}"

@@ -1,0 +1,339 @@
+"""A run on paper: what it takes, what a budget buys, and what is said when it cannot be."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from daybreak import cli, config
+from daybreak.failure import BadRecipe
+from daybreak.train import budget, flops, hardware, measure, memory, plan
+from daybreak.train.budget import Budget
+from daybreak.train.hardware import Cluster
+from daybreak.train.memory import Mesh
+
+PUBLISHED: dict[str, Any] = {
+    "out": "runs/published",
+    "micro": 32,
+    "data": {"source": "data/published"},
+    "text": {"encoder": "google/t5gemma-2b-2b-ul2", "max_tokens": 256},
+    "dit": {},
+    "tread": {"start": 1, "stop": 15},
+    "repa": {},
+    "lpips": {},
+    "dino": {},
+    "muon": {},
+    "stage": [
+        {"resolution": 512, "steps": 100_000, "batch": 1024, "lr": 1e-4},
+        {"resolution": 1024, "steps": 20_000, "batch": 512, "lr": 1e-4, "without": ["repa"]},
+    ],
+}
+H200 = hardware.DEVICES["H200"]
+
+
+@pytest.fixture(scope="module")
+def published() -> config.Recipe:
+    return config.parse(PUBLISHED, "published")
+
+
+def test_the_published_run_costs_what_its_efficiency_says() -> None:
+    """768 GPU-hours at 6.1 % of the peak; under 4 hours and about $235 at 40 % (without Muon)."""
+    cluster = Cluster(32, H200)
+    published = config.parse({k: v for k, v in PUBLISHED.items() if k != "muon"}, "published")
+    slow = budget.plan(published, cluster, price=2.0, share=0.061, cached=True)
+    assert slow.hours == pytest.approx(768, rel=0.05)
+    assert slow.dollars == pytest.approx(1536, rel=0.05)
+    fast = budget.plan(published, cluster, price=2.0, share=0.40, cached=True)
+    assert fast.seconds < 4 * 3600
+    assert fast.dollars == pytest.approx(235, rel=0.05)
+    assert fast.pictures == 112_640_000
+    assert {stage.limit for stage in fast.stages} == {"arithmetic"}
+
+
+def test_exchanges_are_those_of_the_published_arithmetic(published: config.Recipe) -> None:
+    """Of 1.177 B weights on 32 GPUs: 4.6 + 9.2 ms in a node and 18 ms between nodes, or 137 ms."""
+    bare = config.parse(
+        {k: v for k, v in PUBLISHED.items() if k not in ("repa", "muon")}
+        | {"stage": PUBLISHED["stage"][:1]},
+        "bare",
+    )
+    inside, across = budget.traffic(bare, Mesh(4, 8))
+    assert inside / H200.link == pytest.approx((4.6 + 9.2) / 1000, rel=0.02)
+    assert across / hardware.NETWORK == pytest.approx(0.018, rel=0.03)
+    inside, across = budget.traffic(bare, Mesh(1, 32))
+    assert inside == 0
+    assert across / hardware.NETWORK == pytest.approx(0.137, rel=0.02)
+    assert budget.traffic(published, Mesh(1, 1)) == (0, 0)
+
+
+def test_twice_the_devices_take_half_the_time_and_the_same_money(published: config.Recipe) -> None:
+    few, many = (budget.plan(published, Cluster(count, H200)) for count in (8, 16))
+    assert many.seconds == pytest.approx(few.seconds / 2, rel=0.03)
+    assert many.dollars == pytest.approx(few.dollars, rel=0.03)
+
+
+def test_the_plan_of_a_recipe_is_the_sum_of_its_stages(published: config.Recipe) -> None:
+    made = budget.plan(published, Cluster(32, H200))
+    counted = sum(
+        stage.count * (stage.batch * sum(work.picture.values()) + 4 * sum(work.step.values()))
+        for stage in published.stage
+        for work in [flops.work(published, stage)]
+    )
+    assert made.flops == pytest.approx(counted)
+    assert made.flops == pytest.approx(sum(plan.totals(made).values()))
+
+
+def test_words_that_were_encoded_before_cost_nothing_now(
+    published: config.Recipe, tmp_path: Path
+) -> None:
+    online = budget.plan(published, Cluster(32, H200))
+    cached = budget.plan(published, Cluster(32, H200), cached=True)
+    assert online.flops - cached.flops == pytest.approx(plan.totals(online)["text encoder"])
+    (tmp_path / "text").mkdir()
+    here = config.parse(PUBLISHED | {"data": {"source": str(tmp_path)}}, "here")
+    assert budget.plan(here, Cluster(32, H200)).flops == pytest.approx(cached.flops)
+
+
+@pytest.mark.parametrize(
+    ("text", "kind", "amount"),
+    [
+        ("1500usd", "dollars", 1500),
+        ("$1,500", "dollars", 1500),
+        ("24h", "seconds", 86400),
+        ("90s", "seconds", 90),
+        ("1.5 min", "seconds", 90),
+        ("2d", "seconds", 172800),
+        ("4e20flop", "flops", 4e20),
+        ("4e+20 FLOP", "flops", 4e20),
+        ("200k-images", "pictures", 200_000),
+    ],
+)
+def test_budgets_are_read_as_people_write_them(text: str, kind: str, amount: float) -> None:
+    assert budget.parse(text) == (kind, amount)
+
+
+@pytest.mark.parametrize("text", ["", "24", "h", "15eur", "-3h", "0h", "1e400flop", "24 h 3 min"])
+def test_other_budgets_are_refused_with_an_example(text: str) -> None:
+    with pytest.raises(BadRecipe, match="for example 1500usd, 24h or 4e20flop"):
+        budget.parse(text)
+
+
+def test_a_budget_buys_its_share_of_the_run_in_every_unit(published: config.Recipe) -> None:
+    made = budget.plan(published, Cluster(32, H200))
+    assert made.dollars is not None
+    for spent in (
+        Budget("seconds", made.seconds / 2),
+        Budget("dollars", made.dollars / 2),
+        Budget("flops", made.flops / 2),
+        Budget("pictures", made.pictures / 2),
+    ):
+        assert budget.bought(made, spent) == pytest.approx(0.5)
+    assert "56,320,000 pictures" in plan.purchase(published, 0.5)
+    assert "--set stage.0.steps=50000 --set stage.1.steps=10000" in plan.purchase(published, 0.5)
+
+
+def test_a_budget_too_small_for_a_step_names_one_that_is_not(published: config.Recipe) -> None:
+    made = budget.plan(published, Cluster(32, H200))
+    for text in ("0.01s", "0.0001usd", "1e9flop", "5images"):
+        with pytest.raises(BadRecipe, match="give at least --budget ") as refused:
+            budget.bought(made, budget.parse(text))
+        enough = str(refused.value).rpartition("--budget ")[2]
+        assert budget.bought(made, budget.parse(enough)) > 0
+
+
+@pytest.mark.parametrize(
+    ("text", "number", "name"),
+    [
+        ("32xH200", 32, "H200"),
+        ("h100", 1, "H100"),
+        ("8 x A100", 8, "A100"),
+        ("4XRTX4090", 4, "RTX 4090"),
+        ("2x5090", 2, "RTX 5090"),
+        ("rtx-5090", 1, "RTX 5090"),
+        ("16xb200", 16, "B200"),
+        ("l40s", 1, "L40S"),
+    ],
+)
+def test_devices_are_read_as_people_write_them(text: str, number: int, name: str) -> None:
+    assert hardware.parse(text, torch.bfloat16) == (number, hardware.DEVICES[name])
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("32xH300", "did you mean H"),
+        ("8xL40", "did you mean L40S?"),
+        ("TPU", "there are A100, H100"),
+        ("0xH100", "write how many and which"),
+        ("", "write how many and which"),
+        ("8x", "write how many and which"),
+    ],
+)
+def test_unknown_devices_are_refused_with_the_nearest(text: str, words: str) -> None:
+    with pytest.raises(BadRecipe) as refused:
+        hardware.parse(text, torch.bfloat16)
+    assert words in str(refused.value)
+
+
+def test_the_processor_has_a_speed_and_a_memory() -> None:
+    device = hardware.here(torch.float32).device
+    assert device.flops > 1e9
+    assert device.memory > 2**28
+
+
+@pytest.mark.parametrize("device", hardware.DEVICES.values(), ids=lambda device: device.name)
+def test_what_is_said_to_fit_fits(published: config.Recipe, device: hardware.Device) -> None:
+    """Where a plan is refused, the change it names is accepted."""
+    cluster = Cluster(32, device)
+    try:
+        budget.check_memory(published, budget.plan(published, cluster))
+    except BadRecipe as refused:
+        remedy = str(refused).rpartition("--set micro=")[2].split()[0]
+        smaller = config.parse(PUBLISHED | {"micro": int(remedy)}, "smaller")
+        made = budget.plan(smaller, cluster)
+        budget.check_memory(smaller, made)
+        assert int(remedy) < 32
+    else:
+        assert device.memory > 30e9
+
+
+def test_where_no_pass_is_small_enough_that_is_said() -> None:
+    huge = {"dit": {"width": 8192, "heads": 128, "depth": 48, "bottleneck": 0}}
+    recipe = config.parse(PUBLISHED | huge, "huge")
+    made = budget.plan(recipe, Cluster(32, hardware.DEVICES["RTX 4090"]))
+    with pytest.raises(BadRecipe, match="no pass is small enough on 32 x RTX 4090"):
+        budget.check_memory(recipe, made)
+
+
+def test_a_fitted_recipe_takes_the_largest_passes_that_fit(published: config.Recipe) -> None:
+    cluster = Cluster(32, hardware.DEVICES["RTX 4090"])
+    fitted = budget.fitted(published, cluster)
+    budget.check_memory(fitted, budget.plan(fitted, cluster))
+    larger = fitted.model_copy(update={"micro": 2 * fitted.micro})
+    with pytest.raises(BadRecipe):
+        budget.check_memory(larger, budget.plan(larger, cluster))
+
+
+def test_a_prepared_dataset_says_how_often_it_is_seen(
+    tiny: Path, prepared: Callable[..., Path]
+) -> None:
+    folder = prepared([{"captions": [f"picture {number}"]} for number in range(5)])
+    recipe = config.load(tiny, (f'data.source="{folder.as_posix()}"',), ("scenes",))
+    made = budget.plan(recipe, Cluster(1, H200))
+    assert plan.remarks(recipe, made)["pictures"] == "80: 16 times each of 5"
+
+
+def test_devices_that_cannot_share_a_batch_are_refused_with_a_number_that_can(
+    published: config.Recipe,
+) -> None:
+    with pytest.raises(BadRecipe, match=r"33 devices .* stage\.0\.batch = 1024 .* 32 can"):
+        budget.plan(published, Cluster(33, H200))
+
+
+def test_real_steps_are_only_taken_on_a_machine_of_that_kind(published: config.Recipe) -> None:
+    other = Cluster(1, hardware.Device("another", 1e12, 1e9, 1e9, None, None))
+    with pytest.raises(BadRecipe, match="--measure takes steps on this machine"):
+        budget.plan(published, other, measured=True)
+
+
+def test_real_steps_set_the_pace_of_a_plan(tiny: Path) -> None:
+    recipe = config.load(tiny)
+    made = budget.plan(recipe, budget.cluster(recipe, "cpu"), measured=True)
+    assert made.source.startswith("measured")
+    assert 0 < made.stages[0].step < 30
+    assert made.share * made.cluster.device.flops * made.seconds == pytest.approx(made.flops)
+    assert not Path(recipe.out).exists()
+
+
+@pytest.mark.slow
+def test_data_that_is_not_there_is_replaced_for_measuring(tiny: Path) -> None:
+    recipe = config.load(tiny, ('data.source="nowhere"',), ("scenes",))
+    assert measure.steps(recipe, 2)[0] > 0
+
+
+def test_what_runs_on_this_machine_reports_its_own_memory(tiny: Path) -> None:
+    recipe = config.load(tiny)
+    made = budget.plan(recipe, budget.cluster(recipe, None))
+    assert made.fullest["program"] > 1e8
+    assert (
+        made.fullest.keys() - {"program"}
+        == memory.parts(recipe, recipe.stage[0], Mesh(1, 1), 8, torch.float32, "cpu").keys()
+    )
+
+
+def asked(*arguments: object) -> str:
+    """What `daybreak plan` prints. Failures come as they are."""
+    done = CliRunner().invoke(cli.app, ["plan", *map(str, arguments)])
+    if done.exception:
+        raise done.exception
+    return done.output
+
+
+def test_plan_prints_tables_and_writes_nothing(tiny: Path) -> None:
+    printed = asked(tiny, "--gpus", "4xH100", "--budget", "10usd")
+    for word in ("denoiser", "muon", "activations", "optimiser", "fits", "assumed", "buys"):
+        assert word in printed, word
+    assert list(tiny.parent.iterdir()) == [tiny]
+
+
+def test_plan_writes_the_fitted_recipe_where_it_is_asked_to(tiny: Path, tmp_path: Path) -> None:
+    place = tmp_path / "fitted.toml"
+    asked(tiny, "--gpus", "4xH100", "--fit", place)
+    assert config.load(place).micro == 2
+
+
+def test_plan_gives_json(tiny: Path) -> None:
+    found = json.loads(asked(tiny, "--gpus", "2xL40S", "--json", "--price", 0.5, "--share", 0.2))
+    assert found["dollars"] == pytest.approx(0.5 * found["device_hours"])
+    assert found["share_of_peak"] == 0.2
+    assert found["fits"] is True
+    assert sum(found["flops"].values()) == pytest.approx(
+        sum(sum(stage["flops"].values()) for stage in found["stages"])
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--gpus", "8xH300"), "H300"),
+        (("--gpus", "3xH200"), "2 can"),
+        (("--budget", "15eur"), "15eur"),
+        (("--gpus", "H200", "--budget", "1e3flop"), "too small for one step"),
+        (("--gpus", "cpu", "--budget", "9usd"), "--price"),
+        (("--gpus", "H200", "--measure"), "--measure"),
+        (("--set", "text.encoder=nobody/nothing"), "text.encoder"),
+        (("--gpus", "RTX4090", "--set", "dit.width=24576", "--set", "dit.heads=64"), "needs"),
+    ],
+)
+def test_what_cannot_be_planned_is_one_sentence(
+    tiny: Path, arguments: tuple[str, ...], words: str
+) -> None:
+    with pytest.raises(BadRecipe) as refused:
+        asked(tiny, *arguments)
+    assert words in str(refused.value)
+    assert "\n" not in str(refused.value)
+
+
+def test_a_plan_that_does_not_fit_is_printed_and_leaves_with_code_2(tiny: Path) -> None:
+    done = subprocess.run(
+        [
+            *(sys.executable, "-m", "daybreak", "plan", str(tiny), "--gpus", "RTX4090"),
+            *("--set", "dit.width=24576", "--set", "dit.heads=64"),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "DOES NOT FIT" in done.stdout
+    assert done.stderr.startswith("daybreak: ")
+    assert done.stderr.count("\n") == 1

@@ -1,0 +1,123 @@
+"""What a run may spend, in all, however often it is interrupted."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from pydantic import ValidationError
+
+from daybreak.train import ledger
+from daybreak.train.ledger import Config, Ledger
+
+
+class Clock:
+    """Seconds since the birth of a process that works when it is told to."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "run.json"
+    path.write_text('{"recipe": "abc"}\n')
+    return path
+
+
+def work(file: Path, config: Config, until: float = 1e9, seconds: float = 1.0) -> Ledger:
+    """A process: five seconds of start-up, then steps until the budget or a kill ends it."""
+    clock = Clock()
+    clock.now = 5.0
+    kept = Ledger(file, config, clock)
+    while not kept.over and clock.now + seconds <= until:
+        clock.now += seconds
+        kept.step(1e9)
+    return kept
+
+
+def test_a_run_ends_when_its_seconds_are_spent(file: Path) -> None:
+    kept = work(file, Config(seconds=90))
+    assert 90 - 1 - 2 * ledger.CLOSING <= kept.spent <= 90
+
+
+def test_a_run_that_is_interrupted_twice_spends_no_more(file: Path) -> None:
+    config = Config(seconds=90)
+    for until in (30.0, 25.0):
+        work(file, config, until).write()
+    kept = work(file, config)
+    assert 90 - 1 - 2 * ledger.CLOSING <= kept.spent <= 90
+    assert kept.sessions == 3
+
+
+def test_a_kill_costs_a_second_of_memory_at_most(file: Path) -> None:
+    work(file, Config(seconds=90), until=30.0, seconds=0.25)  # and not another word
+    assert Ledger(file, Config(seconds=90), Clock()).spent == pytest.approx(30, abs=1.25)
+
+
+def test_the_rate_falls_to_nothing_at_the_end_of_the_budget(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=101, cooldown=0.5), clock)
+    factors = []
+    for clock.now in (0.0, 50.0, 75.0, 90.0, 100.0, 200.0):
+        factors.append(kept.factor)
+    assert factors == pytest.approx([1, 1, 0.5, 0.2, 0, 0])
+
+
+def test_a_slow_checkpoint_is_given_its_time(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=90), clock)
+    clock.now = 82.0
+    assert not kept.over
+    kept.saved(10.0)
+    assert kept.over
+
+
+def test_dollars_are_seconds_at_a_price() -> None:
+    assert Config(dollars=2, price=7200).limit == 1
+    assert Config(dollars=2, price=7200, seconds=0.5).limit == 0.5
+    assert Config(flops=1e15).limit is None
+
+
+def test_flops_end_a_run_too(file: Path) -> None:
+    kept = work(file, Config(flops=10.5e9))
+    assert kept.flops == 10e9
+    assert kept.gone == pytest.approx(10 / 10.5)
+
+
+def test_without_a_budget_nothing_ends_and_all_is_written_down(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, None, clock)
+    clock.now = 1e6
+    kept.step(3.0)
+    assert not kept.over
+    assert kept.factor == 1
+    written = json.loads(file.read_text())
+    assert written == {
+        "recipe": "abc",
+        "ledger": {"seconds": 1e6, "flops": 3.0, "sessions": 1},
+    }
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ({}, "say how much"),
+        ({"dollars": 3}, "price"),
+        ({"seconds": -1}, "greater than 0"),
+        ({"hours": 3}, "hours"),
+    ],
+)
+def test_a_budget_that_says_nothing_is_refused(table: dict[str, float], words: str) -> None:
+    with pytest.raises(ValidationError, match=words):
+        Config.model_validate(table)
+
+
+def test_a_process_knows_its_age() -> None:
+    code = "import time; time.sleep(0.5); from daybreak.train import ledger; print(ledger.age())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert float(done.stdout) >= 0.5 or sys.platform != "linux"
