@@ -41,6 +41,22 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_everything_else(model: Te
     assert owned["adamw"] == set(names.values()) - owned["muon"]
 
 
+def test_muon_has_the_modulation_too_where_the_recipe_says_so(model: TextToImage) -> None:
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    few, many = (
+        {
+            names[id(p)]
+            for group in groups.optimizers(model, muon, groups.AdamWConfig())["muon"][
+                0
+            ].param_groups
+            for p in group["params"]
+        }
+        for muon in (groups.MuonConfig(), groups.MuonConfig(modulation=True))
+    )
+    assert many - few == {f"dit.blocks.{block}.modulation.lin.weight" for block in (0, 1)}
+    assert few < many
+
+
 def test_without_muon_adamw_has_them_all(model: TextToImage) -> None:
     shared = groups.optimizers(model, None, groups.AdamWConfig())
     assert list(shared) == ["adamw"]

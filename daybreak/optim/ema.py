@@ -3,7 +3,8 @@
     w <- w + (1 - d_k) (theta - w),    d_k = min(decay, (1 + k) / (10 + k))
 
 k counts updates. The ramp lets the average forget its random beginning, so that a run of minutes
-and a run of days use the same words.
+and a run of days use the same words. Without `ramp` the first update copies the weights, and every
+later one has the full decay.
 
 Source  ramp: the `num_updates` rule of TensorFlow's ExponentialMovingAverage.
 """
@@ -18,12 +19,13 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Config(BaseModel):
-    """`decay` per update, and how many steps pass between two updates."""
+    """`decay` per update, reached by a `ramp`, and how many steps pass between two updates."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     decay: float = Field(default=0.999, ge=0, lt=1)
     every: int = Field(default=1, gt=0)
+    ramp: bool = True
 
 
 class Ema(Generic[Model]):
@@ -39,7 +41,11 @@ class Ema(Generic[Model]):
         if step % self.config.every:
             return
         count = step // self.config.every
-        decay = min(self.config.decay, (1 + count) / (10 + count))
+        decay = self.config.decay
+        if self.config.ramp:
+            decay = min(decay, (1 + count) / (10 + count))
+        elif count == 1:
+            decay = 0.0
         mine: list[Tensor] = list(self.model.parameters())
         theirs = [parameter.detach() for parameter in model.parameters()]
         torch._foreach_lerp_(mine, theirs, 1 - decay)

@@ -5,28 +5,32 @@
 
 Muon's step is scaled to the size of an AdamW step (RMS 0.2 times the rate), so one learning rate
 serves both; `rate` in `[muon]` or `[adamw]` multiplies it for that group. Modulation matrices stay
-with AdamW: they begin at zero, where an orthogonal step is as long as anywhere else.
+with AdamW unless the recipe says otherwise: they begin at zero, where an orthogonal step is as long
+as anywhere else.
 
 Source  kellerjordan.github.io/posts/muon; scale 0.2 sqrt(max(rows, columns)): arXiv 2502.16982.
 """
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
+
+from daybreak.optim.muon import Muon
 
 
 class MuonConfig(BaseModel):
-    """Momentum, made orthogonal; for matrices inside the blocks."""
+    """Momentum, made orthogonal; for matrices of the blocks, with those of `modulation` or not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rate: float = Field(default=1.0, gt=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
+    modulation: bool = False
     weight_decay: float = Field(default=0.0, ge=0)
 
 
 class AdamWConfig(BaseModel):
-    """For vectors, embeddings, modulation, the first and last layers, and the text encoder."""
+    """For vectors, embeddings, modulation, the first and last layers, text encoder, projectors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -36,22 +40,30 @@ class AdamWConfig(BaseModel):
     weight_decay: float = Field(default=0.0, ge=0)
 
 
-def is_muon(name: str, parameter: nn.Parameter) -> bool:
+def is_muon(name: str, parameter: nn.Parameter, muon: MuonConfig | None) -> bool:
     """Tell whether a weight of this name and shape belongs to Muon."""
-    return "dit.blocks." in name and parameter.ndim == 2 and "modulation" not in name
+    if muon is None or "dit.blocks." not in name or parameter.ndim != 2:
+        return False
+    return muon.modulation or "modulation" not in name
 
 
 def optimizers(
-    model: nn.Module, muon: MuonConfig | None, adamw: AdamWConfig
+    model: nn.Module,
+    muon: MuonConfig | None,
+    adamw: AdamWConfig,
+    learned: nn.Module | None = None,
 ) -> dict[str, tuple[Optimizer, float]]:
     """Share the trained weights out; without `muon` AdamW has them all.
+
+    `learned` is what terms of the loss train beside the model; it goes to AdamW, after the rest.
 
     Returns, by name, each optimiser and the factor that multiplies the stage's learning rate.
     """
     trained = [(name, p) for name, p in model.named_parameters() if p.requires_grad]
-    matrices = [p for name, p in trained if muon and is_muon(name, p)]
+    matrices = [p for name, p in trained if is_muon(name, p, muon)]
     taken = {id(p) for p in matrices}
     rest = [p for _, p in trained if id(p) not in taken]
+    rest += list(learned.parameters()) if learned is not None else []
     shared: dict[str, tuple[Optimizer, float]] = {
         "adamw": (
             AdamW(
@@ -67,13 +79,7 @@ def optimizers(
     }
     if muon and matrices:
         shared["muon"] = (
-            Muon(
-                matrices,
-                lr=0.0,
-                momentum=muon.momentum,
-                weight_decay=muon.weight_decay,
-                adjust_lr_fn="match_rms_adamw",
-            ),
+            Muon(matrices, lr=0.0, momentum=muon.momentum, weight_decay=muon.weight_decay),
             muon.rate,
         )
     return shared

@@ -1,0 +1,209 @@
+"""Momentum, made orthogonal; one owner for each matrix.
+
+    B <- m B + (1 - m) G                                    momentum of the gradient
+    U  = m B + (1 - m) G                                    Nesterov: a step ahead of it
+    W <- (1 - lr decay) W - 0.2 lr sqrt(max(rows, columns)) orthogonal(U)
+
+`orthogonal` needs the whole matrix, of which a rank under FSDP2 holds a few rows. So matrices of
+one shape are dealt out like cards over the ranks that share them. One exchange brings every owner
+the rows of its matrices, it works on all of them at once, and a second exchange sends the rows
+home. The exchanges of other shapes travel meanwhile. Replicas of HSDP each do the same work, so
+nothing crosses from one to another.
+
+Rows travel in the precision of the work, which loses nothing: they would be rounded on arrival.
+The owner therefore sees the very matrix that a single device would.
+
+Letters  m momentum, k matrices of one shape.
+Source   kellerjordan.github.io/posts/muon; scale 0.2 sqrt(max(rows, columns)): arXiv 2502.16982.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.optim import Optimizer
+
+ROUNDS = 5
+A, B, C = 3.4445, -4.7750, 2.0315
+TINY = 1e-7  # a matrix of a smaller norm is not made longer
+
+
+def orthogonal(x: Float[Tensor, "k rows columns"]) -> Float[Tensor, "k rows columns"]:
+    """Bring all singular values of each matrix near one: X <- A X + (B S + C S^2) X, S = X X^T.
+
+    A round makes A s + B s^3 + C s^5 of a singular value s. Small ones grow fast, large ones stay
+    between about 0.7 and 1.2, and none has to be known. Computed in the precision of `x`.
+    """
+    tall = x.shape[-2] > x.shape[-1]
+    if tall:
+        x = x.mT  # S is then the smaller of the two squares
+    x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=TINY)
+    for _ in range(ROUNDS):
+        square = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=B, alpha=C), x, beta=A)
+    return x.mT if tall else x
+
+
+class Muon(Optimizer):
+    """Momentum, made orthogonal.
+
+    A weight matrix moves along U V^T instead of its momentum U S V^T, so that every direction gets
+    a step of about the same length. On one device the steps are those of `torch.optim.Muon` with
+    `match_rms_adamw`; on many, two collectives move all matrices of one shape. Every rank must
+    have gradients for the same matrices.
+
+    Shapes  parameters (rows, columns): plain, or DTensors sharded by rows, evenly or not, on a mesh
+            of one dimension or replicated along others. State is of the parameter's kind.
+    Units   lr as in AdamW: the update has RMS near 0.2 lr whatever the shape.
+    Errors  ValueError for a parameter that is not a matrix, or is sharded by columns.
+    """
+
+    def __init__(
+        self,
+        parameters: Iterable[nn.Parameter],
+        lr: float,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
+        precision: torch.dtype = torch.bfloat16,
+    ) -> None:
+        super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
+        self.precision = precision
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                if parameter.ndim != 2:
+                    raise ValueError(
+                        f"Muon moves matrices, not a parameter of shape {tuple(parameter.shape)}"
+                    )
+                _sharers(parameter)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
+        """Take one step. All that can be on its way at once is."""
+        for group in self.param_groups:
+            stacks = _stacks([p for p in group["params"] if p.grad is not None])
+            coming = [
+                stack.gather(self._updates(stack, group["momentum"]).to(self.precision))
+                for stack in stacks
+            ]
+            going = [
+                stack.scatter(orthogonal(stack.whole(rows.open())))
+                for stack, rows in zip(stacks, coming, strict=True)
+            ]
+            for stack, rows in zip(stacks, going, strict=True):
+                stack.move(rows.open(), group["lr"], group["weight_decay"])
+
+    def _updates(self, stack: "Stack", momentum: float) -> Float[Tensor, "k held columns"]:
+        """Let the momentum follow the gradients; return this rank's rows of what it points to."""
+        buffers, gradients = [], []
+        for weight in stack.weights:
+            gradient, state = weight.grad, self.state[weight]
+            assert gradient is not None
+            if "momentum_buffer" not in state:
+                state["momentum_buffer"] = torch.zeros_like(gradient)
+            buffers.append(_local(state["momentum_buffer"]))
+            gradients.append(_local(gradient))
+        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
+        return torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
+
+
+class Parcel(NamedTuple):
+    """A tensor that may still be on its way."""
+
+    tensor: Tensor
+    work: dist.Work | None
+
+    def open(self) -> Tensor:
+        """Wait until it is there."""
+        if self.work:
+            self.work.wait()
+        return self.tensor
+
+
+class Stack(NamedTuple):
+    """Matrices of one shape, sorted by owner, and how the ranks of a group share them.
+
+    Between two ranks travels one piece: of all matrices the one owns, the rows the other holds.
+    """
+
+    weights: list[nn.Parameter]
+    owned: list[int]  # how many of them each rank owns
+    held: list[int]  # how many rows of each of them each rank holds
+    rank: int
+    group: dist.ProcessGroup | None  # None: one rank owns and holds everything
+
+    def gather(self, rows: Float[Tensor, "k held columns"]) -> Parcel:
+        """Send the rows held here to the owners of their matrices."""
+        return self._exchange(rows.flatten(), self._by_owner(), self._by_holder())
+
+    def whole(self, pieces: Float[Tensor, " n"]) -> Float[Tensor, "mine rows columns"]:
+        """Put the matrices owned here together from what every holder has sent."""
+        mine, columns = self.owned[self.rank], self.weights[0].shape[1]
+        parts = zip(pieces.split(self._by_holder()), self.held, strict=True)
+        return torch.cat([part.view(mine, held, columns) for part, held in parts], dim=1)
+
+    def scatter(self, matrices: Float[Tensor, "mine rows columns"]) -> Parcel:
+        """Send the rows of the matrices owned here home."""
+        pieces = torch.cat([rows.flatten() for rows in matrices.split(self.held, dim=1)])
+        return self._exchange(pieces, self._by_holder(), self._by_owner())
+
+    def move(self, pieces: Float[Tensor, " n"], lr: float, weight_decay: float) -> None:
+        """Move the rows held here along what has come home."""
+        rows, columns = self.weights[0].shape
+        directions = pieces.view(len(self.weights), self.held[self.rank], columns)
+        for weight, direction in zip(map(_local, self.weights), directions, strict=True):
+            weight.mul_(1 - lr * weight_decay)
+            weight.add_(direction, alpha=-0.2 * lr * math.sqrt(max(rows, columns)))
+
+    def _by_owner(self) -> list[int]:
+        held = self.held[self.rank] * self.weights[0].shape[1]
+        return [owned * held for owned in self.owned]
+
+    def _by_holder(self) -> list[int]:
+        owned = self.owned[self.rank] * self.weights[0].shape[1]
+        return [owned * held for held in self.held]
+
+    def _exchange(self, pieces: Tensor, out: list[int], back: list[int]) -> Parcel:
+        """Start a collective; `out` and `back` are the sizes of the pieces by rank."""
+        if self.group is None:
+            return Parcel(pieces, None)
+        came = pieces.new_empty(sum(back))
+        work = dist.all_to_all_single(came, pieces, back, out, self.group, async_op=True)
+        return Parcel(came, work)
+
+
+def _stacks(weights: Sequence[nn.Parameter]) -> list[Stack]:
+    """Sort matrices by shape and deal them out, each stack from where the last one ended."""
+    by_shape: dict[tuple[torch.Size, dist.ProcessGroup | None], list[nn.Parameter]] = {}
+    for weight in weights:
+        by_shape.setdefault((weight.shape, _sharers(weight)), []).append(weight)
+    stacks, dealt = [], 0
+    for (shape, group), equal in by_shape.items():
+        size = group.size() if group else 1
+        hands = [equal[(rank - dealt) % size :: size] for rank in range(size)]
+        share = -(-shape[0] // size)  # FSDP2 cuts as torch.chunk does: the last ranks hold less
+        held = [max(0, min(share, shape[0] - rank * share)) for rank in range(size)]
+        order = [weight for hand in hands for weight in hand]
+        rank = group.rank() if group else 0
+        stacks.append(Stack(order, [len(hand) for hand in hands], held, rank, group))
+        dealt += len(equal)
+    return stacks
+
+
+def _sharers(weight: Tensor) -> dist.ProcessGroup | None:
+    """Return the ranks that hold the rows of a matrix, or None if this one holds them all."""
+    if not isinstance(weight, DTensor):
+        return None
+    sharded = [axis for axis, place in enumerate(weight.placements) if place != Replicate()]
+    if [weight.placements[axis] for axis in sharded] not in ([], [Shard(0)]):
+        raise ValueError(f"Muon shares matrices by rows, not as {weight.placements}")
+    groups = [weight.device_mesh.get_group(axis) for axis in sharded]
+    return next((group for group in groups if group.size() > 1), None)
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
