@@ -3,17 +3,19 @@
 import errno
 import os
 import sys
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from daybreak.failure import BadRecipe, BadStorage, Failure
 
 if TYPE_CHECKING:
-    from daybreak.generate import sampler
+    from daybreak.config import Recipe
+    from daybreak.data.shards import Progress
 
 app = typer.Typer(
     help="Train a text-to-image model from nothing, in pixels, within a budget.",
@@ -24,9 +26,153 @@ app = typer.Typer(
 
 Run = Annotated[Path, typer.Argument(help="A run folder that `daybreak train` has written.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the recipe's if left out.")]
+Set = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="Change how it is sampled: --set sample.guide=self"),
+]
+Best = Annotated[
+    bool, typer.Option("--best", help="The best checkpoint that was kept, not the newest.")
+]
 Guidance = Annotated[
     float | None, typer.Option(min=1, help="Guidance scale; 1 is none. The recipe's if left out.")
 ]
+
+
+@app.command()
+def prepare(
+    source: Annotated[
+        list[str] | None,
+        typer.Argument(help="Folders, tars, parquet files, scenes:N, or datasets of the hub."),
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for the dataset.")] = None,
+    resolution: Annotated[
+        list[int] | None,
+        typer.Option(help="In pixels, of several the largest; what the pictures allow, to 512."),
+    ] = None,
+    unit: Annotated[
+        int | None, typer.Option(help="Sides are multiples of it, as of a patch; 8, 16 or 32.")
+    ] = None,
+    max_aspect: Annotated[
+        float | None, typer.Option(help="Of the longest bucket, 2; 1 gives squares only.")
+    ] = None,
+    max_crop: Annotated[
+        float | None, typer.Option(help="Share of a picture that may be cut away, 0.15.")
+    ] = None,
+    max_upscale: Annotated[
+        float | None, typer.Option(help="How many times a picture may be enlarged, 1.33.")
+    ] = None,
+    min_side: Annotated[
+        int | None, typer.Option(help="Pixels that the shorter side must have.")
+    ] = None,
+    caption_column: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME:WEIGHT", help="Or the usual: text, caption, prompt, keywords."),
+    ] = None,
+    min_caption: Annotated[
+        int | None, typer.Option(help="Characters that a caption must have.")
+    ] = None,
+    max_caption: Annotated[
+        int | None, typer.Option(help="Characters that it may have, 8000.")
+    ] = None,
+    image_column: Annotated[
+        str | None, typer.Option(help="Of a table, instead of the first that holds bytes.")
+    ] = None,
+    licence_column: Annotated[
+        str | None, typer.Option(help="Instead of licence or license.")
+    ] = None,
+    licence: Annotated[
+        list[str] | None, typer.Option(help="One that is allowed; without this option all are.")
+    ] = None,
+    skip: Annotated[
+        Path | None,
+        typer.Option(help="A file of pictures to leave out: names or sha256, one a line."),
+    ] = None,
+    form: Annotated[
+        str | None,
+        typer.Option("--format", help="jpeg, webp, png; or auto: png where small, else jpeg."),
+    ] = None,
+    background: Annotated[
+        str | None, typer.Option(help="Colour behind clear pixels, white; or as in #ffffff.")
+    ] = None,
+    near: Annotated[
+        int | None, typer.Option(help="Bits that near duplicates may differ in, 4; 0 keeps them.")
+    ] = None,
+    shard: Annotated[int | None, typer.Option(help="Pictures of one file, 1024.")] = None,
+    stream: Annotated[
+        bool, typer.Option("--stream", help="Read from the hub without storing what it sends.")
+    ] = False,
+    salvage: Annotated[
+        bool, typer.Option("--salvage", help="Keep what can be read of damaged tars and tables.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, help="As many as there are cores.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every byte of a dataset that is there.")
+    ] = False,
+    cache_text: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ENCODER",
+            help="Encode its captions, once for all runs with it; or RECIPE.toml, as that asks.",
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of a caption, as text.max_tokens of these runs; 32.")
+    ] = None,
+    precision: Annotated[
+        Literal["auto", "bfloat16", "float32"], typer.Option(help="As precision of these runs.")
+    ] = "auto",
+) -> None:
+    """Make a dataset of captioned pictures; the same command again continues where it stopped."""
+    from daybreak.data import prepare as work
+
+    if not (source or out) or not (verify or cache_text or (source and out)):
+        raise BadRecipe(
+            "give sources and --out DATASET; or --verify, or --cache-text ENCODER, and DATASET"
+        )
+    if source and out:
+        given = {
+            "resolution": max(resolution) if resolution else None,
+            "unit": unit,
+            "max_aspect": max_aspect,
+            "max_crop": max_crop,
+            "max_upscale": max_upscale,
+            "min_side": min_side,
+            "caption_columns": caption_column,
+            "min_caption": min_caption,
+            "max_caption": max_caption,
+            "image_column": image_column,
+            "licence_column": licence_column,
+            "licences": licence,
+            "skip": work.skip_list(skip) if skip else None,
+            "format": form,
+            "background": background,
+            "near": near,
+            "shard": shard,
+            "stream": stream,
+        }
+        settings, cores = work.settings(given), processes or os.cpu_count() or 1
+        if (out / "manifest.json").is_file():
+            print(f"{out} is there already: nothing to do if sources and settings are the same")
+        try:
+            manifest = work.prepare(source, out, settings, cores, salvage, _remaining())
+        except KeyboardInterrupt:
+            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            raise typer.Exit(130) from None
+        if sys.stderr.isatty():
+            print("\x1b[K", end="", file=sys.stderr, flush=True)
+        print(*work.summary(out, manifest), sep="\n")
+    datasets = [out] if out else [Path(name) for name in source or ()]
+    if cache_text:
+        _cache_text(datasets, cache_text, max_tokens, precision)
+    for dataset in datasets if verify else ():
+        count = work.verify(dataset, _counter("bytes checked"))
+        if (dataset / "text").is_dir():
+            from daybreak.model import text_cache
+
+            text_cache.verify(dataset)
+        print(f"{dataset}: {count:,} pictures, every byte as its manifest says")
 
 
 @app.command()
@@ -61,6 +207,7 @@ def sample(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture.")] = 0,
+    set_: Set = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the pictures; RUN/samples/... if left out.")
     ] = None,
@@ -75,12 +222,13 @@ def sample(
     recipe, found, model = runs.trained(run)
     prompts = [words for words in prompt for _ in range(count)]
     seeds = list(range(seed, seed + len(prompts)))
-    how = _changed(recipe.sample, steps, guidance)
-    side = recipe.stage[-1].resolution
-    pictures = draw.draw(model, prompts, seeds, side, side, how, recipe.flow)
+    digest = config.digest(recipe)
+    recipe = _resampled(recipe, set_, steps, guidance)
+    how, side = recipe.sample, recipe.stage[-1].resolution
+    pictures = draw.draw(model, prompts, seeds, side, side, how, recipe.flow, recipe.tread)
 
     folder = out or run / "samples" / _file_name(prompt[0])
-    facts = {"recipe": config.digest(recipe), "step": str(found.step)}
+    facts = {"recipe": digest, "step": str(found.step), "guide": how.guide}
     facts |= {"steps": str(how.steps), "guidance": str(how.guidance)}
     for words, number, picture in zip(prompts, seeds, pictures, strict=True):
         path = folder / f"{_file_name(words)}-seed{number}.png"
@@ -93,52 +241,185 @@ def sample(
 
 @app.command()
 def evaluate(
-    run: Run,
-    suite: Annotated[str, typer.Option(help="What to measure; `scenes` is exact.")] = "scenes",
-    per_task: Annotated[int, typer.Option(min=5, help="Prompts per task.")] = 120,
+    folder: Annotated[
+        Path, typer.Argument(help="A run folder, or any text-to-image pipeline of diffusers.")
+    ],
+    suite: Annotated[
+        str, typer.Option(help="scenes, validation, distribution, prompts, geneval or coco30k.")
+    ] = "scenes",
+    per_task: Annotated[int, typer.Option(min=5, help="Prompts of a task of scenes.")] = 120,
+    count: Annotated[
+        int, typer.Option(min=32, help="Pictures of validation and distribution.")
+    ] = 5000,
+    each: Annotated[
+        int, typer.Option(min=1, help="Pictures of a prompt, for prompts and geneval.")
+    ] = 4,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="Lines of text or JSON; GenEval's evaluation_metadata.jsonl."),
+    ] = None,
+    data: Annotated[
+        Path | None, typer.Option(help="A prepared dataset, for validation and distribution.")
+    ] = None,
+    reference: Annotated[
+        Path | None, typer.Option(help="Folder of true pictures, for coco30k.")
+    ] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="What GenEval has written: reads the score, draws nothing.")
+    ] = None,
+    features: Annotated[
+        list[str] | None,
+        typer.Option(help="Networks that compare: scenes, dinov2, clip, inception or a folder."),
+    ] = None,
+    clip: Annotated[
+        str | None, typer.Option(help="CLIP for CLIPScore: clip, or a folder; none if left out.")
+    ] = None,
+    canvas: Annotated[
+        str | None, typer.Option(help="Of scenes, for a pipeline: 32, 64, 64-large or 128.")
+    ] = None,
+    resolution: Annotated[
+        int | None, typer.Option(min=8, help="Side of a pipeline's pictures; its own if left out.")
+    ] = None,
+    controls: Annotated[
+        bool, typer.Option("--controls", help="Beside scenes: diversity, memory, no prompt.")
+    ] = False,
+    best: Best = False,
+    seed: Annotated[
+        int | None, typer.Option(min=0, help="Of the questions; follows from the weights.")
+    ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
+    set_: Set = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of the results; FOLDER/evaluation if left out.")
+    ] = None,
 ) -> None:
-    """Score a run; the result is a table and RUN/evaluation/SUITE.json."""
-    import json
-
+    """Score a run or a pipeline of diffusers: a table, and FOLDER/evaluation/SUITE.json."""
     from rich.console import Console
     from rich.table import Table
 
-    from daybreak.evaluate import scenes_suite
-    from daybreak.generate import draw
-    from daybreak.train import runs
+    from daybreak.train import scoring
 
-    if suite != "scenes":
-        raise BadRecipe(f"there is no suite {suite!r}: the only one is scenes")
-    recipe, found, model = runs.trained(run)
-    if recipe.scenes is None:
-        raise BadRecipe(f"{run} was not trained on scenes, so its prompts have no exact answer")
-    how, side = _changed(recipe.sample, steps, guidance), recipe.stage[-1].resolution
-    # The questions follow from the finished weights, so no recipe can be tuned to them.
-    seed = int(found.digest[:8], 16)
-    result = scenes_suite.evaluate(
-        lambda prompts, seeds: draw.draw(model, prompts, seeds, side, side, how, recipe.flow),
-        recipe.scenes,
-        seed,
+    wanted = scoring.Wanted(
+        suite,
         per_task,
-        progress=_counter("drawn"),
+        count,
+        each,
+        prompts,
+        data,
+        reference,
+        results,
+        tuple(features or ()),
+        clip,
+        canvas,
+        resolution,
+        controls,
+        best,
+        seed,
+        steps,
+        guidance,
+        tuple(set_ or ()),
     )
-    result |= {
-        "checkpoint": {"step": found.step, "manifest": found.digest},
-        "sampler": {"steps": how.steps, "guidance": how.guidance, "interval": how.interval},
-        "weights": "ema",
-        "seed": seed,
-    }
-    path = run / "evaluation" / f"{suite}.json"
-    path.parent.mkdir(exist_ok=True)
-    path.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    scored = scoring.score(folder, wanted, out or folder / "evaluation", _counter)
+    for head, lines in filter(lambda table: table[1], scored.tables):
+        rows = Table(*head, box=None)
+        for line in lines:
+            rows.add_row(*line)
+        Console().print(rows)
+    for remark in scored.result.remarks:
+        print(f"note: {remark}")
+    print(f"score: {scored.path}")
 
-    rows = Table("", "exact", "95 % interval", "pictures", box=None)
-    for row in scenes_suite.table(result):
-        rows.add_row(*row)
-    Console().print(rows)
-    print(f"score: {path}")
+
+@app.command()
+def compare(
+    recipe: Annotated[
+        list[str], typer.Argument(help="The baseline first; the same one twice is an A/A test.")
+    ],
+    metric: Annotated[
+        str, typer.Option(help="As scenes.exact, validation.loss, distribution.clip.cmmd.")
+    ] = "scenes.exact",
+    seeds: Annotated[
+        int | None, typer.Option(min=1, max=40, help="Runs of each arm; the fewest that can tell.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="Of each run: 10min, 1e15flop, 200k-images; else its recipe.")
+    ] = None,
+    target: Annotated[
+        float | None, typer.Option(help="Also compare what it takes to get there.")
+    ] = None,
+    margin: Annotated[
+        float, typer.Option(min=0, help="The smallest difference worth having.")
+    ] = 0.0,
+    evaluations: Annotated[int, typer.Option(min=1, help="Of a run, the last one included.")] = 8,
+    per_task: Annotated[int, typer.Option(min=5, help="Prompts of a task of scenes.")] = 60,
+    pictures: Annotated[int, typer.Option(min=32, help="Of validation and distribution.")] = 512,
+    data: Annotated[
+        Path | None, typer.Option(help="A prepared dataset to evaluate with, unless on scenes.")
+    ] = None,
+    features: Annotated[str | None, typer.Option(help="Network of the distribution.")] = None,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="An arm: --set dit.depth=8")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", help="An arm: --without tread")
+    ] = None,
+    out: Annotated[Path, typer.Option(help="Folder of all runs; finished ones are used.")] = Path(
+        "runs/compare"
+    ),
+    record: Annotated[
+        Path | None, typer.Option(help="A new folder for recipes, logs and every number.")
+    ] = None,
+) -> None:
+    """Train recipes with equal seeds and budget; say which is better, and how sure that is."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from daybreak.evaluate import interim, suite
+    from daybreak.train import arms as plan
+    from daybreak.train import budget as paper
+    from daybreak.train import compare as work
+    from daybreak.train import record as view
+
+    asked = suite.suite_of(metric)
+    if record is not None:
+        view.check(record)
+    loaded = plan.named(recipe, tuple(set_ or ()), tuple(without or ()))
+    if len(loaded) < 2 and target is None:
+        raise BadRecipe(
+            "there is nothing to compare with: give a second recipe, --set or --without; or "
+            "--target, to see how soon one recipe gets there"
+        )
+    evaluation = interim.Config(
+        every=1,
+        suites=(asked,),
+        per_task=per_task,
+        pictures=pictures,
+        data=None if data is None else str(data),
+        features=features,
+    )
+    given = paper.parse(budget) if budget else None
+    arms = plan.arms(loaded, given, evaluation, evaluations, out)
+    enough = work.seeds_for(len(arms) - 1)
+    runs = list(plan.runs(arms, seeds or enough, out))
+    if seeds and seeds < enough and len(arms) > 1:
+        print(f"with so many arms nothing is resolved by {seeds} seeds: give --seeds {enough}")
+    if code := work.run(runs, arms, print):
+        raise typer.Exit(code)
+    question = work.Question(metric, plan.unit(given, target), target, margin)
+    found = work.compare(arms, [work.read(one, question) for one in runs], question)
+    measured = given is not None and given.kind == "seconds"
+    for head, lines in view.tables(found):
+        rows = Table(*head, box=None)
+        for line in lines:
+            rows.add_row(*line)
+        Console().print(rows)
+    print(*view.sentences(found, measured), sep="\n")
+    view.write(found, budget, measured, out)
+    print(f"comparison: {out / 'README.md'}")
+    if record is not None:
+        view.record(found, budget, measured, record)
+        print(f"record: {record / 'README.md'}")
 
 
 @app.command()
@@ -162,15 +443,115 @@ def export(
         ("checkpoint", f"sha256 of its manifest: {found.digest[:16]}"),
     )
     prompts = recipe.sample.prompts or ("",)
-    card = pipeline.Card(run.name, prompts[0], recipe.data.source, facts, config.dump(recipe))
+    data = ", ".join(folder for folder, _ in recipe.data.folders)
+    card = pipeline.Card(run.name, prompts[0], data, facts, config.dump(recipe))
     side = recipe.stage[-1].resolution
-    folder = pipeline.export(model, out or run / "pipeline", side, recipe.sample, recipe.flow, card)
+    place = out or run / "pipeline"
+    folder = pipeline.export(model, place, side, recipe.sample, recipe.flow, card, recipe.tread)
     print(f"pipeline: {folder}\nhow to load it: {folder / 'README.md'}")
 
 
 @app.command()
-def doctor() -> None:
+def inspect(
+    dataset: Annotated[Path, typer.Argument(help="A folder that `daybreak prepare` has written.")],
+    batch: Annotated[int, typer.Option(min=1, help="Pictures of a global batch.")] = 64,
+    world: Annotated[int, typer.Option(min=1, help="Processes that share a batch.")] = 1,
+    resolution: Annotated[
+        int | None, typer.Option(min=1, help="That of a stage; the dataset's if left out.")
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="The page; DATASET/inspect.html if left out.")
+    ] = None,
+) -> None:
+    """Show what a prepared dataset holds, and what would stop a training on it."""
+    from rich.console import Console
+
+    from daybreak.data import census
+    from daybreak.web import inspect as view
+
+    opened = census.read(dataset, _counter("bytes checked"))
+    found = census.count(opened, batch, world, resolution)
+    Console().print(view.summary(found))
+    path = view.write(view.page(opened, found), out or dataset / "inspect.html")
+    print(f"page: {path}")
+    if found.problems:
+        raise found.problems[0]
+
+
+@app.command()
+def plan(
+    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a built-in one.")],
+    gpus: Annotated[
+        str | None, typer.Option(help="32xH200, RTX4090 or cpu; this machine if left out.")
+    ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="What do 1500usd, 24h, 4e20flop or 200k-images buy?")
+    ] = None,
+    price: Annotated[
+        float | None, typer.Option(min=0, help="Dollars for a device and hour.")
+    ] = None,
+    share: Annotated[
+        float | None, typer.Option(min=0.001, max=1, help="Share of the peak that is reached.")
+    ] = None,
+    cached_text: Annotated[
+        bool, typer.Option("--cached-text", help="Captions will have been encoded before.")
+    ] = False,
+    measure: Annotated[
+        bool, typer.Option("--measure", help="Take 20 real steps of each stage here first.")
+    ] = False,
+    fit: Annotated[
+        Path | None, typer.Option(help="Write the recipe here, with the largest passes that fit.")
+    ] = None,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    set_: Annotated[
+        list[str] | None, typer.Option("--set", help="Change a value: --set micro=8")
+    ] = None,
+    without: Annotated[
+        list[str] | None, typer.Option("--without", help="Leave a section out: --without repa")
+    ] = None,
+) -> None:
+    """Say what a run takes before its first step: hours, dollars, memory."""
+    from json import dumps
+
+    from rich.console import Console
+
+    from daybreak import config
+    from daybreak.train import budget as paper
+    from daybreak.train import plan as view
+
+    wanted = config.load(recipe, tuple(set_ or ()), tuple(without or ()))
+    given = paper.parse(budget) if budget else None
+    cluster = paper.cluster(wanted, gpus)
+    wanted = paper.fitted(wanted, cluster) if fit else wanted
+    made = paper.plan(wanted, cluster, price, share, measure, cached_text)
+    times = paper.bought(made, given) if given else None
+    if json:
+        print(dumps(view.facts(wanted, made, times), indent=1))
+    else:
+        for table in view.tables(wanted, made, times):
+            Console().print(table)
+    paper.check_memory(wanted, made)
+    if fit:
+        fit.write_text(config.dump(wanted), encoding="utf-8")
+
+
+@app.command()
+def doctor(
+    make_toy_teachers: Annotated[
+        Path | None,
+        typer.Option(help="Only write tiny random teachers to a folder, to try recipes with."),
+    ] = None,
+) -> None:
     """Say what this machine has, what is slow, and why."""
+    if make_toy_teachers:
+        from daybreak.model import toy_teachers
+
+        made = toy_teachers.make(make_toy_teachers)
+        keys = {"repa.teacher": "dinov3", "dino.teacher": "dinov2"}
+        keys |= {"lpips.vgg": "vgg", "lpips.heads": "heads"}
+        print(*(f"--set {key}={made[kind]}" for key, kind in keys.items()))
+        return
+
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -184,10 +565,35 @@ def doctor() -> None:
     Console().print(table)
 
 
-def _changed(how: "sampler.Config", steps: int | None, guidance: float | None) -> "sampler.Config":
+def _cache_text(datasets: list[Path], encoder: str, max_tokens: int | None, precision: str) -> None:
+    """Encode the captions of datasets, and say where that is."""
+    from daybreak import config
+    from daybreak.model import text
+    from daybreak.train import encoded
+
+    settings = text.Config(encoder=encoder)
+    if encoder.endswith(".toml"):
+        recipe = config.load(encoder)
+        if recipe.text.encoder is None:
+            raise BadRecipe(f"--cache-text {encoder}: there captions are read by one that learns")
+        settings, precision = recipe.text, recipe.precision
+    elif max_tokens:
+        if max_tokens % text.LENGTH_STEP:
+            raise BadRecipe(f"--max-tokens {max_tokens} is not a multiple of {text.LENGTH_STEP}")
+        settings = text.Config(encoder=encoder, max_tokens=max_tokens)
+    for dataset in datasets:
+        print(f"text: {encoded.fill(dataset, settings, precision, _counter('captions'))}")
+
+
+def _resampled(
+    recipe: "Recipe", sets: list[str] | None, steps: int | None, guidance: float | None
+) -> "Recipe":
     """Put the settings of the command line in the place of the recipe's."""
-    given = {"steps": steps, "guidance": guidance}
-    return how.model_copy(update={key: value for key, value in given.items() if value is not None})
+    from daybreak import config
+
+    given = {"sample.steps": steps, "sample.guidance": guidance}
+    named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    return config.resampled(recipe, (*(sets or ()), *named))
 
 
 def _file_name(prompt: str) -> str:
@@ -202,6 +608,27 @@ def _counter(verb: str) -> Callable[[int, int], None]:
     def show(done: int, of: int) -> None:
         if sys.stderr.isatty():
             print(f"\r{done}/{of} {verb} ", end="\n" if done == of else "", file=sys.stderr)
+
+    return show
+
+
+def _remaining() -> "Callable[[Progress], None]":
+    """Say on one line of a terminal, and elsewhere once a minute, how far a preparation is."""
+    start = told = time.monotonic()
+
+    def show(now: "Progress") -> None:
+        nonlocal told
+        seconds, terminal = time.monotonic() - start, sys.stderr.isatty()
+        if not terminal and time.monotonic() - told < 60:
+            return
+        told = time.monotonic()
+        line = f"{now.read:,} read, {now.rejected:,} left out, {now.read / seconds:.0f}/s"
+        if now.of and now.bytes:
+            left = int(seconds * max(0, now.of / now.bytes - 1))
+            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
+            line += f", {min(1, now.bytes / now.of):.0%}, {clock} left"
+        # The next line is written over this one.
+        print(f"\r\x1b[K{line}\r" if terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
 
     return show
 

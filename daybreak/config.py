@@ -7,6 +7,7 @@ and nothing is interpolated. `--set stage.0.steps=500` changes one value (TOML o
 
 import difflib
 import hashlib
+import math
 import tomllib
 from importlib import resources
 from pathlib import Path
@@ -18,11 +19,17 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_valida
 from daybreak.data.batches import Config as Data
 from daybreak.data.scenes import CANVASES
 from daybreak.data.scenes import Config as Scenes
+from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe
 from daybreak.generate.sampler import Config as Sample
 from daybreak.model.dit import Config as DiT
 from daybreak.model.flow import Config as Flow
 from daybreak.model.text import Config as Text
+from daybreak.model.tread import Config as Tread
+from daybreak.objective.contrastive import Config as Contrastive
+from daybreak.objective.dino import Config as Dino
+from daybreak.objective.lpips import Config as Lpips
+from daybreak.objective.repa import Config as Repa
 from daybreak.optim.ema import Config as Ema
 from daybreak.optim.groups import AdamWConfig as AdamW
 from daybreak.optim.groups import MuonConfig as Muon
@@ -43,29 +50,51 @@ FOREIGN = {  # words that users of other trainers bring
     "num_heads": "heads",
     "mlp_ratio": "mlp",
     "bottleneck_size": "bottleneck",
+    "resolution_embeds": "resolution",
     "lr_warmup_steps": "warmup",
-    "max_train_samples": "steps",
+    "max_train_samples": "stage.0.samples",
     "global_batch_size": "batch",
     "timestep_shift": "shift",
     "proportion_empty_prompts": "empty_captions",
     "caption_column": "caption_columns",
+    "random_flip": "mirrored",
 }
+
+
+LENGTHS = {"steps": "samples", "samples": "steps"}  # of a stage: one or the other
 
 
 class Stage(BaseModel):
     """One stretch of training at one resolution; `batch` is the global batch, `lr` the peak rate.
 
-    The rate rises over `warmup` steps and falls to zero over the last `cooldown` share of them all.
+    It is as long as its `steps`, or as it takes to see so many `samples`. The rate rises over
+    `warmup` steps and falls to zero over the last `cooldown` share of them all. `shift` stands in
+    for that of [flow] where noise levels are drawn: a side twice as long wants it doubled, for the
+    same noise hides half as much. `without` names sections that rest: terms of the loss, or tread.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resolution: int = Field(gt=0)
-    steps: int = Field(gt=0)
+    steps: int | None = Field(default=None, gt=0)
+    samples: int | None = Field(default=None, gt=0)
     batch: int = Field(gt=0)
     lr: float = Field(gt=0)
     warmup: int = Field(default=0, ge=0)
     cooldown: float = Field(default=0.0, ge=0, le=1)
+    shift: float | None = Field(default=None, gt=0)
+    without: tuple[Literal["tread", "repa", "lpips", "dino", "contrastive"], ...] = ()
+
+    @model_validator(mode="after")
+    def _has_one_length(self) -> "Stage":
+        if (self.steps is None) == (self.samples is None):
+            raise ValueError("a stage is as long as its steps or its samples say: give one of them")
+        return self
+
+    @property
+    def count(self) -> int:
+        """Steps of the stage; the last one may see more than `samples`."""
+        return self.steps or math.ceil((self.samples or 0) / self.batch)
 
 
 class Recipe(BaseModel):
@@ -87,10 +116,16 @@ class Recipe(BaseModel):
     text: Text
     dit: DiT
     flow: Flow = Flow()
+    tread: Tread | None = None
+    repa: Repa | None = None
+    lpips: Lpips | None = None
+    dino: Dino | None = None
+    contrastive: Contrastive | None = None
     muon: Muon | None = None
     adamw: AdamW = AdamW()
     ema: Ema = Ema()
     sample: Sample = Sample()
+    evaluate: Evaluate | None = None
     stage: tuple[Stage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -107,11 +142,13 @@ class Recipe(BaseModel):
                 )
         if self.data.source == "scenes":
             canvas = (self.scenes or Scenes()).canvas
+            size, last = CANVASES[canvas].size, len(self.stage) - 1
             for number, stage in enumerate(self.stage):
-                if stage.resolution != CANVASES[canvas].size:
+                if size % stage.resolution or (number == last and stage.resolution != size):
                     raise ValueError(
                         f"stage.{number}.resolution = {stage.resolution}, but scenes.canvas = "
-                        f"{canvas!r} draws {CANVASES[canvas].size} px"
+                        f"{canvas!r} draws {size} px: the last stage has that, and each one before "
+                        "it that or a whole part of it"
                     )
         elif self.scenes is not None:
             raise ValueError(
@@ -119,10 +156,57 @@ class Recipe(BaseModel):
             )
         return self
 
+    @model_validator(mode="after")
+    def _route_fits(self) -> "Recipe":
+        depth, route = self.dit.depth, self.tread
+        if route is not None and route.stop > depth:
+            raise ValueError(f"tread.stop = {route.stop} is beyond dit.depth = {depth}")
+        if route is not None and route.kind == "deferred" and route.stop != depth:
+            raise ValueError(
+                f"tread.stop = {route.stop}, but what is deferred never comes back: set it to "
+                f"dit.depth = {depth}"
+            )
+        if self.sample.guide == "self" and (route is None or route.kind == "deferred"):
+            raise ValueError(
+                'sample.guide = "self" sets the network against itself on a route: it needs a '
+                'section [tread] of kind "tread" or "sprint"'
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _terms_fit(self) -> "Recipe":
+        route = self.tread
+        if self.repa is not None:
+            self.repa.check(self.dit.depth, range(route.start, route.stop) if route else range(0))
+        for number, stage in enumerate(self.stage):
+            for name in stage.without:
+                if getattr(self, name) is None:
+                    raise ValueError(
+                        f"stage.{number}.without names {name}, but there is no section [{name}]"
+                    )
+            if self.contrastive is not None and (stage.batch % 2 or self.micro % 2):
+                raise ValueError(
+                    f"[contrastive] sets pictures against each other in pairs, but "
+                    f"stage.{number}.batch = {stage.batch} and micro = {self.micro} are not both "
+                    "even"
+                )
+        return self
+
+    @model_validator(mode="after")
+    def _evaluation_fits(self) -> "Recipe":
+        if self.evaluate is not None:
+            self.evaluate.check(self.data.source == "scenes")
+        return self
+
+    def resting(self, stage: Stage, step: int) -> set[str]:
+        """Name the sections that have no part in a step, counted from 1 over the whole run."""
+        over = self.repa is not None and self.repa.until is not None and step > self.repa.until
+        return {*stage.without, *(("repa",) if over else ())}
+
     @property
     def steps(self) -> int:
         """Steps of all stages."""
-        return sum(stage.steps for stage in self.stage)
+        return sum(stage.count for stage in self.stage)
 
 
 def load(source: str | Path, sets: tuple[str, ...] = (), without: tuple[str, ...] = ()) -> Recipe:
@@ -144,6 +228,9 @@ def load(source: str | Path, sets: tuple[str, ...] = (), without: tuple[str, ...
                 f"--without {name}: {path} has no section of that name{_nearest(name, sections)}"
             )
         del table[name]
+        for row in table.get("stage", ()):
+            if isinstance(row, dict) and isinstance(row.get("without"), list):
+                row["without"] = [other for other in row["without"] if other != name]
     for assignment in sets:
         _assign(table, assignment)
     return parse(table, str(path))
@@ -201,6 +288,22 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
+def resampled(recipe: Recipe, sets: tuple[str, ...]) -> Recipe:
+    """Change how a finished run is sampled, and nothing else of its recipe.
+
+    Errors  BadRecipe for a key outside `sample` and `tread`.
+    """
+    table = _without_none(recipe.model_dump(mode="json"))
+    for assignment in sets:
+        if assignment.split(".")[0].strip() not in ("sample", "tread"):
+            raise BadRecipe(
+                f"--set {assignment}: this run is trained, so only keys of sample and tread can "
+                "be set"
+            )
+        _assign(table, assignment)
+    return parse(table, "--set")
+
+
 def _assign(table: dict[str, Any], assignment: str) -> None:
     """Carry out one `--set a.b=value`."""
     name, equals, text = assignment.partition("=")
@@ -233,6 +336,8 @@ def _assign(table: dict[str, Any], assignment: str) -> None:
             )
         if last:
             place[position] = value
+            if keys[0] == "stage" and position in LENGTHS:
+                place.pop(LENGTHS[position], None)
         else:
             place = place[position]
 

@@ -25,7 +25,9 @@ EXTRAS = {  # of pyproject.toml, and the module that shows one is there
     "tensorboard": "tensorboard",
     "wandb": "wandb",
     "trackio": "trackio",
-    "eval": "torchmetrics",
+    "eval": "torch_fidelity",
+    "fast": "simplejpeg",
+    "perceptual": "lpips",
     "dev": "pytest",
 }
 PACKAGES = ("torch", "diffusers", "transformers")

@@ -8,6 +8,7 @@ keeps its traceback (code 1).
     3   data that cannot be used
     4   no good checkpoint, although one was needed
     5   the loss or its gradient stopped being finite
+    6   the processes of a run lost one another; the same command continues
     7   storage: full, read-only, or failing
 """
 
@@ -40,6 +41,12 @@ class NotFinite(Failure):
     """Training met a NaN or an infinity."""
 
     code = 5
+
+
+class LostPeer(Failure):
+    """A process of the run is missing, hangs, died, or holds other weights than the rest."""
+
+    code = 6
 
 
 class BadStorage(Failure):

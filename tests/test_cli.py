@@ -1,5 +1,6 @@
 """The command line, as a newcomer meets it: what works, and what is said when it does not."""
 
+import json
 import os
 import subprocess
 import sys
@@ -48,10 +49,14 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
     with Image.open(Path(again.stdout.split("\n")[0])) as picture:
         assert np.abs(np.array(picture).astype(int) - first.astype(int)).max() <= 1
 
-    scored = daybreak("evaluate", run, "--suite", "scenes", "--per-task", 5, "--steps", 2)
+    scored = daybreak(
+        *("evaluate", run, "--suite", "scenes", "--per-task", 5, "--steps", 2),
+        *("--set", "sample.guide=self", "--set", "tread.stop=2"),
+    )
     assert scored.returncode == 0, scored.stderr
     assert "overall" in scored.stdout
-    assert (run / "evaluation" / "scenes.json").is_file()
+    how = json.loads((run / "evaluation" / "scenes.json").read_text())["sampler"]
+    assert (how["guide"], how["steps"]) == ("self", 2)
 
     exported = daybreak("export", run)
     assert exported.returncode == 0, exported.stderr

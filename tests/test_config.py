@@ -1,5 +1,6 @@
 """Recipes: strict, complete, and clear about what is wrong."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -48,11 +49,22 @@ WRONG = [
     ("dit.heads=5", r"heads = 5 does not divide width = 32"),
     ("micro=3", r"batch = 8 is not divisible by micro = 3"),
     ("stage.0.resolution=64", r"scenes\.canvas = '32' draws 32 px"),
+    ("stage.0.resolution=16", r"the last stage has that"),
+    ("stage.0={ resolution = 32, batch = 8, lr = 1e-3 }", r"steps or its samples.*give one"),
+    ("stage.0={ resolution = 32, batch = 8, lr = 1e-3, steps = 1, samples = 8 }", r"give one"),
+    ("stage.0.samples=0", r"stage\.0\.samples = 0.*greater than 0"),
+    ("stage.0.shift=0", r"stage\.0\.shift = 0.*greater than 0"),
+    ("max_train_samples=8", r"max_train_samples is called stage\.0\.samples here"),
     ("stage.3.steps=1", r"stage has rows 0 to 0, not '3'"),
     ("stage.0.steps", r"write it as key=value"),
     ("seed.x=1", r"seed is a value, not a section"),
     ('precision="int8"', r"precision = 'int8'"),
     ("data.source=pictures", r"\[scenes\] is for data\.source"),
+    ("tread.stop=3", r"tread\.stop = 3 is beyond dit\.depth = 2"),
+    ("tread={ start = 2, stop = 2 }", r"tread: start = 2 is not before stop = 2"),
+    ('tread={ kind = "deferred", start = 0, stop = 1 }', r"never comes back: .* dit\.depth = 2"),
+    ("sample.guide=self", r"needs a section \[tread\]"),
+    ("sample.apg.etta=1", r"unknown key sample\.apg\.etta; did you mean eta\?"),
 ]
 
 
@@ -61,6 +73,31 @@ def test_what_is_wrong_is_said_in_one_sentence(tiny: Path, assignment: str, mess
     with pytest.raises(BadRecipe, match=message) as caught:
         config.load(tiny, (assignment,))
     assert "\n" not in str(caught.value)
+
+
+def test_a_finished_run_may_be_sampled_otherwise_and_stays_what_it_is(tiny: Path) -> None:
+    recipe = config.load(tiny)
+    changed = config.resampled(
+        recipe, ("tread.stop=2", "sample.guide=self", "sample.interval=[0.1, 0.9]")
+    )
+    assert changed.sample.guide == "self"
+    assert changed.sample.interval == (0.1, 0.9)
+    assert config.resampled(recipe, ()) == recipe
+    for assignment in ("dit.depth=3", "sampl.steps=3", "samples"):
+        with pytest.raises(BadRecipe, match="only keys of sample and tread"):
+            config.resampled(recipe, (assignment,))
+    with pytest.raises(BadRecipe, match="needs a section"):
+        config.resampled(recipe, ("sample.guide=self",))
+
+
+def test_a_stage_is_as_long_as_its_steps_or_its_samples(tiny: Path) -> None:
+    by_steps = config.load(tiny)
+    by_samples = config.load(tiny, ("stage.0.samples=81",))
+    assert by_steps.stage[0].count == 10
+    assert by_samples.stage[0].count == 11  # eight at a time, the last step sees one that is wanted
+    assert by_samples.stage[0].steps is None  # one stands for the other
+    assert config.load(tiny, ("stage.0.samples=81", "stage.0.steps=10")) == by_steps
+    assert config.parse(tomllib.loads(config.dump(by_samples)), "again") == by_samples
 
 
 def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:

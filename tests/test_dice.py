@@ -1,5 +1,6 @@
 """Randomness depends on (seed, step, global sample index) and on nothing else."""
 
+import pytest
 import torch
 
 from daybreak.train import dice
@@ -33,3 +34,15 @@ def test_the_global_generator_is_left_alone() -> None:
     before = torch.get_rng_state()
     Dice(0, 0, 0, 4).normal(8)
     assert torch.equal(before, torch.get_rng_state())
+
+
+@pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25, 0.3, 0.07])
+def test_a_share_is_exact_and_does_not_depend_on_the_cut(fraction: float) -> None:
+    whole = Dice(0, 1, 0, 200).share(fraction).tolist()
+    assert len(whole) == round(200 * fraction)
+    cut = [
+        first + row
+        for first in range(0, 200, 10)
+        for row in Dice(0, 1, first, 10).share(fraction).tolist()
+    ]
+    assert cut == whole

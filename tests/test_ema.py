@@ -33,6 +33,14 @@ def test_only_every_so_many_steps_count() -> None:
     assert float(ema.model.weight.max()) > 0
 
 
+def test_without_a_ramp_the_first_update_copies_and_the_others_decay() -> None:
+    ema = Ema(linear(0.0), Config(decay=0.9, every=10, ramp=False))
+    ema.update(linear(1.0), step=10)
+    assert torch.equal(ema.model.weight, torch.ones(2, 2))
+    ema.update(linear(2.0), step=20)
+    torch.testing.assert_close(ema.model.weight, torch.full((2, 2), 1.1))
+
+
 def test_it_is_never_trained() -> None:
     assert not any(
         parameter.requires_grad for parameter in Ema(linear(0.0), Config()).model.parameters()

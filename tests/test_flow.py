@@ -53,3 +53,26 @@ def test_noise_scale_scales_the_noise() -> None:
     image = torch.zeros(64, 3, 8, 8)
     config = flow.Config(noise_scale=2.0)
     assert abs(float(flow.draw_noise(config, image, Dice(0, 0, 0, 64)).std()) - 2) < 0.05
+
+
+def test_the_shift_of_a_stage_stands_in_for_the_recipes_and_multiplies_the_odds() -> None:
+    config = flow.Config(shift=3.0, uniform=0.0)
+    usual = flow.draw_time(config, Dice(0, 1, 0, 200))
+    doubled = flow.draw_time(config, Dice(0, 1, 0, 200), 6.0)
+    other = config.model_copy(update={"shift": 6.0})
+    assert torch.equal(doubled, flow.draw_time(other, Dice(0, 1, 0, 200)))
+    odds = [t.double() / (1 - t.double()) for t in (usual, doubled)]
+    torch.testing.assert_close(odds[1], 2 * odds[0], atol=0, rtol=1e-3)
+
+
+def test_on_a_side_twice_as_long_the_same_noise_hides_half_as_much() -> None:
+    """Why a stage of twice the resolution wants twice the shift."""
+    small = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    large = small.repeat_interleave(2, -1).repeat_interleave(2, -2)  # the same picture, finer
+    eps = torch.randn(1, 3, 128, 128, generator=torch.Generator().manual_seed(1))
+    odds = 0.7
+    for times in (1, 2):
+        t = torch.tensor([times * odds / (1 + times * odds)])
+        x_t = flow.corrupt(large, t, eps).x_t / (1 - t)
+        seen = torch.nn.functional.avg_pool2d(x_t, 2) - small  # what is left of the noise
+        assert abs(float(seen.std()) - times * odds / 2) < 0.02

@@ -2,10 +2,12 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -190,6 +192,41 @@ def test_stages_follow_one_another_in_one_run(tiny: Path, pictures: Path, tmp_pa
     assert len(losses(tmp_path / "whole")) == 14
     with Image.open(tmp_path / "whole" / "samples" / "step-0000014" / "00.png") as picture:
         assert picture.size == (64, 64)
+
+
+def test_it_trains_on_a_prepared_dataset_of_several_shapes(
+    tiny: Path, prepared: Callable[..., Path], tmp_path: Path
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"bucket": name} for name in ("64x64", "32x128", "128x32") for _ in range(8)
+    ]
+    rows[3]["image"] = {"bytes": b"", "path": None}
+    folder = prepared(rows)
+    text = tiny.read_text().replace('[scenes]\ncanvas = "32"\n', "")
+    text = text.replace('"scenes"', json.dumps(folder.as_posix()))
+    tiny.write_text(text + "\n[[stage]]\nresolution = 64\nsteps = 3\nbatch = 4\nlr = 1e-3\n")
+    recipe = config.load(tiny)
+    told: list[str] = []
+    loop.train(recipe, told.append)
+    metrics = (tmp_path / "run" / "metrics.jsonl").read_text()
+    lines = [json.loads(line) for line in metrics.splitlines()]
+    assert len(lines) == 13
+    assert all(0 <= line["waited"] < line["seconds"] for line in lines)
+    assert sum(line.get("substituted", 0) for line in lines) >= 3  # in three epochs and a bit
+
+
+def test_a_run_is_not_continued_with_other_data(
+    tiny: Path, prepared: Callable[..., Path], tmp_path: Path
+) -> None:
+    folder = prepared([{}] * 8, shards=2)
+    text = tiny.read_text().replace('[scenes]\ncanvas = "32"\n', "")
+    tiny.write_text(text.replace('"scenes"', json.dumps(folder.as_posix())))
+    recipe = config.load(tiny, ("stage.0.steps=2",))
+    loop.train(recipe, lambda line: None)
+    shutil.rmtree(folder)
+    prepared([{}] * 7 + [{"captions": ["edited"]}], shards=2)
+    with pytest.raises(BadRecipe, match=r"begun with other data: .*data-00001-of-00002\.arrow"):
+        loop.train(recipe, lambda line: None)
 
 
 def test_it_learns_eight_pictures_and_draws_them_when_asked(tiny: Path, pictures: Path) -> None:

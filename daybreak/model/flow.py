@@ -54,10 +54,11 @@ def shifted(t: Tensor, shift: float) -> Tensor:
     return shift * t / (1 + (shift - 1) * t)
 
 
-def draw_time(config: Config, dice: Dice) -> Float[Tensor, " b"]:
-    """Draw one noise level per sample, in [T_FIRST, 1)."""
+def draw_time(config: Config, dice: Dice, shift: float | None = None) -> Float[Tensor, " b"]:
+    """Draw one noise level per sample, in [T_FIRST, 1); `shift` stands in for the config's."""
     gauss, choice, flat = dice.normal(1)[:, 0], *dice.uniform(2).unbind(1)
-    t = torch.sigmoid(config.mean + math.log(config.shift) + config.spread * gauss)
+    shift = config.shift if shift is None else shift
+    t = torch.sigmoid(config.mean + math.log(shift) + config.spread * gauss)
     t = torch.where(choice < config.uniform, flat, t)
     return t.clamp(T_FIRST, 1 - T_FIRST)
 

@@ -2,25 +2,31 @@
 
 Two kinds, one interface. Without `encoder` a small T5 encoder is built from random weights, its
 tokenizer learned from the captions, and it trains together with the denoiser. With `encoder` (a
-hub id or a local folder) any `transformers` encoder is used frozen. Both are saved in the format
-of `transformers`, so an exported pipeline needs nothing of ours.
+hub id or a local folder) a language model of `transformers` is used frozen: the encoder of a T5,
+FLAN-T5 or T5Gemma, a decoder such as Qwen3, the words' half of Qwen3-VL, BERT and its kin. Both
+are saved in the format of `transformers`, so an exported pipeline needs nothing of ours.
 
-An empty prompt is the unconditional one: it holds a single end-of-text token, so there is always
-a word to attend to. Padding is masked, and only as long as the longest caption of the batch.
+An empty prompt is the unconditional one: it still holds the template or an end-of-text token, so
+there is always a word to attend to. Padding stands on the right, is masked, and is only as long as
+the longest caption of the batch.
 
 Letters  b captions, l tokens, e width of the encoder.
-Source   encoder: T5, arXiv 1910.10683, without dropout; tokenizer: byte-level BPE.
+Source   encoder: T5, arXiv 1910.10683, without dropout; tokenizer: byte-level BPE. Leaving layers
+         out: `clip_skip` of diffusers, which applies the final norm too.
 """
 
 import html
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import ftfy
 import torch
+from huggingface_hub.errors import GatedRepoError
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 
@@ -30,12 +36,18 @@ LENGTH_STEP = 8  # token counts are rounded up to multiples of it: few shapes, f
 
 
 class Config(BaseModel):
-    """A frozen encoder by name, or the size of one that is trained from nothing."""
+    """A frozen encoder by name, or the size of one that is trained from nothing.
+
+    To a frozen one `template` says what stands around a caption, which comes where {} is, and
+    `skip` how many of the last layers are left out. `max_tokens` counts the template too.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     encoder: str | None = None
     max_tokens: int = Field(default=32, gt=0, multiple_of=LENGTH_STEP)
+    template: str = "{}"
+    skip: int = Field(default=0, ge=0)
     width: int = Field(default=256, gt=0)
     depth: int = Field(default=2, gt=0)
     heads: int = Field(default=4, gt=0)
@@ -45,6 +57,18 @@ class Config(BaseModel):
     def _heads_fit(self) -> "Config":
         if self.width % self.heads:
             raise ValueError(f"heads = {self.heads} does not divide width = {self.width}")
+        return self
+
+    @model_validator(mode="after")
+    def _is_asked_what_it_can_answer(self) -> "Config":
+        if self.template.count("{}") != 1:
+            raise ValueError(
+                f"template = {self.template!r} must hold {{}} once, where the caption comes"
+            )
+        if self.encoder is None and (self.template != "{}" or self.skip):
+            raise ValueError(
+                "template and skip are for a frozen encoder: name one with encoder, or remove them"
+            )
         return self
 
 
@@ -117,10 +141,15 @@ def new_encoder(config: Config, vocabulary: int) -> nn.Module:
     return encoder
 
 
+Known = Callable[[Sequence[str]], Text | None]  # captions that need no encoding any more
+
+
 class TextEncoder(nn.Module):
     """Captions to `Text`. `trained` says whether its weights belong to the optimiser.
 
-    Trained weights stay float32 and are cast to `compute` for each call; frozen ones are cast once.
+    Trained weights stay float32 and are cast to `compute` for each call; frozen ones come in it,
+    and are not asked about captions that are `known` (daybreak/model/text_cache.py). Buffers keep
+    the precision they come in: rotary frequencies rounded to bfloat16 would be other positions.
     """
 
     def __init__(
@@ -129,11 +158,12 @@ class TextEncoder(nn.Module):
         encoder: nn.Module,
         tokenizer: Any,
         compute: torch.dtype = torch.float32,
+        known: Known | None = None,
     ) -> None:
         super().__init__()
-        self.config, self.tokenizer, self.compute = config, tokenizer, compute
+        self.config, self.tokenizer, self.compute, self.known = config, tokenizer, compute, known
         self.trained = config.encoder is None
-        self.encoder = encoder if self.trained else encoder.to(compute).eval().requires_grad_(False)
+        self.encoder = encoder if self.trained else encoder.eval().requires_grad_(False)
 
     @property
     def width(self) -> int:
@@ -158,6 +188,9 @@ class TextEncoder(nn.Module):
     def forward(self, captions: Sequence[str]) -> Text:
         """Encode captions on the device of the weights."""
         device = next(self.encoder.parameters()).device
+        known = self.known(captions) if self.known else None
+        if known is not None:
+            return Text(known.tokens.to(device), known.mask.to(device))
         ids, mask = (tensor.to(device) for tensor in self.tokenize(captions))
         weights = {name: value.to(self.compute) for name, value in self.encoder.named_parameters()}
         with torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
@@ -169,10 +202,14 @@ class TextEncoder(nn.Module):
 
 def width_of(encoder: nn.Module) -> int:
     """Return the width of the vectors that a `transformers` encoder gives."""
-    config: Any = encoder.config
-    if hasattr(config, "text_config"):
-        config = config.text_config
-    return int(config.hidden_size)
+    return int(words_of(encoder.config).hidden_size)
+
+
+def words_of(config: Any) -> Any:
+    """Return that part of a configuration of `transformers` that describes the text encoder."""
+    for part in ("encoder", "text_config"):
+        config = getattr(config, part) if part in config.sub_configs else config
+    return config
 
 
 def scratch(config: Config, tokenizer: Any, compute: torch.dtype = torch.float32) -> TextEncoder:
@@ -187,28 +224,124 @@ def load_tokenizer(folder: Path) -> Any:
     return AutoTokenizer.from_pretrained(folder)
 
 
-def pretrained(config: Config, compute: torch.dtype = torch.float32) -> TextEncoder:
+def pretrained(
+    config: Config, compute: torch.dtype = torch.float32, known: Known | None = None
+) -> TextEncoder:
     """Load a frozen encoder by hub id or local folder.
 
-    Encoder-decoder models give their encoder. Errors: BadRecipe if it cannot be found.
+    Of a model that also writes or sees, only the half that reads is kept.
+
+    Errors  BadRecipe if it cannot be had, lacks weights, or does not fit `template` and `skip`.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
     source = str(config.encoder)
+    remedy = "give text.encoder a local folder that holds it"
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source)
-        described = AutoConfig.from_pretrained(source)
-        loader = (
-            AutoModelForTextEncoding
-            if type(described) in AutoModelForTextEncoding._model_mapping
-            else AutoModel
-        )
-        encoder = loader.from_pretrained(source)
-    except (OSError, ValueError) as error:
+        with _quietly():
+            tokenizer = framed(AutoTokenizer.from_pretrained(source), config)
+            described = AutoConfig.from_pretrained(source)
+            _shorten(words_of(described), config)
+            is_encoder = type(described) in AutoModelForTextEncoding._model_mapping
+            if is_encoder:
+                described.is_encoder_decoder = False
+            loader = AutoModelForTextEncoding if is_encoder else AutoModel
+            encoder, report = loader.from_pretrained(
+                source, config=described, dtype=compute, output_loading_info=True
+            )
+    except (OSError, ValueError, SafetensorError) as error:
+        if isinstance(error.__cause__, GatedRepoError):
+            raise BadRecipe(
+                f"text.encoder = {source!r} is gated: accept its licence at https://hf.co/{source} "
+                f"and log in with hf auth login, or {remedy}"
+            ) from error
         raise BadRecipe(
             f"text.encoder = {source!r} is neither a local folder nor a model that can be loaded "
-            f"from the hub ({str(error).splitlines()[0]})"
+            f"from the hub ({str(error).splitlines()[0]}): {remedy}"
         ) from error
-    if tokenizer.pad_token is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    return TextEncoder(config, encoder, tokenizer, compute)
+    if "text_config" in described.sub_configs:
+        encoder = encoder.get_decoder()
+    # What a checkpoint does not hold is random and no error to `transformers`.
+    absent = [name for name in report["missing_keys"] if "pooler" not in name]
+    if absent:
+        raise BadRecipe(
+            f"text.encoder = {source!r} lacks weights ({min(absent)}, ...): download it anew"
+        )
+    return TextEncoder(config, encoder, tokenizer, compute, known)
+
+
+def framed(tokenizer: Any, config: Config) -> Any:
+    """Return a tokenizer that adds the template to each caption itself, and an end if nothing else.
+
+    So a caption that is too long is cut and the template is not, and the tokenizer that an export
+    saves does the same. It is of the generic class: those that know a model forget on loading what
+    was added to them.
+
+    Errors  BadRecipe if the template leaves no room for a caption.
+    """
+    from tokenizers import processors
+    from transformers import PreTrainedTokenizerFast
+
+    if not isinstance(tokenizer, PreTrainedTokenizerFast):
+        raise BadRecipe(
+            f"text.encoder = {config.encoder!r} has no tokenizer.json: save its tokenizer with the "
+            "newest transformers, or name another encoder"
+        )
+    backend = tokenizer.backend_tokenizer
+    before, after = (
+        tokenizer(side, add_special_tokens=False)["input_ids"] if side else []
+        for side in config.template.split("{}")
+    )
+    bare, usual = (backend.encode("a", add_special_tokens=own).ids for own in (False, True))
+    first = next(n for n in range(len(usual)) if usual[n : n + len(bare)] == bare)
+    frame = {"<before>": usual[:first] + before, "<after>": after + usual[first + len(bare) :]}
+    if not any(frame.values()):
+        frame["<after>"] = [tokenizer.eos_token_id]
+    taken = sum(map(len, frame.values()))
+    if taken >= config.max_tokens:
+        raise BadRecipe(
+            f"text.template takes {taken} tokens, which leaves none for a caption: raise "
+            f"text.max_tokens = {config.max_tokens}"
+        )
+    sides = {name: ids for name, ids in frame.items() if ids}
+    backend.post_processor = processors.TemplateProcessing(
+        single=[name for name in ("<before>", "$A", "<after>") if name in {"$A", *sides}],
+        special_tokens=[
+            {"id": name, "ids": ids, "tokens": [backend.id_to_token(one) for one in ids]}
+            for name, ids in sides.items()
+        ],
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        pad_token=tokenizer.pad_token or tokenizer.eos_token,
+        eos_token=tokenizer.eos_token,
+        model_max_length=config.max_tokens,
+        padding_side="right",
+    )
+
+
+@contextmanager
+def _quietly() -> Iterator[None]:
+    """Keep `transformers` from listing every weight that is left out on purpose."""
+    from transformers.utils import logging
+
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)
+
+
+def _shorten(words: Any, config: Config) -> None:
+    """Take the last layers out of a description. Errors: BadRecipe if none would be left."""
+    left = words.num_hidden_layers - config.skip
+    if left < 1:
+        raise BadRecipe(
+            f"text.skip = {config.skip} leaves no layer of the {words.num_hidden_layers} of "
+            f"{config.encoder}"
+        )
+    words.num_hidden_layers = left
+    words.use_cache = False  # of keys and values, for words to come: none do
+    if config.skip and getattr(words, "layer_types", None):
+        words.layer_types = words.layer_types[:left]

@@ -1,7 +1,8 @@
 """Checkpoints: a step of a run, whole or not there.
 
     RUN/checkpoint-1000/    model, ema, optimizer .safetensors; tokenizer/; recipe.toml;
-                            trainer.json; manifest.json (bytes and sha256 of every other file)
+                            trainer.json; objective.safetensors if a term learns something;
+                            manifest.json (bytes and sha256 of every other file)
     RUN/latest -> checkpoint-1000
 
 Files are written and synced in a hidden folder beside the target, the manifest last; then the
@@ -23,7 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from daybreak.failure import BadStorage, NoCheckpoint
@@ -51,6 +52,7 @@ def save(
     average: TextToImage,
     optimizers: dict[str, tuple[Optimizer, float]],
     keep: int,
+    learned: nn.Module | None = None,
 ) -> Path:
     """Write checkpoint-STEP, move `latest` to it, and keep the newest `keep`.
 
@@ -63,6 +65,8 @@ def save(
         save_file(_plain(model.weights()), staged / "model.safetensors")
         save_file(_plain(average.weights()), staged / "ema.safetensors")
         save_file(_plain(_state(optimizers)), staged / "optimizer.safetensors")
+        if learned is not None and (terms := learned.state_dict()):
+            save_file(_plain(terms), staged / "objective.safetensors")
         if model.text.trained:
             model.text.tokenizer.save_pretrained(staged / "tokenizer")
         shutil.copy(run / "recipe.toml", staged / "recipe.toml")
@@ -142,11 +146,14 @@ def load(
     model: TextToImage,
     average: TextToImage,
     optimizers: dict[str, tuple[Optimizer, float]],
+    learned: nn.Module | None = None,
 ) -> None:
-    """Put model, average and optimisers back as they were after that step."""
+    """Put model, average, optimisers and what the terms learn back as after that step."""
     model.load(load_file(checkpoint.folder / "model.safetensors"))
     average.load(load_file(checkpoint.folder / "ema.safetensors"))
     _restore(optimizers, load_file(checkpoint.folder / "optimizer.safetensors"))
+    if learned is not None and learned.state_dict():
+        learned.load_state_dict(load_file(checkpoint.folder / "objective.safetensors"))
 
 
 def load_average(checkpoint: Checkpoint, model: TextToImage) -> None:

@@ -11,6 +11,7 @@ Letters: b samples of the slice.
 """
 
 import hashlib
+import math
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Dice:
     def __init__(
         self, seed: int, step: int, first: int, count: int, device: torch.device | str = "cpu"
     ) -> None:
-        self.device = torch.device(device)
+        self.device, self.first = torch.device(device), first
         self.generators = [
             torch.Generator(self.device).manual_seed(key(seed, step, first + row))
             for row in range(count)
@@ -56,3 +57,14 @@ class Dice:
         for row, generator in zip(rows, self.generators, strict=True):
             row.uniform_(generator=generator)
         return rows
+
+    def share(self, fraction: float) -> Tensor:
+        """Choose rows (k,) so that this share of all samples is chosen, however they are cut.
+
+        Sample g is chosen if an integer lies between g fraction and (g + 1) fraction. No number is
+        drawn: which picture comes to which place is chance already.
+        """
+        count = len(self.generators)
+        passed = [math.floor((self.first + row) * fraction) for row in range(count + 1)]
+        rows = [row for row in range(count) if passed[row] < passed[row + 1]]
+        return torch.tensor(rows, dtype=torch.long).to(self.device, non_blocking=True)

@@ -9,7 +9,7 @@ import json
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import FrameType
 from typing import Any, NamedTuple, Self
@@ -28,11 +28,12 @@ from daybreak.model.text_to_image import TextToImage, build
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.optim.ema import Ema
-from daybreak.train import checkpoint, runs
+from daybreak.train import checkpoint, encoded, evaluations, runs
 from daybreak.train.dice import Dice
 from daybreak.train.log import Log
 
 PREEMPTED, INTERRUPTED = 75, 130
+VARIANTS = 64  # of a block that may be compiled
 
 
 class Outcome(NamedTuple):
@@ -77,13 +78,17 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
     """
     began = time.monotonic()
     folder = runs.enter(recipe)
-    source = batches.pictures(recipe.data, recipe.scenes, recipe.seed)
+    source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
+    for stage in recipe.stage:  # what no stage can have is refused here, not when its turn comes
+        source.plan(stage.resolution, stage.batch, first=0)
+    runs.check_data(folder, source.files)
     found = checkpoint.newest(folder, tell)
     if found and found.step >= recipe.steps:
         tell(f"{folder} is finished: {found.step} steps of {recipe.steps}")
         return Outcome(found.step, 0)
 
     dtype, device = runs.precision(recipe), runs.device()
+    objective = runs.objective(recipe, dtype)
     tokenizer = None
     if recipe.text.encoder is None:
         tokenizer = (
@@ -91,18 +96,23 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
             if found
             else text.learn_tokenizer(source.captions(), recipe.text)
         )
+    known = encoded.known(recipe, dtype, tell)
     model, twin = (
-        build(recipe.dit, recipe.text, tokenizer, recipe.seed, dtype).to(device) for _ in range(2)
+        build(recipe.dit, recipe.text, tokenizer, recipe.seed, dtype, recipe.tread, known).to(
+            device
+        )
+        for _ in range(2)
     )
-    optimizers = groups.optimizers(model, recipe.muon, recipe.adamw)
+    optimizers = groups.optimizers(model, recipe.muon, recipe.adamw, objective.learned)
     ema = Ema(twin, recipe.ema)
     runs.check_space(folder, checkpoint.size(model), recipe.keep)
     if not (folder / "recipe.toml").is_file():
-        runs.begin(folder, recipe, dtype)
+        runs.begin(folder, recipe, dtype, source.files)
     checkpoint.clear_unfinished(folder)
+    evaluations.cut(folder, found.step if found else 0)
     start = 0
     if found:
-        checkpoint.load(found, model, ema.model, optimizers)
+        checkpoint.load(found, model, ema.model, optimizers, objective.learned)
         start = found.step
     _compile(model, recipe, tell)
     tell(
@@ -111,13 +121,17 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
         f"{'from step ' + str(start) if start else 'from random weights'}; run folder {folder}"
     )
 
-    objective = Objective(recipe.flow)
+    if start and evaluations.missing(recipe, folder, start):
+        note, best = evaluations.take(recipe, folder, ema.model, start)
+        tell(note)
+        if best:
+            evaluations.keep(folder, start)
     step, done, seen = 0, start, 0
     with Stop() as stop, Log(folder, recipe.steps, start) as log:
         for stage in recipe.stage:
-            before, step = step, step + stage.steps
+            before, step = step, step + stage.count
             if step <= start:
-                seen += stage.steps * stage.batch
+                seen += stage.count * stage.batch
                 continue
             skipped = max(0, start - before)
             stream = batches.stream(
@@ -126,35 +140,54 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
                 recipe.seed,
                 stage.resolution,
                 stage.batch,
-                first=seen + skipped * stage.batch,
-                count=stage.steps - skipped,
+                first=seen,
+                count=stage.count - skipped,
+                done=skipped,
                 device=device,
             )
-            for now, batch in enumerate(stream, start=skipped + 1):
+            for now, (waited, batch) in enumerate(_timed(stream), start=skipped + 1):
                 done = before + now
-                rate = stage.lr * groups.schedule(now, stage.steps, stage.warmup, stage.cooldown)
-                values = _step(model, batch, recipe, objective, optimizers, done, rate)
+                then = time.monotonic()
+                rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
+                values = _step(
+                    model, ema.model, batch, recipe, stage, objective, optimizers, done, rate
+                )
                 ema.update(model, done)
-                log.step(done, values | {"lr": rate}, images=stage.batch)
+                values |= {"lr": rate, "waited": waited, "worked": time.monotonic() - then}
+                if batch.substituted:
+                    values["substituted"] = batch.substituted
+                for complaint in batch.complaints:
+                    log.note(complaint)
+                log.step(done, values, images=stage.batch)
                 if done == start + 1:
                     log.note(f"first step after {time.monotonic() - began:.0f} s")
                 last = done == recipe.steps
                 if done % recipe.sample.every == 0 or last:
                     log.note(f"grid: {_show(ema.model, recipe, folder, done, stage.resolution)}")
-                if done % recipe.save_every == 0 or last or stop.code:
-                    checkpoint.save(folder, done, model, ema.model, optimizers, recipe.keep)
+                best = False
+                if evaluations.due(recipe, done) and (last or not stop.code):
+                    note, best = evaluations.take(recipe, folder, ema.model, done)
+                    log.note(note)
+                if done % recipe.save_every == 0 or last or stop.code or best:
+                    checkpoint.save(
+                        folder, done, model, ema.model, optimizers, recipe.keep, objective.learned
+                    )
+                if best:
+                    evaluations.keep(folder, done)
                 if stop.code:
                     log.note(f"stopped and saved at step {done}; the same command continues")
                     return Outcome(done, stop.code)
-            seen += stage.steps * stage.batch
+            seen += stage.count * stage.batch
     tell(f"trained {done} steps in {time.monotonic() - began:.0f} s: {folder / 'latest'}")
     return Outcome(done, 0)
 
 
 def _step(
     model: TextToImage,
+    average: TextToImage,
     batch: batches.Batch,
     recipe: config.Recipe,
+    stage: config.Stage,
     objective: Objective,
     optimizers: dict[str, tuple[torch.optim.Optimizer, float]],
     step: int,
@@ -162,17 +195,18 @@ def _step(
 ) -> dict[str, float]:
     """Take one step; returns the loss, its parts and the gradient norm."""
     count = len(batch.image)
-    size = recipe.micro or count
+    size, resting = recipe.micro or count, recipe.resting(stage, step)
     sums: dict[str, torch.Tensor] = {}
     for first in range(0, count, size):
         image = batch.image[first : first + size]
-        words = model.text(batch.captions[first : first + size])
+        captions = batch.captions[first : first + size]
         dice = Dice(recipe.seed, step, batch.first + first, len(image), image.device)
-        loss, parts = objective(model.dit, image, words, dice)
+        loss, parts = objective(model, average, image, captions, dice, resting, stage.shift)
         (loss * (len(image) / count)).backward()
         for name, part in {"loss": loss.detach(), **parts}.items():
             sums[name] = sums.get(name, 0.0) + part * (len(image) / count)
-    norm = clip_grad_norm_([p for p in model.parameters() if p.requires_grad], recipe.clip)
+    trained = [*model.parameters(), *objective.learned.parameters()]
+    norm = clip_grad_norm_([p for p in trained if p.requires_grad], recipe.clip)
     values = {name: float(value) for name, value in {**sums, "norm": norm}.items()}
     if not all(map(_finite, values.values())):
         raise NotFinite(
@@ -187,6 +221,14 @@ def _step(
     return values
 
 
+def _timed(stream: Iterator[batches.Batch]) -> Iterator[tuple[float, batches.Batch]]:
+    """Yield each batch with the seconds that were spent waiting for it."""
+    began = time.monotonic()
+    for batch in stream:
+        yield time.monotonic() - began, batch
+        began = time.monotonic()
+
+
 def _finite(value: float) -> bool:
     return abs(value) < float("inf")
 
@@ -198,6 +240,8 @@ def _compile(model: TextToImage, recipe: config.Recipe, tell: Callable[[str], No
     if doctor.compiler() is None:
         tell("no C++ compiler with Python headers: torch.compile is off, training is slower")
         return
+    # Each number of image tokens, and of words, is a variant; past the limit they run uncompiled.
+    torch._dynamo.config.recompile_limit = VARIANTS
     for block in model.dit.blocks:
         block.compile(dynamic=False)
 
@@ -206,7 +250,7 @@ def _show(model: TextToImage, recipe: config.Recipe, folder: Path, step: int, si
     """Draw the recipe's prompts with fixed noise; returns the grid's path."""
     prompts = recipe.sample.prompts or ("",) * 4
     seeds = [recipe.sample.seed + number for number in range(len(prompts))]
-    pictures = draw(model, prompts, seeds, side, side, recipe.sample, recipe.flow)
+    pictures = draw(model, prompts, seeds, side, side, recipe.sample, recipe.flow, recipe.tread)
     place = folder / "samples" / f"step-{step:07d}"
     place.mkdir(parents=True, exist_ok=True)
     facts = {"step": str(step), "recipe": config.digest(recipe)}

@@ -1,18 +1,20 @@
 """The run folder: what a run is, before its first step and after its last.
 
     recipe.toml     every value of the recipe, so that the run can be done again from it
-    run.json        versions, precision, machine, arguments, code revision
+    run.json        versions, precision, machine, arguments, code revision, sha256 of prepared data
     metrics.jsonl   one line per step;  samples/, checkpoint-N/, latest, evaluation/, pipeline/
 
 The same command in the same folder continues; another recipe in it is refused.
 """
 
+import contextlib
 import json
 import os
 import platform
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -22,19 +24,41 @@ import torch
 from daybreak import config, doctor
 from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model import text, text_to_image
+from daybreak.objective.objective import Objective
 from daybreak.train import checkpoint
 
 
 def precision(recipe: config.Recipe) -> torch.dtype:
     """Return the precision of the blocks: as the recipe says, or what this machine is fast in."""
-    if recipe.precision == "auto":
+    return dtype(recipe.precision)
+
+
+def dtype(precision: str) -> torch.dtype:
+    """Return the type that a recipe's `precision` names on this machine."""
+    if precision == "auto":
         return torch.bfloat16 if doctor.fast_bfloat16() else torch.float32
-    return getattr(torch, recipe.precision)
+    return getattr(torch, precision)
 
 
 def device() -> torch.device:
     """Return the accelerator if there is one, else the CPU."""
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def objective(recipe: config.Recipe, dtype: torch.dtype) -> Objective:
+    """Build the loss of a recipe, and load its teachers. Errors: BadRecipe if one is missing."""
+    return Objective(
+        recipe.flow,
+        recipe.tread,
+        recipe.repa,
+        recipe.lpips,
+        recipe.dino,
+        recipe.contrastive,
+        width=recipe.dit.width,
+        seed=recipe.seed,
+        compute=dtype,
+        device=device(),
+    )
 
 
 def enter(recipe: config.Recipe) -> Path:
@@ -58,20 +82,41 @@ def enter(recipe: config.Recipe) -> Path:
     return run
 
 
-def begin(run: Path, recipe: config.Recipe, dtype: torch.dtype) -> None:
+def check_data(run: Path, files: Mapping[str, str]) -> None:
+    """Refuse to continue a run with other data than it began with.
+
+    `files` are the sha256 of the data, by name. Errors: BadRecipe, naming what differs.
+    """
+    if not (run / "run.json").is_file():
+        return
+    before = json.loads((run / "run.json").read_text(encoding="utf-8")).get("data", {})
+    changed = [
+        name for name in sorted(before.keys() | files.keys()) if before.get(name) != files.get(name)
+    ]
+    if changed:
+        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+        raise BadRecipe(
+            f"{run} was begun with other data: {', '.join(changed[:3])}{more} differ from their "
+            "sha256 in run.json; bring the data back, or choose another folder with --out"
+        )
+
+
+def begin(run: Path, recipe: config.Recipe, dtype: torch.dtype, files: Mapping[str, str]) -> None:
     """Create the folder of a new run, with recipe.toml and run.json. Errors: BadStorage."""
     facts: dict[str, Any] = {
         "recipe": config.digest(recipe),
         "precision": str(dtype).removeprefix("torch."),
         "arguments": sys.argv[1:],
-        "revision": _revision(),
+        "revision": revision(),
         "machine": {
-            "processor": platform.processor() or platform.machine(),
+            "processor": processor(),
+            "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": str(device()),
         },
-        "versions": {name: _version(name) for name in ("daybreak", "torch", "transformers")}
+        "versions": {name: version_of(name) for name in ("daybreak", "torch", "transformers")}
         | {"python": platform.python_version()},
+        "data": dict(files),
     }
     try:
         run.mkdir(parents=True, exist_ok=True)
@@ -103,17 +148,17 @@ def recorded(run: Path) -> config.Recipe:
 
 
 def trained(
-    run: Path, dtype: torch.dtype | None = None
+    run: Path, dtype: torch.dtype | None = None, chosen: checkpoint.Checkpoint | None = None
 ) -> tuple[config.Recipe, checkpoint.Checkpoint, text_to_image.TextToImage]:
     """Load the averaged weights of a run's newest good checkpoint, ready to sample from.
 
-    Errors  NoCheckpoint if there is none.
+    `chosen` is one to take instead, already verified. Errors: NoCheckpoint if there is none.
     """
     recipe = recorded(run)
-    found = checkpoint.required(run, lambda line: print(line, file=sys.stderr))
+    found = chosen or checkpoint.required(run, lambda line: print(line, file=sys.stderr))
     tokenizer = None if recipe.text.encoder else text.load_tokenizer(found.folder / "tokenizer")
     model = text_to_image.build(
-        recipe.dit, recipe.text, tokenizer, compute=dtype or precision(recipe)
+        recipe.dit, recipe.text, tokenizer, compute=dtype or precision(recipe), route=recipe.tread
     )
     checkpoint.load_average(found, model)
     return recipe, found, model.to(device()).eval().requires_grad_(False)
@@ -123,8 +168,8 @@ def pictures_seen(recipe: config.Recipe, step: int) -> int:
     """Count the pictures of all steps up to this one."""
     seen = 0
     for stage in recipe.stage:
-        seen += min(step, stage.steps) * stage.batch
-        step = max(0, step - stage.steps)
+        seen += min(step, stage.count) * stage.batch
+        step = max(0, step - stage.count)
     return seen
 
 
@@ -133,14 +178,24 @@ def millions(model: text_to_image.TextToImage) -> float:
     return sum(weight.numel() for weight in model.weights().values()) / 1e6
 
 
-def _version(package: str) -> str:
+def processor() -> str:
+    """Return the name of this machine's processor, as far as the system knows it."""
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+def version_of(package: str) -> str:
+    """Return the version of an installed package."""
     try:
         return version(package)
     except PackageNotFoundError:
         return "not installed"
 
 
-def _revision() -> str | None:
+def revision() -> str | None:
     """Return the git revision of the code, if it runs from a checkout."""
     here = Path(__file__).parent
     try:

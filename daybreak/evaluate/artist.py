@@ -1,0 +1,221 @@
+"""Who draws: a model of ours, or any text-to-image pipeline of diffusers, as one function.
+
+    artist.draw(prompts, seeds, height, width) -> pictures (n, height, width, 3) uint8
+
+Each picture's noise comes from its own seed. A pipeline gets one prompt a call: what it draws for a
+seed then depends on nothing that is drawn beside it, and some classes mix up several prompts. Under
+torchrun each process draws its part and every process has all pictures, the same ones on any number
+of processes.
+
+A folder of diffusers is data: code that lies in it is not run, and weights are read from
+safetensors alone. One that `daybreak export` has written is drawn with the class that knows its
+time grid, so it is scored as the run it comes from.
+
+Shapes  pictures (n, height, width, 3) uint8.
+"""
+
+import hashlib
+import inspect
+import json
+import math
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from PIL import Image
+from safetensors import SafetensorError
+
+from daybreak.failure import BadRecipe
+from daybreak.generate import draw as sampling
+from daybreak.generate import sampler
+from daybreak.model import flow, tread
+from daybreak.model.text_to_image import TextToImage
+from daybreak.train import dice
+
+Pictures = npt.NDArray[np.uint8]
+Draw = Callable[[Sequence[str], Sequence[int], int, int], Pictures]
+
+UNIT = 16  # pixels; every pipeline of diffusers draws sides that are multiples of it
+INDEX = "model_index.json"
+
+
+class Artist(NamedTuple):
+    """What draws, and what a result must say of it."""
+
+    draw: Draw
+    side: int  # of the square it draws if nothing else is asked for
+    unit: int  # the sides it can draw are multiples of it
+    digest: str  # sha256 that names every byte of its weights
+    facts: Mapping[str, Any]  # sampler, weights and where they are from, for JSON
+    taught: frozenset[str] = frozenset()  # families of networks that took part in its training
+
+
+def square(artist: Artist) -> Callable[[Sequence[str], Sequence[int]], Pictures]:
+    """What the artist draws where only prompts and seeds are given."""
+    return lambda prompts, seeds: artist.draw(prompts, seeds, artist.side, artist.side)
+
+
+def ours(
+    model: TextToImage,
+    side: int,
+    how: sampler.Config,
+    flow_config: flow.Config,
+    route: tread.Config | None = None,
+    digest: str = "",
+    facts: Mapping[str, Any] | None = None,
+    taught: frozenset[str] = frozenset(),
+) -> Artist:
+    """A model of ours, with the settings of its recipe."""
+
+    def alone(
+        prompts: Sequence[str], seeds: Sequence[int], height: int, width: int
+    ) -> sampling.Picture:
+        return sampling.draw(model, prompts, seeds, height, width, how, flow_config, route)
+
+    settings = how.model_dump(mode="json", exclude={"prompts", "every", "seed"})
+    return Artist(
+        draw=shared(alone) if dist.is_initialized() else alone,
+        side=side,
+        unit=model.dit.config.patch,
+        digest=digest,
+        facts={**(facts or {}), "sampler": settings, "weights": "ema"},
+        taught=taught,
+    )
+
+
+def shared(draw: Draw) -> Draw:
+    """The same pictures, each process drawing its part of them.
+
+    All draw equally many, because weights that are spread over processes are gathered by all at
+    once; what is one too many is drawn twice and left out.
+    """
+
+    def together(
+        prompts: Sequence[str], seeds: Sequence[int], height: int, width: int
+    ) -> sampling.Picture:
+        world, n = dist.get_world_size(), len(prompts)
+        share = math.ceil(n / world)
+        mine = [min(dist.get_rank() * share + place, n - 1) for place in range(share)]
+        drawn = draw([prompts[i] for i in mine], [seeds[i] for i in mine], height, width)
+        part = torch.from_numpy(drawn)
+        parts = [torch.empty_like(part) for _ in range(world)]
+        dist.all_gather(parts, part)
+        return torch.cat(parts)[:n].numpy()
+
+    return together
+
+
+def is_pipeline(folder: Path) -> bool:
+    """Whether a folder is one of diffusers."""
+    return (folder / INDEX).is_file()
+
+
+def pipeline(
+    folder: Path,
+    side: int | None = None,
+    steps: int | None = None,
+    guidance: float | None = None,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+) -> Artist:
+    """A pipeline of diffusers; what is left out is as the pipeline has it.
+
+    The first picture it draws says how large they are.
+
+    Errors  BadRecipe if the folder cannot be loaded without running code of its own, if the
+            pipeline does not draw from a prompt, or not as it is asked to.
+    """
+    loaded = _load(folder, dtype).to(device)
+    loaded.set_progress_bar_config(disable=True)
+    name, known = type(loaded).__name__, inspect.signature(loaded.__call__).parameters
+    given = {"num_inference_steps": steps, "guidance_scale": guidance}
+    settings = {key: value for key, value in given.items() if value is not None}
+    for key in ("prompt", "generator", *settings):
+        if key not in known:
+            raise BadRecipe(f"{folder}: {name} takes no {key}, so it cannot be scored like this")
+    if "use_resolution_binning" in known:  # it would draw another size and scale that
+        settings["use_resolution_binning"] = False
+
+    def one(prompt: str, seed: int, size: Mapping[str, int]) -> Image.Image:
+        generator = torch.Generator().manual_seed(dice.key(seed, 0, 0))  # as a run's own noise
+        drawn = loaded(prompt=prompt, generator=generator, return_dict=False, **size, **settings)
+        picture = drawn[0][0]
+        if not isinstance(picture, Image.Image):
+            raise BadRecipe(f"{folder}: {name} draws no single pictures")
+        return picture.convert("RGB")
+
+    def draw(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:
+        size = {"height": height, "width": width}
+        drawn = [
+            one(prompt, seed, {} if (height, width) == default else size)
+            for prompt, seed in zip(prompts, seeds, strict=True)
+        ]
+        for picture in drawn:
+            if picture.size != (width, height):
+                raise BadRecipe(
+                    f"{folder}: {name} draws {picture.width} x {picture.height} pixels where "
+                    f"{width} x {height} were asked for"
+                )
+        return np.stack([np.asarray(picture) for picture in drawn])
+
+    asked = {"height": side, "width": side} if side is not None else {}
+    if not asked.keys() <= known.keys():
+        raise BadRecipe(f"{folder}: {name} draws one size only; leave --resolution out")
+    first = one("a picture", 0, asked)
+    if first.width != first.height or (side is not None and first.width != side):
+        raise BadRecipe(
+            f"{folder}: {name} draws {first.width} x {first.height} pixels: give the side of a "
+            "square that it can draw with --resolution"
+        )
+    default = (first.height, first.width) if side is None else None
+    facts = {
+        "pipeline": name,
+        "sampler": given | {"class": type(loaded.scheduler).__name__},
+        "precision": str(dtype).removeprefix("torch."),
+    }
+    unit = math.gcd(first.width, UNIT)
+    return Artist(draw, first.width, unit, _digest(folder), facts)
+
+
+def _load(folder: Path, dtype: torch.dtype) -> Any:
+    import diffusers
+
+    from daybreak.generate.custom_pipeline import GuidedPixelPipeline
+
+    options: dict[str, Any] = {} if dtype == torch.float32 else {"torch_dtype": dtype}
+    kind = GuidedPixelPipeline if _is_export(folder) else diffusers.DiffusionPipeline
+    try:
+        return kind.from_pretrained(
+            folder,
+            use_safetensors=True,
+            local_files_only=True,
+            low_cpu_mem_usage=False,
+            **options,
+        )
+    except (OSError, ValueError, AttributeError, ImportError, SafetensorError) as error:
+        raise BadRecipe(
+            f"{folder} cannot be loaded as a pipeline of diffusers ({str(error).splitlines()[0]})"
+        ) from error
+
+
+def _is_export(folder: Path) -> bool:
+    """Whether `daybreak export` has written a folder: its scheduler then says how to sample."""
+    try:
+        return "_sampling" in json.loads((folder / "scheduler/scheduler_config.json").read_text())
+    except (OSError, ValueError):
+        return False
+
+
+def _digest(folder: Path) -> str:
+    """The sha256 of every file of the folder but those of its own evaluation."""
+    whole = hashlib.sha256()
+    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+        name = path.relative_to(folder).as_posix()
+        if not name.startswith("evaluation/"):
+            with path.open("rb") as file:
+                whole.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return whole.hexdigest()

@@ -1,0 +1,206 @@
+"""How far the pictures of an artist are from true ones, in the features of one or more networks.
+
+    distribution    the captions of a dataset, or of fresh scenes, each drawn in its picture's shape
+    coco30k         a fixed list of captions against a folder of pictures, at 256 px: FID-30K
+
+Values are named by network: `clip.cmmd`, `inception.frechet`. Features of the reference are kept
+under a digest of pictures, size and network, so another evaluation only draws.
+
+What makes numbers of one publication incomparable with another's is here fixed and recorded: how
+many pictures, resizing (once, bicubic with antialiasing, bytes between all steps), the captions.
+A network that took part in training is no judge: its values come with a remark.
+
+Shapes  pictures (n, h, w, 3) uint8; features (n, f).
+"""
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.numpy import load_file, save_file
+
+from daybreak.data import images
+from daybreak.evaluate import clip_score, distances, features
+from daybreak.evaluate.artist import Artist
+from daybreak.evaluate.clip_score import Clip
+from daybreak.evaluate.distances import Estimate
+from daybreak.evaluate.examples import Examples
+from daybreak.evaluate.features import Extractor, Features
+from daybreak.evaluate.prompts import Prompts
+from daybreak.evaluate.suite import Progress, Result, mean
+from daybreak.failure import BadData, BadRecipe, BadStorage
+
+BATCH = 64
+COCO_SIDE = 256  # pixels of FID-30K
+SAFE = 10_000  # pictures from which a Frechet distance may be quoted on its own
+
+
+def distribution(
+    artist: Artist,
+    examples: Examples,
+    extractors: Sequence[Extractor],
+    cache: Path,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Draw every caption once and compare with the pictures they are from.
+
+    Errors  BadData for too few pictures; BadStorage if the cache cannot be written.
+    """
+    places = [_place(cache, examples.digest, extractor) for extractor in extractors]
+    known = [_kept(place, examples.total) for place in places]
+    drawn: list[list[Features]] = [[] for _ in extractors]
+    true: list[list[Features]] = [[] for _ in extractors]
+    done = 0
+    for batch in examples.read():
+        height, width = batch.pictures.shape[1:3]
+        seeds = [seed + batch.first + place for place in range(len(batch.captions))]
+        pictures = artist.draw(batch.captions, seeds, height, width)
+        for number, extractor in enumerate(extractors):
+            drawn[number].append(features.extract(extractor, pictures))
+            if known[number] is None:
+                true[number].append(features.extract(extractor, batch.pictures))
+        done += len(seeds)
+        if progress is not None:
+            progress(done, examples.total)
+    values: dict[str, Estimate] = {}
+    remarks: list[str] = []
+    for number, extractor in enumerate(extractors):
+        reference = known[number]
+        if reference is None:
+            reference = np.concatenate(true[number])
+            _keep(places[number], reference)
+        found, said = compare(extractor, np.concatenate(drawn[number]), reference)
+        values |= found
+        remarks += said + _partial(artist, extractor)
+    details = {
+        "examples": examples.digest,
+        "source": examples.source,
+        "extractors": {extractor.name: extractor.digest for extractor in extractors},
+        "resize": "bicubic with antialiasing, once, to the side of the network",
+    }
+    return Result(values, examples.total, details, remarks)
+
+
+def coco30k(
+    artist: Artist,
+    prompts: Prompts,
+    reference: Path,
+    extractor: Extractor,
+    cache: Path,
+    clip: Clip | None = None,
+    side: int = COCO_SIDE,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Draw every caption of the list once, scale it to `side`, and compare with all of a folder.
+
+    The list's sha256 is part of the result; with a CLIP so is the mean CLIPScore, the other axis of
+    the usual curve over guidance.
+
+    Errors  BadRecipe for a model that draws smaller pictures; BadData as `features.reference`.
+    """
+    if artist.side < side:
+        raise BadRecipe(
+            f"the model draws {artist.side} px and FID-30K is measured at {side} px: enlarged "
+            "pictures would be judged for their blur"
+        )
+    files = sorted(path for path in reference.rglob("*") if path.suffix.lower() in images.SUFFIXES)
+    if not files:
+        raise BadData(f"{reference} holds no pictures to compare with")
+    true = features.reference(extractor, files, side, side, cache)
+    found, scores, cut, texts = [], [], 0, prompts.texts
+    for first in range(0, len(texts), BATCH):
+        some = texts[first : first + BATCH]
+        seeds = list(range(seed + first, seed + first + len(some)))
+        pictures = artist.draw(some, seeds, artist.side, artist.side)
+        pictures = np.stack([features.fit(picture, side, side) for picture in pictures])
+        found.append(features.extract(extractor, pictures))
+        if clip is not None:
+            scored = clip_score.score(clip, pictures, some)
+            scores.append(scored.values)
+            cut += scored.cut
+        if progress is not None:
+            progress(first + len(some), len(texts))
+    values, remarks = compare(extractor, np.concatenate(found), true.features)
+    remarks += _partial(artist, extractor)
+    if clip is not None:
+        values["clip_score"] = mean(np.concatenate(scores))
+        remarks += _cut(cut)
+    details = {
+        "captions": prompts.digest,
+        "reference": true.digest,
+        "reference_pictures": len(files),
+        "extractors": {extractor.name: extractor.digest},
+        "side": side,
+        "resize": f"bicubic with antialiasing to {side} px, bytes, then as the network demands",
+    }
+    return Result(values, len(texts), details, remarks)
+
+
+def compare(
+    extractor: Extractor, drawn: Features, reference: Features
+) -> tuple[dict[str, Estimate], list[str]]:
+    """All distances of two sets of features, and what must be said of them.
+
+    Errors  BadData for too few pictures.
+    """
+    n, name = len(drawn), Path(extractor.name).name
+    frechet = distances.frechet(drawn, distances.moments(reference))
+    values = {"frechet": frechet, "kernel": distances.kernel(drawn, reference)}
+    if "clip" in extractor.name:
+        values["cmmd"] = distances.cmmd(drawn, reference)
+    values |= distances.manifold(drawn, reference)._asdict()
+    remarks = []
+    if said := distances.warning(f"{name}.frechet", frechet, n):
+        remarks.append(said)
+    elif n < SAFE:
+        remarks.append(
+            f"{name}.frechet rests on {n} pictures: it compares only with values from as many"
+        )
+    return {f"{name}.{key}": value for key, value in values.items()}, remarks
+
+
+def _partial(artist: Artist, extractor: Extractor) -> list[str]:
+    families = [family for family in artist.taught if family in extractor.name]
+    return [
+        f"{extractor.name} took part in the training of this model: look at its distances, and "
+        "report those of another network"
+        for _ in families[:1]
+    ]
+
+
+def _cut(number: int) -> list[str]:
+    return [f"{number} prompts are longer than CLIP reads"] if number else []
+
+
+# What is kept of a reference
+
+
+def _place(cache: Path, examples: str, extractor: Extractor) -> Path:
+    whole = f"{examples} {extractor.name} {extractor.digest}"
+    return cache / f"{hashlib.sha256(whole.encode()).hexdigest()[:16]}.safetensors"
+
+
+def _kept(place: Path, number: int) -> Features | None:
+    """Features from the cache; None if they are not there or not whole."""
+    try:
+        found: Features = load_file(place)["features"]
+    except (OSError, SafetensorError, KeyError):
+        return None
+    return found if len(found) == number else None
+
+
+def _keep(place: Path, found: Features) -> None:
+    staged = place.with_suffix(f".{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": found}, staged)
+        staged.replace(place)
+    except OSError as error:
+        raise BadStorage(
+            f"cannot keep the reference in {place.parent}: {error.strerror}"
+        ) from error

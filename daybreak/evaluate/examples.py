@@ -1,0 +1,107 @@
+"""Captioned pictures to measure with: fresh scenes, or those of a prepared dataset.
+
+Example k is the same picture with the same caption in every call, whoever is measured: it depends
+on source, seed and size alone. Scenes have indices that training never reaches. Whether a dataset
+was trained on is for its user to know.
+
+A model is asked for a caption in the shape of its picture: examples come in batches of one shape,
+the bucket of the dataset at the model's resolution.
+
+Shapes  pictures (b, h, w, 3) uint8.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from daybreak.data import scenes
+from daybreak.data.plan import Slot
+from daybreak.data.prepared import Prepared
+from daybreak.failure import BadData
+
+BATCH = 64
+FIRST = 1 << 60  # index of the first scene
+
+
+class Batch(NamedTuple):
+    """Examples `first` and following, of one shape."""
+
+    first: int
+    pictures: npt.NDArray[np.uint8]
+    captions: list[str]
+
+
+class Examples(NamedTuple):
+    """So many captioned pictures, to be read as often as need be."""
+
+    source: str
+    digest: str  # 16 hex digits that name the pictures
+    total: int
+    read: Callable[[], Iterator[Batch]]
+
+
+def of_scenes(config: scenes.Config, seed: int, count: int) -> Examples:
+    """Scenes like those of training that training never shows."""
+
+    def read() -> Iterator[Batch]:
+        for first in range(0, count, BATCH):
+            drawn = [
+                scenes.sample(config, seed, FIRST + number)
+                for number in range(first, min(first + BATCH, count))
+            ]
+            pictures = np.stack([sample.image for sample in drawn])
+            yield Batch(first, pictures, [sample.caption for sample in drawn])
+
+    facts = [config.model_dump(mode="json"), seed, count]
+    return Examples("scenes", _digest(facts), count, read)
+
+
+def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Examples:
+    """Pictures of a prepared dataset, each once, at the resolution `side`; sides fill `unit`.
+
+    Errors  BadData if there is no such dataset, or if it has too few pictures or too small ones.
+    """
+    source = Prepared([(str(folder), 1.0)], seed, unit)
+    opened = source.datasets[0]
+    if len(opened.numbers) < count:
+        raise BadData(
+            f"{folder} holds {len(opened.numbers)} pictures and {count} are to be compared: give "
+            f"--count {len(opened.numbers)}, or a larger dataset"
+        )
+    if opened.largest < side:
+        raise BadData(
+            f"{folder} was prepared for {opened.largest} px and the model draws {side} px: prepare "
+            f"it again with --resolution {side}"
+        )
+    plan = source.plan(side, batch=1, first=0)
+    slots = sorted((plan(number)[0] for number in range(count)), key=_shape)
+
+    def read() -> Iterator[Batch]:
+        first = 0
+        for _, alike in groupby(slots, _shape):
+            some = list(alike)
+            for start in range(0, len(some), BATCH):
+                samples = [source.sample(slot) for slot in some[start : start + BATCH]]
+                for sample in samples:
+                    if sample.complaint:
+                        raise BadData(sample.complaint)
+                pictures = np.stack([sample.picture for sample in samples])
+                yield Batch(first, pictures, [sample.caption for sample in samples])
+                first += len(samples)
+
+    facts = [sorted(opened.files.values()), side, unit, seed, count]
+    return Examples(str(folder), _digest(facts), count, read)
+
+
+def _shape(slot: Slot) -> tuple[int, int]:
+    return slot.height, slot.width
+
+
+def _digest(facts: list[object]) -> str:
+    return hashlib.sha256(json.dumps(facts).encode()).hexdigest()[:16]

@@ -1,0 +1,113 @@
+"""What is measured while a run goes on: the recipe's [evaluate].
+
+Measured are the averaged weights, on questions that stay the same from the first step to the last
+and for every run of the same seed: runs are compared with one another, and with themselves. That
+list is no headline; the prompts of `daybreak evaluate` follow from finished weights.
+
+Nothing here draws from a generator that training draws from, so a run with evaluations takes the
+same steps as one without, bit for bit.
+"""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from daybreak.data import scenes as scenes_data
+
+if TYPE_CHECKING:
+    from daybreak.evaluate.artist import Artist
+    from daybreak.evaluate.examples import Examples
+    from daybreak.evaluate.suite import Result
+    from daybreak.model.text_to_image import TextToImage
+
+
+class Config(BaseModel):
+    """Which suites, every how many steps; after the last step they always run.
+
+    `best` names the metric by which a best checkpoint is kept. `per_task` are the prompts of a task
+    of scenes, `pictures` those of the other suites, which come from the prepared dataset `data`;
+    runs on scenes need none. `features` is the network of the distribution.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    every: int = Field(gt=0)
+    suites: tuple[Literal["validation", "scenes", "distribution"], ...] = Field(
+        default=("validation",), min_length=1
+    )
+    best: str | None = None
+    per_task: int = Field(default=20, ge=5)
+    pictures: int = Field(default=512, ge=32)
+    data: str | None = None
+    features: str | None = None
+
+    @model_validator(mode="after")
+    def _measures_what_it_keeps(self) -> "Config":
+        if self.best is not None and self.best.partition(".")[0] not in self.suites:
+            raise ValueError(
+                f"best = {self.best!r} is of a suite that is not measured: there are "
+                f"{', '.join(self.suites)}, as in scenes.exact or validation.loss"
+            )
+        return self
+
+    def check(self, on_scenes: bool) -> None:
+        """Compare with a run that trains on scenes or on pictures.
+
+        Errors  ValueError if there is nothing to measure with.
+        """
+        if on_scenes:
+            return
+        if "scenes" in self.suites:
+            raise ValueError('evaluate.suites names scenes, but data.source is not "scenes"')
+        if self.data is None:
+            raise ValueError(
+                f"evaluate.suites names {self.suites[0]}, which needs pictures that are not "
+                "trained on: name a prepared dataset with evaluate.data"
+            )
+        if "distribution" in self.suites and self.features is None:
+            raise ValueError("evaluate.suites names distribution: name its network with features")
+
+
+def measure(
+    config: Config,
+    model: "TextToImage",
+    artist: "Artist",
+    scenes: scenes_data.Config | None,
+    noise_scale: float,
+    seed: int,
+    cache: Path,
+) -> Mapping[str, "Result"]:
+    """Run the suites; `seed` is the run's own, so runs of one seed are asked the same.
+
+    Errors  those of the suites.
+    """
+    from daybreak.evaluate import distribution, features, suite
+
+    found: dict[str, Result] = {}
+    for name in config.suites:
+        if name == "scenes":
+            assert scenes is not None
+            found[name] = suite.scenes(artist, scenes, seed, config.per_task)
+            continue
+        examples = _examples(config, artist, scenes, seed)
+        if name == "validation":
+            found[name] = suite.validate(model, examples, noise_scale, seed)
+        else:
+            device = next(model.dit.parameters()).device
+            extractor = features.load(config.features or "scenes", device)
+            found[name] = distribution.distribution(artist, examples, [extractor], cache, seed)
+    return found
+
+
+def _examples(
+    config: Config, artist: "Artist", scenes: scenes_data.Config | None, seed: int
+) -> "Examples":
+    from daybreak.evaluate import examples
+
+    if config.data is not None:
+        folder = Path(config.data)
+        return examples.of_dataset(folder, artist.side, artist.unit, 0, config.pictures)
+    assert scenes is not None
+    return examples.of_scenes(scenes, seed, config.pictures)

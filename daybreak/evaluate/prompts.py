@@ -1,0 +1,154 @@
+"""Pictures of a user's own prompts: files, a labelled sheet, and CLIPScore where there is a CLIP.
+
+    FOLDER/0007-1.png       second picture of the eighth prompt; prompt and seed are in the file
+    FOLDER/prompts.jsonl    one line for each picture, so that any judge outside can read the folder
+    FOLDER/grid-0.png       sheets of SHEET pictures
+
+A list of prompts is UTF-8 text, one a line, or JSON lines with a `prompt` each.
+"""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from daybreak.evaluate import clip_score
+from daybreak.evaluate.artist import Artist, square
+from daybreak.evaluate.clip_score import Clip
+from daybreak.evaluate.distances import Estimate
+from daybreak.evaluate.features import fit
+from daybreak.evaluate.statistics import cluster_bootstrap
+from daybreak.evaluate.suite import Progress, Result
+from daybreak.failure import BadData, BadStorage
+from daybreak.generate import grid
+
+SHEET = 64  # pictures on one sheet
+SHOWN = 256  # pixels of a picture on it, at most
+
+
+class Prompts(NamedTuple):
+    """What is to be drawn, in its order, and the sha256 of the file it is from.
+
+    `rows` are the lines as they were, for those that hold more than a prompt.
+    """
+
+    texts: list[str]
+    digest: str
+    rows: list[Any]
+
+
+def read(file: Path) -> Prompts:
+    """Read a list of prompts.
+
+    Errors  BadData, naming the line, for a file that is missing, empty or not UTF-8, for an empty
+            line or one without a prompt.
+    """
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise BadData(f"cannot read the prompts {file}: {error.strerror}") from error
+    try:
+        lines = data.decode("utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        place = data[: error.start].count(b"\n") + 1
+        raise BadData(
+            f"{file}, line {place}: byte {data[error.start]:#04x} is not UTF-8: save the file as "
+            "UTF-8"
+        ) from error
+    if not lines:
+        raise BadData(f"{file} holds no prompts")
+    texts, rows = [], []
+    for number, text in enumerate(lines, start=1):
+        if not text.strip():
+            raise BadData(f"{file}, line {number} is empty: give a prompt or remove it")
+        row = _row(text, f"{file}, line {number}") if file.suffix == ".jsonl" else text.strip()
+        rows.append(row)
+        texts.append(row if isinstance(row, str) else row["prompt"])
+    return Prompts(texts, hashlib.sha256(data).hexdigest(), rows)
+
+
+def _row(line: str, where: str) -> dict[str, Any]:
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise BadData(f"{where} is not JSON ({error})") from error
+    if not isinstance(row, dict) or not isinstance(row.get("prompt"), str) or not row["prompt"]:
+        raise BadData(f'{where} has no prompt: write {{"prompt": "..."}}')
+    return row
+
+
+def prompts(
+    artist: Artist,
+    asked: Prompts,
+    folder: Path,
+    each: int = 4,
+    clip: Clip | None = None,
+    seed: int = 0,
+    progress: Progress | None = None,
+) -> Result:
+    """Draw every prompt `each` times; with a CLIP, say how near picture and prompt are.
+
+    Errors  BadStorage if the folder cannot be written.
+    """
+    texts = [text for text in asked.texts for _ in range(each)]
+    scores, cut, lines = [], 0, []
+    draw = square(artist)
+    for sheet, first in enumerate(range(0, len(texts), SHEET)):
+        some = texts[first : first + SHEET]
+        seeds = list(range(seed + first, seed + first + len(some)))
+        pictures = draw(some, seeds)
+        labels, found = some, None
+        if clip is not None:
+            found = clip_score.score(clip, pictures, some)
+            scores.append(found.values)
+            cut += found.cut
+            labels = [f"{s:.1f}  {text}" for s, text in zip(found.values, some, strict=True)]
+        names = [f"{(first + i) // each:04}-{(first + i) % each}.png" for i in range(len(some))]
+        for i, (name, text, number) in enumerate(zip(names, some, seeds, strict=True)):
+            line = {"file_name": name, "prompt": text, "seed": number}
+            lines.append(line if found is None else line | {"clip_score": float(found.values[i])})
+            _save(folder / name, pictures[i], text, number, artist)
+        _sheet(folder / f"grid-{sheet}.png", pictures, labels, each)
+        if progress is not None:
+            progress(first + len(some), len(texts))
+    _list(folder / "prompts.jsonl", lines)
+
+    details = {"prompts": asked.digest, "each": each, "folder": str(folder)}
+    if clip is None:
+        return Result({}, len(texts), details, ["no --clip was given: there is nothing to score"])
+    every = np.concatenate(scores)
+    low, high = cluster_bootstrap(every, texts)
+    remarks = [f"{cut} pictures have a prompt longer than CLIP reads"] if cut else []
+    values = {"clip_score": Estimate(float(every.mean()), low, high)}
+    details |= {"clip": clip.pictures.digest}
+    return Result(values, len(texts), details, remarks)
+
+
+def _list(path: Path, lines: list[dict[str, Any]]) -> None:
+    try:
+        text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        path.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadStorage(f"cannot write {path}: {error.strerror}") from error
+
+
+def _save(
+    path: Path, picture: npt.NDArray[np.uint8], prompt: str, seed: int, artist: Artist
+) -> None:
+    facts = {"prompt": prompt, "seed": str(seed), "weights": artist.digest[:16]}
+    try:
+        grid.save(Image.fromarray(picture), path, facts)
+    except OSError as error:
+        raise BadStorage(f"cannot write {path}: {error.strerror}") from error
+
+
+def _sheet(path: Path, pictures: npt.NDArray[np.uint8], labels: list[str], each: int) -> None:
+    """One row for each prompt while that is not too narrow, and no picture larger than SHOWN."""
+    shown = list(pictures)
+    if pictures.shape[1] > SHOWN:
+        shown = [fit(picture, SHOWN, SHOWN) for picture in pictures]
+    grid.save(grid.grid(shown, labels, each if each > 2 else None), path, {})

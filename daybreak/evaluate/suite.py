@@ -1,0 +1,208 @@
+"""What an evaluation is: an artist draws, something judges, and a result says how sure it is.
+
+A suite is a function from an artist and what it is asked for to a `Result`:
+
+    scenes, validation          here
+    distribution, coco30k       evaluate/distribution
+    prompts                     evaluate/prompts
+    geneval                     evaluate/geneval
+
+A metric is named by its suite: `scenes.exact`, `validation.loss`, `distribution.clip.cmmd`. What
+follows from it (a best checkpoint, a comparison) needs to know which way is up: `lower_is_better`.
+
+Picture i of a suite is drawn with the noise of seed + i, so no two share one and any of them can be
+drawn again.
+"""
+
+import json
+import os
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.distributed as dist
+
+from daybreak.data import scenes as scenes_data
+from daybreak.data.batches import to_unit
+from daybreak.data.scenes import CANVASES, SPLITS
+from daybreak.evaluate import scenes_suite, validation
+from daybreak.evaluate.artist import Artist, square
+from daybreak.evaluate.distances import Estimate
+from daybreak.evaluate.examples import Examples
+from daybreak.evaluate.statistics import Z
+from daybreak.failure import BadRecipe, BadStorage
+from daybreak.model.text_to_image import TextToImage
+
+Progress = Callable[[int, int], None]
+Suite = Literal["validation", "scenes", "distribution"]  # what a run can be compared by
+
+LOWER = ("loss", "velocity", "image", "frechet", "kernel", "cmmd")  # what these begin is an error
+DISTANCES = ("frechet", "kernel", "cmmd", "precision", "recall", "density", "coverage")
+METRICS: dict[Suite, tuple[str, ...]] = {
+    "scenes": ("exact", *scenes_suite.TASKS, *SPLITS),
+    "validation": tuple(validation.values(validation.Summary(0.0, (0.0,) * 3, (0.0,) * 3))),
+    "distribution": DISTANCES,
+}
+FEW = 240  # pictures for which further processes would take longer to start than to judge
+
+
+class Result(NamedTuple):
+    """Values by name, the pictures they rest on, and what else is worth keeping.
+
+    `remarks` are sentences for whoever reads the values.
+    """
+
+    values: Mapping[str, Estimate]
+    pictures: int
+    details: Mapping[str, Any] = {}
+    remarks: Sequence[str] = ()
+
+
+def scenes(
+    artist: Artist,
+    config: scenes_data.Config,
+    seed: int,
+    per_task: int,
+    progress: Progress | None = None,
+) -> Result:
+    """How often a picture shows exactly what was asked for; details as in `scenes_suite`.
+
+    Errors  BadRecipe if the artist does not draw pictures of the canvas.
+    """
+    size = CANVASES[config.canvas].size
+    if artist.side != size:
+        raise BadRecipe(
+            f"scenes of canvas {config.canvas!r} are {size} px and the model draws {artist.side} "
+            f"px: give --resolution {size}, or the canvas it was trained for"
+        )
+    asked = (len(scenes_suite.TASKS) + len(config.held_out)) * per_task
+    ranks = dist.get_world_size() if dist.is_initialized() else 1
+    workers = 1 if asked < FEW else max(1, (os.cpu_count() or 1) // ranks)
+    found = scenes_suite.evaluate(square(artist), config, seed, per_task, progress, workers)
+    groups: list[Any] = [found[group] for group in ("tasks", "held_out", "controls")]
+    shares: dict[str, Any] = {"exact": found["overall"]}
+    for group in groups:
+        shares |= group
+    values = {
+        name: Estimate(share["exact"], share["low"], share["high"])
+        for name, share in shares.items()
+        if share["n"]
+    }
+    return Result(values, int(found["prompts"]), found)  # type: ignore[call-overload]
+
+
+def validate(
+    model: TextToImage, examples: Examples, noise_scale: float = 1.0, seed: int = 0
+) -> Result:
+    """The validation loss, bin by bin of t, with the interval that other pictures would give."""
+    parts = [
+        validation.errors(
+            model,
+            to_unit(torch.from_numpy(batch.pictures)),
+            batch.captions,
+            noise_scale,
+            seed,
+            batch.first,
+        )
+        for batch in examples.read()
+    ]
+    errors = validation.Errors(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
+    names = validation.values(validation.summarise(errors))
+    columns = [errors.velocity @ np.diff(validation.EDGES), *errors.velocity.T, *errors.image.T]
+    values = {name: mean(column) for name, column in zip(names, columns, strict=True)}
+    details = {"examples": examples.digest, "source": examples.source}
+    return Result(values, examples.total, details)
+
+
+def mean(values: npt.NDArray[np.float64]) -> Estimate:
+    """The mean over independent pictures, and how much other pictures would change it."""
+    half = Z * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else np.inf
+    centre = float(values.mean())
+    return Estimate(centre, centre - half, centre + half)
+
+
+# Names
+
+
+def suite_of(metric: str) -> Suite:
+    """The suite that a metric is of. Errors: BadRecipe for one that no suite has, naming those."""
+    for suite, values in METRICS.items():
+        if metric.startswith(f"{suite}."):
+            if _value(metric) in values:
+                return suite
+            example = ", as in distribution.clip.cmmd" if suite == "distribution" else ""
+            raise BadRecipe(f"{suite} has no {metric!r}: there are {', '.join(values)}{example}")
+    raise BadRecipe(
+        f"there is no metric {metric!r}: name a suite ({', '.join(METRICS)}) and a value of it, "
+        "for example scenes.exact or validation.loss"
+    )
+
+
+def lower_is_better(metric: str) -> bool:
+    """Whether a smaller value of a metric is the better one."""
+    return _value(metric).startswith(LOWER)
+
+
+def _value(metric: str) -> str:
+    """The value's own name; that of a distance comes after the network's."""
+    suite, _, name = metric.partition(".")
+    return name.rpartition(".")[2] if suite == "distribution" else name
+
+
+# What is kept
+
+
+def record(
+    name: str, artist: Artist, result: Result, seed: int, about: Mapping[str, Any]
+) -> dict[str, Any]:
+    """All that is known of a result, ready for JSON; `about` is code and machine."""
+    return {
+        "suite": name,
+        **plain(result),
+        "seed": seed,
+        "seed_rule": "picture i is drawn with the noise of seed + i",
+        "weights_sha256": artist.digest,
+        **artist.facts,
+        **about,
+    }
+
+
+def plain(result: Result) -> dict[str, Any]:
+    """A result on its own, ready for JSON."""
+    return {
+        **result.details,
+        "values": {key: as_json(value) for key, value in result.values.items()},
+        "pictures": result.pictures,
+        "remarks": list(result.remarks),
+    }
+
+
+def as_json(value: Estimate) -> dict[str, float | None]:
+    """A value and its interval; JSON has no word for what is not finite."""
+    numbers = {"value": value.value, "low": value.low, "high": value.high}
+    numbers |= {"bias": value.bias} if value.bias else {}
+    return {key: number if np.isfinite(number) else None for key, number in numbers.items()}
+
+
+def write(path: Path, found: Mapping[str, Any]) -> None:
+    """Put JSON in its place, whole or not at all. Errors: BadStorage."""
+    staged = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        raise BadStorage(
+            f"cannot write {path}: {error.strerror}; choose another folder with --out"
+        ) from error
+
+
+def table(result: Result) -> list[tuple[str, str, str, str]]:
+    """(name, value, 95 % interval, pictures) for people."""
+    return [
+        (name, f"{value:.4g}", f"{low:.4g} - {high:.4g}", str(result.pictures))
+        for name, (value, low, high, _) in result.values.items()
+    ]

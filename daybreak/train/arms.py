@@ -1,0 +1,222 @@
+"""What `daybreak compare` runs: recipes, each with the same seeds and the same budget.
+
+    daybreak compare a.toml b.toml                              the first is the baseline
+    daybreak compare a.toml --without tread --set dit.width=256     a.toml, and each change alone
+    daybreak compare a.toml a.toml                              a test of the instrument: A/A
+
+Run k of every arm has seed s + k, so initial weights, data and evaluation noise are shared. Where
+two arms are the same recipe they would be the same numbers: the second gets other seeds, and is
+still compared pair by pair.
+
+A budget shortens or lengthens the recipe's stages in proportion, warm-up and REPA's last step with
+them. Pictures and FLOPs are counted, and as many steps are taken as they pay for, exactly. Seconds
+are turned into steps by the speed of each arm, measured once with real steps on this machine and
+kept beside the runs, so that a slower arm sees less and an interruption changes nothing.
+
+Runs are kept under a digest of their recipe and used again; the same command goes on where it was
+stopped.
+
+Units   costs in the unit of the budget: pictures, FLOP or seconds of one step.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from daybreak import config
+from daybreak.config import Recipe, Stage
+from daybreak.evaluate import suite
+from daybreak.evaluate.interim import Config as Evaluate
+from daybreak.failure import BadRecipe
+from daybreak.train import budget, flops, measure
+from daybreak.train.budget import Budget
+
+Unit = Literal["pictures", "flops", "seconds"]
+OTHER_SEEDS = 1000  # from one arm of the same recipe to the next
+
+
+class Arm(NamedTuple):
+    """A recipe with its budget and evaluation, before seed and folder are put in."""
+
+    name: str
+    recipe: Recipe
+    first_seed: int
+    twin: bool  # of an arm before it
+
+
+class Run(NamedTuple):
+    """One seed of one arm, as the recipe that will be trained."""
+
+    arm: int
+    number: int
+    recipe: Recipe
+
+    @property
+    def folder(self) -> Path:
+        """Where it is, or will be."""
+        return Path(self.recipe.out)
+
+
+def named(
+    recipes: Sequence[str], sets: Sequence[str], without: Sequence[str]
+) -> list[tuple[str, Recipe]]:
+    """Load the recipes, or one recipe and its changes, each an arm.
+
+    Errors  BadRecipe for a bad recipe, or for several of them and changes.
+    """
+    if len(recipes) > 1 and (sets or without):
+        raise BadRecipe("--set and --without make arms of one recipe: give one, or several without")
+    loaded = [(Path(source).stem, config.load(source)) for source in recipes]
+    loaded += [(f"without {name}", config.load(recipes[0], (), (name,))) for name in without]
+    loaded += [(change, config.load(recipes[0], (change,))) for change in sets]
+    names = [name for name, _ in loaded]
+    return [
+        (f"{name} {names[:place].count(name) + 1}" if name in names[:place] else name, recipe)
+        for place, (name, recipe) in enumerate(loaded)
+    ]
+
+
+def arms(
+    loaded: Sequence[tuple[str, Recipe]],
+    given: Budget | None,
+    evaluation: Evaluate,
+    points: int,
+    out: Path,
+) -> list[Arm]:
+    """Give every recipe its budget, and the same evaluation `points` times on its way.
+
+    Errors  BadRecipe for a budget in dollars or too small for a step, or for recipes that cannot be
+            asked the same.
+    """
+    first = loaded[0][1]
+    for name, recipe in loaded:
+        if "scenes" in evaluation.suites and asked_about(recipe) != asked_about(first):
+            raise BadRecipe(
+                f"{name} is trained on other scenes than {loaded[0][0]} (canvas, objects or what "
+                "is held out differ): a score of both would be of different questions"
+            )
+    made: list[Arm] = []
+    for name, recipe in loaded:
+        plain = _with(recipe, out="run", seed=first.seed, evaluate=None, keep=1)
+        fitting = fit(plain, given, pace(plain, given, out)) if given else plain
+        every = math.ceil(fitting.steps / points)
+        whole = _with(
+            fitting,
+            evaluate=evaluation.model_copy(update={"every": every}).model_dump(),
+            sample=fitting.sample.model_copy(update={"every": fitting.steps}).model_dump(),
+        )
+        alike = sum(arm.recipe == whole for arm in made)
+        made.append(Arm(name, whole, first.seed + alike * OTHER_SEEDS, alike > 0))
+    return made
+
+
+def asked_about(recipe: Recipe) -> object:
+    """What the questions of scenes depend on; None for a recipe without."""
+    scenes = recipe.scenes
+    return scenes and (scenes.canvas, scenes.objects, scenes.held_out)
+
+
+def runs(arms: Sequence[Arm], seeds: int, out: Path) -> Iterator[Run]:
+    """Yield every run: all arms of one seed, then of the next."""
+    for number in range(seeds):
+        for place, arm in enumerate(arms):
+            digest = config.digest(arm.recipe)
+            seed = arm.first_seed + number
+            folder = out / f"{_file_name(arm.name)}-{digest[:8]}" / f"seed-{seed}"
+            yield Run(place, number, _with(arm.recipe, out=folder.as_posix(), seed=seed))
+
+
+# Budgets
+
+
+def pace(recipe: Recipe, given: Budget, out: Path) -> list[float]:
+    """What one step of each stage costs, in the unit of a budget. Errors: BadRecipe for dollars."""
+    if given.kind == "dollars":
+        raise BadRecipe(
+            "a budget in dollars depends on a price, and recipes are compared at equal cost: give "
+            "--budget in min, flop or images"
+        )
+    if given.kind == "pictures":
+        return [float(stage.batch) for stage in recipe.stage]
+    if given.kind == "flops":
+        return [_flops(recipe, stage) for stage in recipe.stage]
+    return _measured(recipe, out / "speeds.json")
+
+
+def fit(recipe: Recipe, given: Budget, costs: Sequence[float]) -> Recipe:
+    """The recipe with as many steps as a budget pays for, stages in proportion.
+
+    What rounding down has left over goes to the last stage, so that less than the cost of one of
+    its steps is not used.
+
+    Errors  BadRecipe if not every stage gets a step.
+    """
+    counts = [stage.count for stage in recipe.stage]
+    whole = sum(count * cost for count, cost in zip(counts, costs, strict=True))
+    times = given.amount / whole
+    steps = [int(times * count) for count in counts]
+    spent = sum(count * cost for count, cost in zip(steps, costs, strict=True))
+    steps[-1] += int((given.amount - spent) / costs[-1] * (1 + 1e-12))
+    if min(steps) < 1:
+        raise BadRecipe(
+            f"a budget of {given.amount:g} {given.kind} leaves stage.{steps.index(min(steps))} of "
+            f"{recipe.steps:,} steps in all without one: give at least {whole / min(counts):.3g}"
+        )
+    shorter = min(1.0, times)
+    stages = [
+        stage.model_copy(
+            update={"steps": count, "samples": None, "warmup": round(shorter * stage.warmup)}
+        )
+        for stage, count in zip(recipe.stage, steps, strict=True)
+    ]
+    changes: dict[str, Any] = {"stage": [stage.model_dump() for stage in stages]}
+    if recipe.repa is not None and recipe.repa.until is not None:
+        until = max(1, round(times * recipe.repa.until))
+        changes["repa"] = recipe.repa.model_dump() | {"until": until}
+    return _with(recipe, **changes)
+
+
+def unit(given: Budget | None, target: float | None) -> Unit:
+    """What costs are counted in: as the budget; without one, a target is met in seconds."""
+    if given is not None and given.kind != "dollars":
+        return given.kind
+    return "pictures" if target is None else "seconds"
+
+
+def costs(recipe: Recipe, unit: Unit) -> list[float]:
+    """What all steps up to each step have cost, for pictures or FLOPs."""
+    total, found = 0.0, []
+    for stage in recipe.stage:
+        one = float(stage.batch) if unit == "pictures" else _flops(recipe, stage)
+        for _ in range(stage.count):
+            total += one
+            found.append(total)
+    return found
+
+
+def _flops(recipe: Recipe, stage: Stage) -> float:
+    work = flops.work(recipe, stage, budget.has_words(recipe))
+    return stage.batch * sum(work.picture.values()) + sum(work.step.values())
+
+
+def _measured(recipe: Recipe, file: Path) -> list[float]:
+    """Seconds of a step in each stage, measured the first time that they are asked for."""
+    shape = _with(recipe, seed=0)
+    key = hashlib.sha256(config.dump(shape).encode()).hexdigest()[:12]
+    known: dict[str, list[float]] = json.loads(file.read_text()) if file.is_file() else {}
+    if key not in known:
+        known[key] = list(measure.steps(recipe, 1))
+        suite.write(file, known)
+    return known[key]
+
+
+def _with(recipe: Recipe, **changes: Any) -> Recipe:
+    """The recipe with some values changed, checked as a whole."""
+    return config.parse(recipe.model_dump() | changes, "compare")
+
+
+def _file_name(name: str) -> str:
+    return "".join(sign if sign.isalnum() or sign in "-." else "-" for sign in name)[:60]

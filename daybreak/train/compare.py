@@ -1,0 +1,275 @@
+"""`daybreak compare`: train every arm with every seed, and say what follows from the results.
+
+    value       the metric after the last step, on questions that arms of one seed share
+    gain        value less the baseline's of the same seed, signed so that more is better
+    verdict     by the exact p of the gains and their interval, corrected for several arms
+    reached     what was spent when a run first met the target; where it never did it is censored
+
+Every run counts. One whose loss stops being finite has no value: its arm is called diverged, and no
+statistic pretends otherwise.
+
+Time is that of training alone: waiting for data and working, step by step. Evaluations, grids and
+checkpoints lie between the steps. Of the first WARM steps of a stage those that last longer than
+SLOW times its median are compiling, and count as the median. The clock on the wall is kept beside.
+
+Source  evaluate/statistics, where the tests are named; rules of the clock: docs/speedrun.md.
+"""
+
+import json
+import math
+import statistics as averages
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from daybreak.config import Recipe
+from daybreak.evaluate import scenes_suite, statistics, suite
+from daybreak.evaluate.statistics import McNemar, Paired, Race, Reached, Verdict
+from daybreak.failure import BadRecipe, NotFinite
+from daybreak.train import arms as plan
+from daybreak.train import evaluations, loop
+from daybreak.train.arms import Arm, Run, Unit
+
+WARM, SLOW = 50, 3.0  # steps of a stage that may compile, and how much longer than usual they take
+
+
+class Question(NamedTuple):
+    """What a comparison wants to know, written down before the runs."""
+
+    metric: str
+    unit: Unit = "pictures"  # in which costs are counted
+    target: float | None = None
+    margin: float = 0.0
+
+    @property
+    def lower(self) -> bool:
+        """Whether a smaller value is the better one."""
+        return suite.lower_is_better(self.metric)
+
+
+class Outcome(NamedTuple):
+    """One run: its value, its way there as (cost, value), and its seconds.
+
+    `passed` holds each question of scenes with its answer, for McNemar. A run that diverged has the
+    value NaN.
+    """
+
+    run: Run
+    value: float
+    curve: list[tuple[float, float]]
+    seconds: float  # of training
+    wall: float  # with everything between the steps
+    passed: dict[str, bool]
+
+
+class Row(NamedTuple):
+    """One arm: the mean of its values with the interval that other seeds would give."""
+
+    arm: Arm
+    outcomes: list[Outcome]
+    mean: float
+    low: float
+    high: float
+    reached: list[Reached]
+    meets: float | None  # p that the mean value does not meet the target
+
+
+class Versus(NamedTuple):
+    """An arm against the baseline. Without statistics where a run of either diverged."""
+
+    row: Row
+    verdict: Verdict
+    paired: Paired | None = None
+    p: float | None = None  # corrected for all comparisons
+    mcnemar: Sequence[McNemar] = ()  # by seed
+    race: Race | None = None
+
+
+class Comparison(NamedTuple):
+    """All arms, the baseline first, and what follows."""
+
+    question: Question
+    rows: list[Row]
+    versus: list[Versus]
+
+
+def seeds_for(comparisons: int) -> int:
+    """The fewest seeds with which so many comparisons can be resolved at all.
+
+    The smallest p of n seeds is 2^-n, and Holm multiplies the smallest of several by their number.
+    """
+    least = math.ceil(math.log2(max(1, comparisons) / statistics.ALPHA))
+    return max(statistics.FEWEST, least)
+
+
+# Running
+
+
+def run(runs: Sequence[Run], arms: Sequence[Arm], tell: Callable[[str], None]) -> int:
+    """Train what is not trained yet; returns the exit code of a run that was stopped, else 0.
+
+    Errors  those of training, except NotFinite, which is an outcome.
+    """
+    for number, one in enumerate(runs, start=1):
+        name = arms[one.arm].name
+        tell(f"[{number}/{len(runs)}] {name}, seed {one.recipe.seed}")
+        torch._dynamo.reset()  # or the variants of all runs add up to the limit
+        try:
+            outcome = loop.train(one.recipe, tell)
+        except NotFinite as failure:
+            tell(f"diverged: {failure}")
+            continue
+        if outcome.code:
+            return outcome.code
+    return 0
+
+
+# Reading
+
+
+def read(run: Run, question: Question) -> Outcome:
+    """Read what a run has left in its folder.
+
+    Errors  BadRecipe, naming what there is, for a metric that its evaluations do not have.
+    """
+    taken = evaluations.lines(run.folder)
+    for line in taken:
+        if question.metric not in line["values"]:
+            raise BadRecipe(
+                f"{run.folder} has no {question.metric}: there are {', '.join(line['values'])}"
+            )
+    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
+    steps = [json.loads(line) for line in text.splitlines()]
+    seconds = clock(run.recipe, steps)
+    costs = seconds if question.unit == "seconds" else plan.costs(run.recipe, question.unit)
+    curve = [(costs[line["step"] - 1], evaluations.value(line, question.metric)) for line in taken]
+    done = bool(taken) and taken[-1]["step"] == run.recipe.steps
+    return Outcome(
+        run,
+        curve[-1][1] if done else math.nan,
+        curve,
+        seconds[-1] if seconds else 0.0,
+        float(steps[-1]["seconds"]) if steps else 0.0,
+        _passed(run.folder, question.metric) if done else {},
+    )
+
+
+def clock(recipe: Recipe, steps: Sequence[dict[str, Any]]) -> list[float]:
+    """Seconds of training up to each step, compilation left out."""
+    took = [float(line["waited"]) + float(line["worked"]) for line in steps]
+    total, found, first = 0.0, [], 0
+    for stage in recipe.stage:
+        inside = took[first : first + stage.count]
+        usual = averages.median(inside) if inside else 0.0
+        for place, seconds in enumerate(inside):
+            total += usual if place < WARM and seconds > SLOW * usual else seconds
+            found.append(total)
+        first += stage.count
+    return found
+
+
+def _passed(folder: Path, metric: str) -> dict[str, bool]:
+    """The answers that a metric of scenes is made of, by question; none for another metric."""
+    name, _, value = metric.partition(".")
+    if name != "scenes":
+        return {}
+    found = json.loads((folder / "evaluation/interim/scenes.json").read_text(encoding="utf-8"))
+
+    def counts(item: dict[str, Any]) -> bool:
+        if item["split"] is not None:
+            return bool(item["split"] == value)
+        return item["task"] == value or (value == "exact" and item["task"] in scenes_suite.SCORED)
+
+    return {
+        f"{item['task']} {item['split']} {item['seed']} {item['prompt']}": bool(item["passed"])
+        for item in found["items"]
+        if counts(item)
+    }
+
+
+# What follows
+
+
+def compare(arms: Sequence[Arm], outcomes: Sequence[Outcome], question: Question) -> Comparison:
+    """Draw the conclusions. `outcomes` holds equally many runs of each arm."""
+    rows = [
+        _row(arm, [o for o in outcomes if o.run.arm == place], question)
+        for place, arm in enumerate(arms)
+    ]
+    baseline, *candidates = rows
+    whole = [row for row in candidates if not _diverged(baseline) and not _diverged(row)]
+    pairs = {
+        row.arm.name: statistics.paired(_values(row), _values(baseline), question.lower)
+        for row in whole
+    }
+    adjusted = dict(zip(pairs, statistics.holm([p.p for p in pairs.values()]), strict=True))
+    versus = []
+    for row in candidates:
+        name = row.arm.name
+        if name not in pairs:
+            versus.append(Versus(row, _no_verdict(row, baseline)))
+            continue
+        verdict = statistics.verdict(pairs[name], question.margin, adjusted[name])
+        tests = [_mcnemar(*pair) for pair in zip(row.outcomes, baseline.outcomes, strict=True)]
+        race = None
+        if question.target is not None:
+            race = statistics.race(_crossed(row, question), _crossed(baseline, question))
+        found = [test for test in tests if test is not None]
+        versus.append(Versus(row, verdict, pairs[name], adjusted[name], found, race))
+    return Comparison(question, rows, versus)
+
+
+def _row(arm: Arm, outcomes: list[Outcome], question: Question) -> Row:
+    values = [outcome.value for outcome in outcomes]
+    mean, (low, high) = averages.fmean(values), (math.nan, math.nan)
+    if math.isfinite(mean):
+        low, high = statistics.cluster_bootstrap(values, range(len(values)))
+    if question.target is None:
+        return Row(arm, outcomes, mean, low, high, [], None)
+    reached = [_reached(outcome, question) for outcome in outcomes]
+    sure = math.isfinite(mean) and len(values) > 1
+    p = statistics.meets(values, question.target, question.lower) if sure else None
+    return Row(arm, outcomes, mean, low, high, reached, p)
+
+
+def _crossed(row: Row, question: Question) -> list[Reached]:
+    """Costs of a target for a comparison, which may lie between two evaluations."""
+    return [_reached(outcome, question, interpolate=True) for outcome in row.outcomes]
+
+
+def _reached(outcome: Outcome, question: Question, interpolate: bool = False) -> Reached:
+    """What a run had spent when it met the target; all it has spent, if it never did."""
+    assert question.target is not None
+    if not outcome.curve:  # it diverged before it was ever evaluated
+        return Reached(0.0, met=False)
+    costs, values = [cost for cost, _ in outcome.curve], [value for _, value in outcome.curve]
+    return statistics.to_target(costs, values, question.target, question.lower, interpolate)
+
+
+def _mcnemar(candidate: Outcome, baseline: Outcome) -> McNemar | None:
+    """The questions that one of two runs passes; none where they were not asked the same."""
+    asked = list(baseline.passed)
+    if not asked or candidate.passed.keys() != baseline.passed.keys():
+        return None
+    ours, theirs = candidate.passed, baseline.passed
+    return statistics.mcnemar([ours[key] for key in asked], [theirs[key] for key in asked])
+
+
+def _values(row: Row) -> list[float]:
+    return [outcome.value for outcome in row.outcomes]
+
+
+def _diverged(row: Row) -> list[int]:
+    """Seeds whose loss stopped being finite."""
+    return [o.run.recipe.seed for o in row.outcomes if not math.isfinite(o.value)]
+
+
+def _no_verdict(row: Row, baseline: Row) -> Verdict:
+    ours, theirs = _diverged(row), _diverged(baseline)
+    seeds = ", ".join(map(str, ours or theirs))
+    if ours and not theirs:
+        return Verdict("worse", f"worse: it diverged with seed {seeds}, and the baseline never did")
+    who = "both arms" if ours else "the baseline"
+    return Verdict("not resolved", f"not resolved: {who} diverged (seed {seeds})")

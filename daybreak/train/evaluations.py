@@ -1,0 +1,194 @@
+"""Evaluations of a run: one line each in the run folder, and the checkpoint that was best.
+
+    RUN/evaluation/steps.jsonl      step, images, resolution, seconds it took, every value
+    RUN/evaluation/interim/         the newest result of each suite in full
+    RUN/best/                       that checkpoint; hard links, so it takes room only once it is
+                                    no longer among the newest
+
+Under torchrun every rank evaluates, because they draw together; the first one writes.
+"""
+
+import json
+import math
+import os
+import shutil
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from daybreak.config import Recipe
+from daybreak.data.scenes import Config as Scenes
+from daybreak.evaluate import artist, interim, suite
+from daybreak.failure import BadStorage, NoCheckpoint
+from daybreak.model.text_to_image import TextToImage
+from daybreak.train import checkpoint, runs
+from daybreak.train.checkpoint import Checkpoint
+
+FILE = Path("evaluation/steps.jsonl")
+
+
+class Taken(NamedTuple):
+    """What an evaluation has found, in words, and whether nothing before was better."""
+
+    note: str
+    best: bool
+
+
+def due(recipe: Recipe, step: int) -> bool:
+    """Whether the recipe wants the model after this step evaluated."""
+    config = recipe.evaluate
+    return config is not None and (step % config.every == 0 or step == recipe.steps)
+
+
+def missing(recipe: Recipe, run: Path, step: int) -> bool:
+    """Whether a run that goes on from this step was stopped before it could evaluate it."""
+    return due(recipe, step) and all(line["step"] != step for line in lines(run))
+
+
+def lines(run: Path) -> list[dict[str, Any]]:
+    """All evaluations of a run, in order; a line half written does not count."""
+    try:
+        text = (run / FILE).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def cut(run: Path, start: int) -> None:
+    """Drop evaluations of steps after `start`, which will be done again, and unfinished files."""
+    for folder in run.glob(".tmp-best-*"):
+        shutil.rmtree(folder, ignore_errors=True)
+    if lines(run):
+        _write(run, [line for line in lines(run) if line["step"] <= start])
+
+
+def take(recipe: Recipe, run: Path, model: TextToImage, step: int) -> Taken:
+    """Evaluate averaged weights after a step, and write down what was found.
+
+    Errors  those of the suites; BadStorage.
+    """
+    config = recipe.evaluate
+    assert config is not None
+    began = time.monotonic()
+    scenes = recipe.scenes or Scenes() if recipe.data.source == "scenes" else None
+    side = _resolution(recipe, step)
+    drawn_by = artist.ours(model, side, recipe.sample, recipe.flow, recipe.tread)
+    found = interim.measure(
+        config,
+        model,
+        drawn_by,
+        scenes,
+        recipe.flow.noise_scale,
+        recipe.seed,
+        run / "evaluation" / "reference",
+    )
+    values = {
+        f"{name}.{key}": suite.as_json(value)
+        for name, result in found.items()
+        for key, value in result.values.items()
+    }
+    took = round(time.monotonic() - began, 3)
+    line = {"step": step, "images": runs.pictures_seen(recipe, step), "resolution": side}
+    if not dist.is_initialized() or dist.get_rank() == 0:
+        _write(run, [*lines(run), line | {"took": took, "values": values}])
+        for name, result in found.items():
+            kept = suite.record(name, drawn_by, result, recipe.seed, {"step": step})
+            suite.write(run / "evaluation" / "interim" / f"{name}.json", kept)
+    best = _agreed(config.best is not None and is_best(lines(run), config.best))
+    return Taken(_note(step, values, took), best)
+
+
+def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
+    """Whether the last evaluation beats all before it at its resolution.
+
+    A stage at another resolution draws other pictures, so its first evaluation is always the best.
+    """
+    sign = -1 if suite.lower_is_better(metric) else 1
+    rivals = [
+        sign * value(line, metric)
+        for line in taken
+        if line["resolution"] == taken[-1]["resolution"]
+    ]
+    return all(rivals[-1] > other for other in rivals[:-1])
+
+
+def value(line: Mapping[str, Any], metric: str) -> float:
+    """A value of one evaluation, NaN if it was not finite. Errors: KeyError if not measured."""
+    found = line["values"][metric]["value"]
+    return math.nan if found is None else float(found)
+
+
+def keep(run: Path, step: int) -> None:
+    """Make RUN/best the checkpoint of a step. Errors: BadStorage."""
+    staged, old = run / f".tmp-best-{os.getpid()}", run / f".tmp-best-{os.getpid()}-old"
+    try:
+        shutil.copytree(run / f"checkpoint-{step}", staged, copy_function=_link)
+        if (run / "best").exists():
+            (run / "best").rename(old)
+        staged.rename(run / "best")
+    except OSError as error:
+        raise BadStorage(f"cannot keep {run / 'best'}: {error.strerror}") from error
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def best(run: Path) -> Checkpoint:
+    """Return the best checkpoint of a run. Errors: NoCheckpoint if none was kept, or is damaged."""
+    folder = run / "best"
+    if not (folder / "trainer.json").is_file():
+        raise NoCheckpoint(
+            f"{run} has kept no best checkpoint: train with --set evaluate.best=METRIC, or leave "
+            "--best out"
+        )
+    wrong = checkpoint.verify(folder)
+    if wrong is not None:
+        raise NoCheckpoint(f"{folder} is damaged: {wrong}; leave --best out")
+    return Checkpoint(folder, int(json.loads((folder / "trainer.json").read_text())["step"]))
+
+
+def _resolution(recipe: Recipe, step: int) -> int:
+    """Of the stage that a step belongs to."""
+    for stage in recipe.stage:
+        step -= stage.count
+        if step <= 0:
+            break
+    return stage.resolution
+
+
+def _note(step: int, values: Mapping[str, Mapping[str, float | None]], took: float) -> str:
+    """The first value of each suite, which is its headline."""
+    heads: dict[str, str] = {}
+    for name, numbers in values.items():
+        heads.setdefault(name.partition(".")[0], f"{name} {numbers['value']:.4g}")
+    return f"evaluation after step {step}: {', '.join(heads.values())} ({took:.0f} s)"
+
+
+def _agreed(answer: bool) -> bool:
+    """The first rank's answer, on every rank: the others may not see its file yet."""
+    if not dist.is_initialized():
+        return answer
+    said = torch.tensor([answer])
+    dist.broadcast(said, 0)
+    return bool(said)
+
+
+def _write(run: Path, kept: list[dict[str, Any]]) -> None:
+    path = run / FILE
+    staged = path.with_name(f".tmp-{path.name}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
+        staged.replace(path)
+    except OSError as error:
+        raise BadStorage(f"cannot write {path}: {error.strerror}") from error
+
+
+def _link(source: str, target: str) -> None:
+    """Another name for a file; a copy where the disk knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)

@@ -1,0 +1,286 @@
+"""What a comparison says: a table, sentences, a chart; and a record that others can check.
+
+    RECORD/README.md            table, verdicts, machine, code, command
+    RECORD/comparison.json      every number of it
+    RECORD/chart.png            the way there, and the differences
+    RECORD/recipes/             each arm's recipe, ready to train
+    RECORD/logs/                metrics of each run, and its evaluations; compressed
+
+A record holds every run of every arm. Verdicts are those of the tests, whatever one had hoped for.
+"""
+
+import gzip
+import json
+import math
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from daybreak import config
+from daybreak.evaluate import chart, suite
+from daybreak.failure import BadRecipe, BadStorage
+from daybreak.generate import grid
+from daybreak.train import arms as plan
+from daybreak.train import evaluations, runs
+from daybreak.train.compare import Comparison, Outcome, Row, Versus
+
+UNITS = {"pictures": "pictures seen", "flops": "FLOP", "seconds": "seconds of training"}
+SHORT = {"pictures": "pictures", "flops": "FLOP", "seconds": "s"}
+
+
+def tables(found: Comparison) -> list[tuple[list[str], list[list[str]]]]:
+    """Head and rows, the baseline first: what came out, and what was spent."""
+    question = found.question
+    versus = {one.row.arm.name: one for one in found.versus}
+    head = ["arm", f"{question.metric} (95 % interval)"]
+    head += ["gain (95 % interval)", "p", "better in"] if versus else []
+    results = [
+        [row.arm.name, _value(row), *(_gain(versus.get(row.arm.name)) if versus else ())]
+        for row in found.rows
+    ]
+    spent = ["arm", "seeds", "steps", "pictures", "seconds"]
+    if question.target is not None:
+        spent.append(f"{SHORT[question.unit]} to {question.target:g}")
+    return [(head, results), (spent, [_spent(row) for row in found.rows])]
+
+
+def _value(row: Row) -> str:
+    if not math.isfinite(row.mean):
+        return "diverged"
+    return f"{row.mean:.3g} ({row.low:.3g} to {row.high:.3g})"
+
+
+def _gain(against: Versus | None) -> list[str]:
+    if against is None or against.paired is None or against.p is None:
+        return ["-", "-", "-"]
+    gain, low, high = against.paired[:3]
+    return [
+        f"{gain:+.3g} ({low:+.3g} to {high:+.3g})",
+        f"{against.p:.2g}",
+        f"{against.paired.wins:.0%}",
+    ]
+
+
+def _spent(row: Row) -> list[str]:
+    recipe, n = row.arm.recipe, len(row.outcomes)
+    seconds = sum(outcome.seconds for outcome in row.outcomes) / n
+    pictures = runs.pictures_seen(recipe, recipe.steps)
+    cells = [row.arm.name, str(n), f"{recipe.steps:,}", f"{pictures:,}", f"{seconds:,.0f}"]
+    if row.reached:
+        met = [one.cost for one in row.reached if one.met]
+        mean = f"{sum(met) / len(met):,.4g} " if met else ""
+        cells.append(f"{mean}({len(met)} of {n})")
+    return cells
+
+
+def sentences(found: Comparison, measured: bool) -> list[str]:
+    """What follows, arm by arm; `measured` says that a budget of time was turned into steps."""
+    question, base = found.question, found.rows[0].arm.name
+    said = [sentence for one in found.versus for sentence in _against(one, base, found)]
+    said += [
+        f"{row.arm.name}: the mean after the last step is {row.mean:.4g}; p = {row.meets:.2g} that "
+        f"it does not meet {question.target:g} (a record needs 0.01)"
+        for row in found.rows
+        if row.meets is not None
+    ]
+    if measured:
+        spent = [o.seconds for row in found.rows for o in row.outcomes]
+        said.append(
+            "the budget of time was turned into steps by the speed of each arm, measured once on "
+            f"this machine; training then took {min(spent):,.0f} to {max(spent):,.0f} s"
+        )
+    walls = [o.wall for row in found.rows for o in row.outcomes]
+    said.append(
+        "seconds are of training: compilation, evaluation, grids and checkpoints are not in them; "
+        f"with all of these a run took {min(walls):,.0f} to {max(walls):,.0f} s"
+    )
+    return said
+
+
+def _against(one: Versus, base: str, found: Comparison) -> list[str]:
+    name, target = one.row.arm.name, found.question.target
+    said = [f"{name} against {base}: {one.verdict.sentence}"]
+    if one.row.arm.twin:
+        said.append(f"{name} is an earlier arm with other seeds: a test of the instrument")
+    if one.mcnemar:
+        gained, lost = (sum(test[side] for test in one.mcnemar) for side in (0, 1))
+        ps = ", ".join(f"{test.p:.2g}" for test in one.mcnemar)
+        said.append(
+            f"{name}: of the questions both were asked it passes {gained} that {base} fails, and "
+            f"fails {lost} that it passes (McNemar seed by seed: p = {ps})"
+        )
+    if one.race is not None and target is not None:
+        race, n = one.race, len(one.row.outcomes)
+        horizon = ""
+        if math.isfinite(race.horizon):
+            horizon = f", counted up to {race.horizon:,.4g}, where a run without it ended"
+        said.append(
+            f"{name} needs {race.ratio:.2f} times the {UNITS[found.question.unit]} of {base} to "
+            f"reach {target:g} (95 % interval {race.low:.2f} to {race.high:.2f}, p = "
+            f"{race.logs.p:.2g}{horizon}); {race.met[0]} and {race.met[1]} of {n} runs reached it"
+        )
+    return said
+
+
+def picture(found: Comparison) -> Image.Image:
+    """The chart of a comparison."""
+    versus = {one.row.arm.name: one for one in found.versus}
+    base, sign = found.rows[0], -1 if found.question.lower else 1
+    drawn = []
+    for row in found.rows:
+        curves, one = [outcome.curve for outcome in row.outcomes], versus.get(row.arm.name)
+        if one is None or one.paired is None:
+            drawn.append(chart.Arm(row.arm.name, curves))
+            continue
+        gains = [
+            sign * (ours.value - theirs.value)
+            for ours, theirs in zip(row.outcomes, base.outcomes, strict=True)
+        ]
+        interval = (one.paired.low, one.paired.gain, one.paired.high)
+        drawn.append(chart.Arm(row.arm.name, curves, gains, interval))
+    question = found.question
+    return chart.chart(drawn, question.metric, UNITS[question.unit], question.target)
+
+
+def facts(found: Comparison, budget: str | None) -> dict[str, Any]:
+    """Everything, ready for JSON."""
+    born = [_born(outcome) for row in found.rows for outcome in row.outcomes]
+    return {
+        "question": found.question._asdict() | {"budget": budget},
+        "arguments": sys.argv[1:],
+        "revisions": sorted({str(one["revision"]) for one in born}),
+        "machines": _distinct([one["machine"] for one in born]),
+        "versions": _distinct([one["versions"] for one in born]),
+        "arms": [_arm(row) for row in found.rows],
+        "comparisons": [
+            {
+                "arm": one.row.arm.name,
+                "verdict": one.verdict.word,
+                "sentence": one.verdict.sentence,
+                "paired": one.paired and one.paired._asdict(),
+                "p": one.p,
+                "mcnemar": [test._asdict() for test in one.mcnemar],
+                "race": one.race and {**one.race._asdict(), "logs": one.race.logs._asdict()},
+            }
+            for one in found.versus
+        ],
+    }
+
+
+def _arm(row: Row) -> dict[str, Any]:
+    recipe = row.arm.recipe
+    return {
+        "name": row.arm.name,
+        "recipe": config.digest(recipe),
+        "steps": recipe.steps,
+        "pictures": runs.pictures_seen(recipe, recipe.steps),
+        "flops": plan.costs(recipe, "flops")[-1],
+        "seeds": [outcome.run.recipe.seed for outcome in row.outcomes],
+        "values": [outcome.value for outcome in row.outcomes],
+        "mean": [row.mean, row.low, row.high],
+        "seconds": [round(outcome.seconds, 3) for outcome in row.outcomes],
+        "wall": [round(outcome.wall, 3) for outcome in row.outcomes],
+        "reached": [one._asdict() for one in row.reached],
+        "meets": row.meets,
+    }
+
+
+def write(found: Comparison, budget: str | None, measured: bool, out: Path) -> None:
+    """Write comparison.json, chart.png and README.md. Errors: BadStorage."""
+    everything = facts(found, budget)
+    suite.write(out / "comparison.json", _finite(everything))
+    page = _page(found, everything, measured)
+    try:
+        (out / "README.md").write_text(page, encoding="utf-8")
+        grid.save(picture(found), out / "chart.png", {"metric": found.question.metric})
+    except OSError as error:
+        raise BadStorage(f"cannot write {out}: {error.strerror}") from error
+
+
+def record(found: Comparison, budget: str | None, measured: bool, folder: Path) -> None:
+    """Write a record with recipes and logs. Errors: BadStorage."""
+    write(found, budget, measured, folder)
+    try:
+        for name in ("recipes", "logs"):
+            (folder / name).mkdir(exist_ok=True)
+        for row in found.rows:
+            for outcome in row.outcomes:
+                arm = outcome.run.folder.parent.name
+                seed = f"{arm}-seed-{outcome.run.recipe.seed}"
+                _compress(outcome.run.folder / "metrics.jsonl", folder / f"logs/{seed}.jsonl.gz")
+                _compress(
+                    outcome.run.folder / evaluations.FILE,
+                    folder / f"logs/{seed}-evaluations.jsonl.gz",
+                )
+                recipe = row.arm.recipe.model_copy(update={"out": f"runs/{arm}"})
+                text = config.dump(recipe)
+                (folder / f"recipes/{arm}.toml").write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadStorage(f"cannot write the record {folder}: {error.strerror}") from error
+
+
+def check(folder: Path) -> None:
+    """Refuse a record's place before the runs. Errors: BadRecipe."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise BadRecipe(
+            f"--record {folder} is there already: records are not changed, name another"
+        )
+
+
+def _page(found: Comparison, everything: Mapping[str, Any], measured: bool) -> str:
+    shown = [
+        "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
+        for head, rows in tables(found)
+    ]
+    said = "\n".join(f"- {sentence}" for sentence in sentences(found, measured))
+    machines = "\n".join(
+        "- " + ", ".join(f"{key} {value}" for key, value in machine.items())
+        for machine in (*everything["machines"], *everything["versions"])
+    )
+    base, *others = (row.arm.name for row in found.rows)
+    names = f"{', '.join(others)} against {base}" if others else base
+    command = " ".join(["daybreak", *everything["arguments"]])
+    revisions = ", ".join(everything["revisions"])
+    return f"""# {names}: {found.question.metric}
+
+    {command}
+
+![What was spent and what came of it](chart.png)
+
+{(chr(10) * 2).join(shown)}
+
+{said}
+
+Code: {revisions}. Machine and versions:
+
+{machines}
+"""
+
+
+def _born(outcome: Outcome) -> dict[str, Any]:
+    """What a run's folder says of machine and code."""
+    text = (outcome.run.folder / "run.json").read_text(encoding="utf-8")
+    found: dict[str, Any] = json.loads(text)
+    return found
+
+
+def _compress(source: Path, target: Path) -> None:
+    """Copy a file, compressed; the same bytes whenever it is done."""
+    if source.is_file():
+        target.write_bytes(gzip.compress(source.read_bytes(), mtime=0))
+
+
+def _distinct(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    return [value for place, value in enumerate(values) if value not in values[:place]]
+
+
+def _finite(value: Any) -> Any:
+    """The same with null for what is not finite, which JSON cannot hold."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, list | tuple):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

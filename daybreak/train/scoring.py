@@ -1,0 +1,251 @@
+"""`daybreak evaluate`: whoever draws, one suite, and a record of all that decided the result.
+
+    scenes          exact; a run on scenes, or any pipeline that draws such pictures
+    validation      a run's loss on pictures, bin by bin of t
+    distribution    against fresh scenes, or a prepared dataset
+    prompts         a list of prompts: files, a sheet, CLIPScore
+    geneval         pictures in GenEval's layout; or its results, read back
+    coco30k         FID with a fixed list of captions
+
+What needs weights or files that are not there is refused before the first picture is drawn. Where
+no seed is given it follows from the sha256 of the weights: what is asked is then settled by a
+finished model, and no recipe can have been tuned to it.
+"""
+
+import platform
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from daybreak import config
+from daybreak.data.scenes import CANVASES
+from daybreak.data.scenes import Config as Scenes
+from daybreak.evaluate import (
+    artist,
+    clip_score,
+    distribution,
+    examples,
+    features,
+    geneval,
+    prompts,
+    scenes_controls,
+    scenes_suite,
+    suite,
+)
+from daybreak.evaluate.artist import Artist
+from daybreak.evaluate.suite import Progress, Result
+from daybreak.failure import BadRecipe
+from daybreak.model.text_to_image import TextToImage
+from daybreak.objective import repa
+from daybreak.train import evaluations, runs
+
+SUITES = ("scenes", "validation", "distribution", "prompts", "geneval", "coco30k")
+CONTROLS = "against gaming"  # key of the controls that draw pictures of their own
+
+
+class Wanted(NamedTuple):
+    """What the command line says; None where it says nothing."""
+
+    suite: str = "scenes"
+    per_task: int = 120
+    number: int = 5000
+    each: int = 4
+    prompts: Path | None = None
+    data: Path | None = None
+    reference: Path | None = None
+    results: Path | None = None
+    features: tuple[str, ...] = ()
+    clip: str | None = None
+    canvas: str | None = None
+    resolution: int | None = None
+    controls: bool = False
+    best: bool = False
+    seed: int | None = None
+    steps: int | None = None
+    guidance: float | None = None
+    sets: tuple[str, ...] = ()
+
+
+class Model(NamedTuple):
+    """Who draws; of a run also its recipe and network."""
+
+    artist: Artist
+    recipe: config.Recipe | None = None
+    network: TextToImage | None = None
+
+
+class Scored(NamedTuple):
+    """A result, the file it stands in, and tables for people: a head and rows for each."""
+
+    path: Path
+    result: Result
+    tables: tuple[tuple[tuple[str, ...], list[tuple[str, ...]]], ...]
+
+
+def score(folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Progress]) -> Scored:
+    """Evaluate a run or a folder of diffusers; the result is also written to OUT/SUITE.json.
+
+    Errors  BadRecipe, BadData, NoCheckpoint and BadStorage, before pictures are drawn where that
+            can be known.
+    """
+    if wanted.suite not in SUITES:
+        raise BadRecipe(f"there is no suite {wanted.suite!r}: there are {', '.join(SUITES)}")
+    path = out / f"{wanted.suite}.json"
+    if wanted.suite == "geneval" and wanted.results is not None:
+        result = geneval.read(wanted.results)
+        suite.write(path, {"suite": "geneval", **suite.plain(result), **about()})
+        return Scored(path, result, (_table(result),))
+    asked = _asked(wanted)
+    clip = None if wanted.clip is None else clip_score.load(wanted.clip, runs.device())
+    model = opened(folder, wanted)
+    seed = int(model.artist.digest[:8], 16) if wanted.seed is None else wanted.seed
+    tell = progress("drawn")
+    if wanted.suite == "scenes":
+        result = _scenes(model, wanted, seed, tell)
+    elif wanted.suite == "validation":
+        result = _validation(folder, model, wanted)
+    elif wanted.suite == "distribution":
+        found, cache = _examples(model, wanted), out / "reference"
+        judges = _judges(model, wanted)
+        result = distribution.distribution(model.artist, found, judges, cache, seed, tell)
+    elif asked is None:
+        raise BadRecipe(f"the suite {wanted.suite} needs a list of prompts: give it with --prompts")
+    elif wanted.suite == "prompts":
+        place = out / "prompts"
+        result = prompts.prompts(model.artist, asked, place, wanted.each, clip, seed, tell)
+    elif wanted.suite == "geneval":
+        result = geneval.write(model.artist, asked, out / "geneval", wanted.each, seed, tell)
+    else:
+        if wanted.reference is None:
+            raise BadRecipe("the suite coco30k needs a folder of true pictures: give --reference")
+        judge = features.load((wanted.features or ("inception",))[0], runs.device())
+        side = wanted.resolution or distribution.COCO_SIDE
+        result = distribution.coco30k(
+            *(model.artist, asked, wanted.reference, judge, out / "reference", clip),
+            side=side,
+            seed=seed,
+            progress=tell,
+        )
+    suite.write(path, suite.record(wanted.suite, model.artist, result, seed, about()))
+    return Scored(path, result, _tables(wanted.suite, result))
+
+
+def opened(folder: Path, wanted: Wanted) -> Model:
+    """Load a run's averaged weights, or a pipeline.
+
+    Errors  BadRecipe for what does not go together; NoCheckpoint if it is neither.
+    """
+    if artist.is_pipeline(folder):
+        if wanted.sets or wanted.best:
+            raise BadRecipe(
+                f"{folder} is a pipeline of diffusers: --set and --best are for run folders"
+            )
+        device = runs.device()
+        dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+        side = None if wanted.suite == "coco30k" else wanted.resolution
+        return Model(artist.pipeline(folder, side, wanted.steps, wanted.guidance, device, dtype))
+    chosen = evaluations.best(folder) if wanted.best else None
+    recipe, found, network = runs.trained(folder, chosen=chosen)
+    given = {"sample.steps": wanted.steps, "sample.guidance": wanted.guidance}
+    named = [f"{key}={value}" for key, value in given.items() if value is not None]
+    recipe = config.resampled(recipe, (*wanted.sets, *named))
+    drawn_by = artist.ours(
+        network,
+        recipe.stage[-1].resolution,
+        recipe.sample,
+        recipe.flow,
+        recipe.tread,
+        found.digest,
+        {"checkpoint": {"step": found.step, "manifest": found.digest}},
+        taught(recipe),
+    )
+    return Model(drawn_by, recipe, network)
+
+
+def taught(recipe: config.Recipe) -> frozenset[str]:
+    """Families of networks that a recipe trains with, and that must not judge its pictures."""
+    aligned = recipe.repa is not None and recipe.repa.teacher != repa.SELF
+    return frozenset({"dino"} if aligned or recipe.dino is not None else ())
+
+
+def about() -> dict[str, Any]:
+    """What computes: a result of another version may be another."""
+    names = ("daybreak", "torch", "transformers", "diffusers")
+    return {
+        "revision": runs.revision(),
+        "versions": {name: runs.version_of(name) for name in names}
+        | {"python": platform.python_version()},
+    }
+
+
+def _asked(wanted: Wanted) -> prompts.Prompts | None:
+    return None if wanted.prompts is None else prompts.read(wanted.prompts)
+
+
+def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
+    recipe = model.recipe
+    if wanted.canvas is not None:
+        if wanted.canvas not in CANVASES:
+            raise BadRecipe(
+                f"there is no canvas {wanted.canvas!r}: there are {', '.join(CANVASES)}"
+            )
+        wanted_scenes = Scenes.model_validate({"canvas": wanted.canvas})
+    elif recipe is None or recipe.data.source != "scenes":
+        raise BadRecipe(
+            "this model was not trained on scenes by daybreak, so nobody knows which it draws: "
+            "give --canvas if it draws any"
+        )
+    else:
+        wanted_scenes = recipe.scenes or Scenes()
+    result = suite.scenes(model.artist, wanted_scenes, seed, wanted.per_task, tell)
+    if not wanted.controls:
+        return result
+    if recipe is None:
+        raise BadRecipe("--controls look for training pictures, so they are for run folders")
+    found = scenes_controls.evaluate(artist.square(model.artist), wanted_scenes, seed, recipe.seed)
+    return result._replace(details={**result.details, CONTROLS: found})
+
+
+def _validation(folder: Path, model: Model, wanted: Wanted) -> Result:
+    if model.recipe is None or model.network is None:
+        raise BadRecipe(f"{folder} is a pipeline of diffusers, whose loss is not known")
+    found = _examples(model, wanted)
+    return suite.validate(model.network, found, model.recipe.flow.noise_scale)
+
+
+def _examples(model: Model, wanted: Wanted) -> examples.Examples:
+    recipe = model.recipe
+    if wanted.data is not None:
+        side, unit = model.artist.side, model.artist.unit
+        return examples.of_dataset(wanted.data, side, unit, 0, wanted.number)
+    if recipe is not None and recipe.data.source == "scenes":
+        return examples.of_scenes(recipe.scenes or Scenes(), 0, wanted.number)
+    raise BadRecipe(
+        f"the suite {wanted.suite} needs pictures to compare with: give a prepared dataset, "
+        "best one that was not trained on, with --data"
+    )
+
+
+def _judges(model: Model, wanted: Wanted) -> list[features.Extractor]:
+    """The networks that are asked for, or the first that took no part in training."""
+    usual = "clip" if "dino" in model.artist.taught else "dinov2"
+    if wanted.data is None:
+        usual = "scenes"
+    return [features.load(name, runs.device()) for name in wanted.features or (usual,)]
+
+
+def _tables(name: str, result: Result) -> tuple[tuple[tuple[str, ...], list[tuple[str, ...]]], ...]:
+    if name != "scenes":
+        return (_table(result),)
+    head = ("", "exact", "95 % interval", "pictures")
+    exact: list[tuple[str, ...]] = [*scenes_suite.table(dict(result.details))]
+    if CONTROLS not in result.details:
+        return ((head, exact),)
+    rows: list[tuple[str, ...]] = [*scenes_controls.table(result.details[CONTROLS])]
+    return (head, exact), (("", "is", "to be held against"), rows)
+
+
+def _table(result: Result) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+    return ("", "value", "95 % interval", "pictures"), [*suite.table(result)]

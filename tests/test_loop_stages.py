@@ -1,0 +1,131 @@
+"""Stages: pictures grow, and weights, average, routes and teachers go on with them."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from daybreak import config
+from daybreak.train import checkpoint, loop, runs
+
+STAGES = """
+[tread]
+start = 0
+stop = 1
+
+[repa]
+teacher = "{dinov3}"
+blocks = [0, 1]
+
+[lpips]
+vgg = "{vgg}"
+heads = "{heads}"
+
+[dino]
+teacher = "{dinov2}"
+
+[[stage]]
+resolution = 64
+samples = 15
+batch = 4
+lr = 1e-3
+shift = 2.0
+"""
+WEIGHTS = {"flow": 1.0, "repa": 0.5, "lpips": 0.1, "dino": 0.01}
+
+
+@pytest.fixture
+def growing(tiny: Path, toys: dict[str, Path]) -> Path:
+    """Four steps at 32 px, then four at 64 px, of the same scenes, with every term."""
+    torch.set_num_threads(1)
+    recipe = tiny.read_text().replace("steps = 10", "steps = 4")
+    recipe = recipe.replace("every = 10\nsteps = 4", "every = 10\nsteps = 1")
+    recipe = recipe.replace('canvas = "32"', 'canvas = "64-large"').replace("cooldown = 0.4\n", "")
+    tiny.write_text(recipe + STAGES.format(**toys))
+    return tiny
+
+
+def log(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def state(run: Path, step: int, name: str) -> dict[str, torch.Tensor]:
+    return load_file(run / f"checkpoint-{step}" / f"{name}.safetensors")
+
+
+def trained(recipe: config.Recipe) -> Path:
+    assert loop.train(recipe, lambda line: None) == (recipe.steps, 0)
+    return Path(recipe.out)
+
+
+def test_when_pictures_grow_weights_and_average_are_kept(growing: Path) -> None:
+    """A second stage that learns nothing shows what the switch itself does: nothing."""
+    recipe = config.load(growing, ("save_every=4", "stage.1.lr=1e-30", "ema.decay=0.7"))
+    run = trained(recipe)
+    before, after = (state(run, step, "model") for step in (4, 8))
+    torch.testing.assert_close(after, before, atol=1e-12, rtol=0)
+    far, near = (state(run, step, "ema") for step in (4, 8))
+    left = 1.0
+    for step in range(5, 9):
+        left *= min(0.7, (1 + step) / (10 + step))
+    for name, weight in before.items():  # it goes on towards them at its own pace
+        torch.testing.assert_close(
+            near[name] - weight, left * (far[name] - weight), rtol=1e-3, atol=1e-6
+        )
+    assert any(not torch.equal(near[name], weight) for name, weight in before.items())
+
+
+def test_the_first_stage_knows_nothing_of_the_second(growing: Path, tmp_path: Path) -> None:
+    both = trained(config.load(growing, ("save_every=4",)))
+    one = config.load(growing)
+    alone = trained(
+        one.model_copy(update={"stage": one.stage[:1], "out": (tmp_path / "one").as_posix()})
+    )
+    assert [line["loss"] for line in log(both)][:4] == [line["loss"] for line in log(alone)]
+    for name in ("model", "ema"):
+        kept, other = state(both, 4, name), state(alone, 4, name)
+        assert all(torch.equal(kept[key], other[key]) for key in kept)
+
+
+def test_the_log_adds_up_on_both_sides_of_the_switch(growing: Path) -> None:
+    recipe = config.load(growing)
+    run = trained(recipe)
+    lines = log(run)
+    assert [line["step"] for line in lines] == [*range(1, 9)]
+    for line in lines:
+        total = sum(weight * line[name] for name, weight in WEIGHTS.items())
+        assert line["loss"] == pytest.approx(total, rel=1e-5)
+    assert runs.pictures_seen(recipe, 8) == 4 * 8 + 4 * 4  # fifteen were asked for
+    from PIL import Image
+
+    with Image.open(run / "samples" / "step-0000008" / "00.png") as picture:
+        assert picture.size == (64, 64)
+
+
+def test_a_run_continues_bit_for_bit_on_either_side_of_the_switch(growing: Path) -> None:
+    recipe = config.load(growing, ("save_every=3", "keep=4", "sample.every=100"))
+    run = trained(recipe)
+    losses = [line["loss"] for line in log(run)]
+    weights = state(run, 8, "model")
+    for step in (6, 3):
+        for later in (found for found in checkpoint.found(run) if found.step > step):
+            shutil.rmtree(later.folder)
+        trained(recipe)
+        assert [line["loss"] for line in log(run)] == losses
+        again = state(run, 8, "model")
+        assert all(torch.equal(again[name], weight) for name, weight in weights.items())
+
+
+def test_a_stages_shift_changes_the_noise_of_that_stage_alone(
+    growing: Path, tmp_path: Path
+) -> None:
+    shifted = trained(config.load(growing))
+    out = f"out={(tmp_path / 'plain').as_posix()}"
+    plain = trained(config.load(growing, (out, "stage.1.shift=1.0")))
+    by_recipe = [[line["flow"] for line in log(run)] for run in (shifted, plain)]
+    assert by_recipe[0][:4] == by_recipe[1][:4]
+    assert by_recipe[0][4] != by_recipe[1][4]
