@@ -188,6 +188,9 @@ def train(
     without: Annotated[
         list[str] | None, typer.Option("--without", help="Leave a section out: --without muon")
     ] = None,
+    budget: Annotated[
+        str | None, typer.Option(help="End in time: 90s, 24h, 4e20flop. Counts over restarts.")
+    ] = None,
 ) -> None:
     """Train a recipe; the same command again continues where it stopped."""
     from daybreak import config
@@ -195,6 +198,16 @@ def train(
 
     given = {"out": out, "data.source": data}
     sets = [f"{key}={config.quoted(str(value))}" for key, value in given.items() if value]
+    if budget:
+        from daybreak.train.budget import parse
+
+        asked = parse(budget)
+        if asked.kind == "pictures":
+            raise BadRecipe(
+                f"--budget {budget}: pictures are steps times batch, so set stage.0.steps; "
+                "a budget is a time, dollars or flop"
+            )
+        sets.append(f"budget.{asked.kind}={asked.amount}")
     outcome = loop.train(config.load(recipe, (*(set_ or ()), *sets), tuple(without or ())))
     raise typer.Exit(outcome.code)
 

@@ -33,6 +33,7 @@ from daybreak.objective.repa import Config as Repa
 from daybreak.optim.ema import Config as Ema
 from daybreak.optim.groups import AdamWConfig as AdamW
 from daybreak.optim.groups import MuonConfig as Muon
+from daybreak.train.ledger import Config as Budget
 
 FOREIGN = {  # words that users of other trainers bring
     "output_dir": "out",
@@ -125,6 +126,7 @@ class Recipe(BaseModel):
     adamw: AdamW = AdamW()
     ema: Ema = Ema()
     sample: Sample = Sample()
+    budget: Budget | None = None
     evaluate: Evaluate | None = None
     stage: tuple[Stage, ...] = Field(min_length=1)
 

@@ -144,7 +144,7 @@ if __name__ == "__main__":
     import torch.distributed as dist
 
     dist.init_process_group("gloo")
-    drawn_here = []
+    drawn_here: list[int] = []
 
     def part(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:
         drawn_here.extend(seeds)

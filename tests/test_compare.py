@@ -168,7 +168,7 @@ def test_questions_are_compared_one_by_one_where_they_are_the_same(recipe: Recip
 def verdicts(recipe: Recipe, gain: float, noise: float, seeds: int, times: int) -> list[str]:
     """Verdicts on comparisons of results around 1; the better ones are better by `gain`."""
     rng = np.random.default_rng(1)
-    found = []
+    found: list[str] = []
     for _ in range(times):
         shared = rng.normal(0, noise, seeds)  # what a seed does to both arms
         base, other = (1 + shared + rng.normal(0, noise, seeds) for _ in range(2))
@@ -241,12 +241,14 @@ def test_real_runs_are_compared_and_used_again(
     assert [cost for cost, _ in base.outcomes[0].curve] == [32, 64, 80]
     assert all(outcome.seconds < outcome.wall for outcome in base.outcomes)
     assert base.reached[0] == (32, True)
-    stamps = [path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("checkpoint-10/*")]
+
+    def stamps() -> list[int]:
+        return [path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("checkpoint-10/*")]
+
+    before = stamps()
     again = done(recipes[:2], asked, 2, tmp_path / "out", 1e9)
     assert again.rows == [base, slow_row]
-    assert stamps == [
-        path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("checkpoint-10/*")
-    ]
+    assert stamps() == before
 
 
 def test_a_value_that_was_not_measured_is_refused_with_those_that_were(

@@ -99,7 +99,7 @@ def test_without_a_budget_nothing_ends_and_all_is_written_down(file: Path) -> No
     written = json.loads(file.read_text())
     assert written == {
         "recipe": "abc",
-        "ledger": {"seconds": 1e6, "flops": 3.0, "sessions": 1},
+        "ledger": {"seconds": 1e6, "flops": 3.0, "flops_of_a_step": 3.0, "sessions": 1},
     }
 
 

@@ -18,7 +18,7 @@ from PIL import Image
 from daybreak import config
 from daybreak.failure import BadData, BadRecipe, BadStorage, NotFinite
 from daybreak.generate.draw import draw
-from daybreak.train import checkpoint, loop, runs
+from daybreak.train import checkpoint, flops, loop, runs
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -253,3 +253,22 @@ def test_it_learns_eight_pictures_and_draws_them_when_asked(tiny: Path, pictures
         for number, picture in enumerate(drawn):
             wanted = np.array([30 * number, 255 - 30 * number, 17 * number])
             assert np.abs(picture.mean((0, 1)) - wanted).max() < 40, (number, guidance)
+
+
+def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(tiny: Path) -> None:
+    whole = config.load(tiny)
+    step = flops.of_step(whole, whole.stage[0])
+    sets = (f"budget.flops={6.5 * step}", "budget.cooldown=0.5", "stage.0.cooldown=0.0")
+    recipe = config.load(tiny, sets)
+    said: list[str] = []
+    assert loop.train(recipe, said.append) == (6, 0)
+    run = Path(recipe.out)
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    rates = [line["lr"] for line in lines]
+    assert rates[2:4] == [3e-3, 3e-3]
+    assert rates[4] == pytest.approx(3e-3 * (2.5 / 6.5) / 0.5)
+    assert rates[5] == pytest.approx(3e-3 * (1.5 / 6.5) / 0.5)
+    assert checkpoint.required(run, print).step == 6
+    assert json.loads((run / "run.json").read_text())["ledger"]["flops"] == pytest.approx(6 * step)
+    assert loop.train(recipe, said.append) == (6, 0)
+    assert said[-1] == f"{run} has spent its budget: 6 steps of 10"

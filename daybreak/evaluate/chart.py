@@ -115,7 +115,7 @@ def _legend(draw: ImageDraw.ImageDraw, arms: Sequence[Arm], frame: Frame) -> Non
     """Names at the edge where the curves leave most room: the bottom right if they rise."""
     left, top, _, bottom = frame.box
     ends = [curve[-1][1] - curve[0][1] for arm in arms for curve in arm.curves if curve]
-    rising = float(np.nanmean(ends)) > 0
+    rising = sum(end for end in ends if math.isfinite(end)) > 0
     across = left + 0.6 * (frame.box[2] - left)
     start = bottom - 14 - 20 * len(arms) if rising else top + 8
     for number, (arm, colour) in enumerate(zip(arms, _colours(len(arms)), strict=True)):

@@ -53,6 +53,12 @@ def work(recipe: Recipe, stage: Stage, cached: bool = False) -> Work:
     return Work(picture, {"muon": newton_schulz(matrices)} if matrices else {})
 
 
+def of_step(recipe: Recipe, stage: Stage, cached: bool = False) -> float:
+    """Count a whole step: every picture of its batch, and the optimiser. Errors: as `work`."""
+    counted = work(recipe, stage, cached)
+    return stage.batch * sum(counted.picture.values()) + sum(counted.step.values())
+
+
 def denoiser(
     size: dit.Config,
     n: int,

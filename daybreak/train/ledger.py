@@ -80,7 +80,7 @@ class Ledger:
         self.seconds, self.flops = before.get("seconds", 0.0), before.get("flops", 0.0)
         self.sessions = before.get("sessions", 0) + 1
         self.closing = CLOSING
-        self.each = 0.0  # FLOPs of the last step
+        self.each = before.get("flops_of_a_step", 0.0)  # the last one's
         self.steps: deque[float] = deque(maxlen=16)
         self.written = self.last = clock()
 
@@ -140,6 +140,7 @@ class Ledger:
             "ledger": {
                 "seconds": round(self.spent, 3),
                 "flops": self.flops,
+                "flops_of_a_step": self.each,
                 "sessions": self.sessions,
             }
         }

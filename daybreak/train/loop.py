@@ -2,7 +2,9 @@
 
 For each stage and step: a batch, the loss of its micro-batches, clipped gradients, Muon and AdamW,
 the average. A step counts from 1 over the whole run. Checkpoints, grids and log lines happen
-between steps and change nothing that the next step computes.
+between steps and change nothing that the next step computes. Only a [budget] in seconds looks at
+the clock: it brings the rate down as the time runs out (train/ledger), so such a run cannot be
+repeated bit for bit.
 """
 
 import json
@@ -28,8 +30,9 @@ from daybreak.model.text_to_image import TextToImage, build
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.optim.ema import Ema
-from daybreak.train import checkpoint, encoded, evaluations, runs
+from daybreak.train import checkpoint, encoded, evaluations, flops, runs
 from daybreak.train.dice import Dice
+from daybreak.train.ledger import Ledger
 from daybreak.train.log import Log
 
 PREEMPTED, INTERRUPTED = 75, 130
@@ -86,6 +89,9 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
     if found and found.step >= recipe.steps:
         tell(f"{folder} is finished: {found.step} steps of {recipe.steps}")
         return Outcome(found.step, 0)
+    if found and Ledger(folder / "run.json", recipe.budget).over:
+        tell(f"{folder} has spent its budget: {found.step} steps of {recipe.steps}")
+        return Outcome(found.step, 0)
 
     dtype, device = runs.precision(recipe), runs.device()
     objective = runs.objective(recipe, dtype)
@@ -126,6 +132,7 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
         tell(note)
         if best:
             evaluations.keep(folder, start)
+    spent = Ledger(folder / "run.json", recipe.budget)
     step, done, seen = 0, start, 0
     with Stop() as stop, Log(folder, recipe.steps, start) as log:
         for stage in recipe.stage:
@@ -134,6 +141,7 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
                 seen += stage.count * stage.batch
                 continue
             skipped = max(0, start - before)
+            each = flops.of_step(recipe, stage, known is not None) if recipe.budget else 0.0
             stream = batches.stream(
                 source,
                 recipe.data,
@@ -149,10 +157,12 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
                 done = before + now
                 then = time.monotonic()
                 rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
+                rate *= spent.factor
                 values = _step(
                     model, ema.model, batch, recipe, stage, objective, optimizers, done, rate
                 )
                 ema.update(model, done)
+                spent.step(each)
                 values |= {"lr": rate, "waited": waited, "worked": time.monotonic() - then}
                 if batch.substituted:
                     values["substituted"] = batch.substituted
@@ -161,22 +171,29 @@ def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome
                 log.step(done, values, images=stage.batch)
                 if done == start + 1:
                     log.note(f"first step after {time.monotonic() - began:.0f} s")
-                last = done == recipe.steps
-                if done % recipe.sample.every == 0 or last:
+                over = spent.over
+                last = done == recipe.steps or over
+                if (done % recipe.sample.every == 0 or last) and not over:
                     log.note(f"grid: {_show(ema.model, recipe, folder, done, stage.resolution)}")
                 best = False
-                if evaluations.due(recipe, done) and (last or not stop.code):
+                if evaluations.due(recipe, done) and (last or not stop.code) and not over:
                     note, best = evaluations.take(recipe, folder, ema.model, done)
                     log.note(note)
                 if done % recipe.save_every == 0 or last or stop.code or best:
+                    then = time.monotonic()
                     checkpoint.save(
                         folder, done, model, ema.model, optimizers, recipe.keep, objective.learned
                     )
+                    spent.saved(time.monotonic() - then)
+                    spent.write()
                 if best:
                     evaluations.keep(folder, done)
                 if stop.code:
                     log.note(f"stopped and saved at step {done}; the same command continues")
                     return Outcome(done, stop.code)
+                if over:
+                    log.note(f"the budget is spent: {spent.spent:.0f} s, {done} steps")
+                    return Outcome(done, 0)
             seen += stage.count * stage.batch
     tell(f"trained {done} steps in {time.monotonic() - began:.0f} s: {folder / 'latest'}")
     return Outcome(done, 0)

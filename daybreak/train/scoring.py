@@ -110,23 +110,24 @@ def score(folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Pro
         found, cache = _examples(model, wanted), out / "reference"
         judges = _judges(model, wanted)
         result = distribution.distribution(model.artist, found, judges, cache, seed, tell)
-    elif asked is None:
-        raise BadRecipe(f"the suite {wanted.suite} needs a list of prompts: give it with --prompts")
     elif wanted.suite == "prompts":
         place = out / "prompts"
         result = prompts.prompts(model.artist, asked, place, wanted.each, clip, seed, tell)
     elif wanted.suite == "geneval":
         result = geneval.write(model.artist, asked, out / "geneval", wanted.each, seed, tell)
     else:
-        if wanted.reference is None:
-            raise BadRecipe("the suite coco30k needs a folder of true pictures: give --reference")
         judge = features.load((wanted.features or ("inception",))[0], runs.device())
         side = wanted.resolution or distribution.COCO_SIDE
         result = distribution.coco30k(
-            *(model.artist, asked, wanted.reference, judge, out / "reference", clip),
-            side=side,
-            seed=seed,
-            progress=tell,
+            model.artist,
+            asked,
+            wanted.reference or Path(),
+            judge,
+            out / "reference",
+            clip,
+            side,
+            seed,
+            tell,
         )
     suite.write(path, suite.record(wanted.suite, model.artist, result, seed, about()))
     return Scored(path, result, _tables(wanted.suite, result))
@@ -180,8 +181,15 @@ def about() -> dict[str, Any]:
     }
 
 
-def _asked(wanted: Wanted) -> prompts.Prompts | None:
-    return None if wanted.prompts is None else prompts.read(wanted.prompts)
+def _asked(wanted: Wanted) -> prompts.Prompts:
+    """The prompts of the suites that need any; the others are asked nothing by the user."""
+    if wanted.suite not in ("prompts", "geneval", "coco30k"):
+        return prompts.Prompts([], "", [])
+    if wanted.prompts is None:
+        raise BadRecipe(f"the suite {wanted.suite} needs a list of prompts: give it with --prompts")
+    if wanted.suite == "coco30k" and wanted.reference is None:
+        raise BadRecipe("the suite coco30k needs a folder of true pictures: give --reference")
+    return prompts.read(wanted.prompts)
 
 
 def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
@@ -199,11 +207,11 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
         )
     else:
         wanted_scenes = recipe.scenes or Scenes()
-    result = suite.scenes(model.artist, wanted_scenes, seed, wanted.per_task, tell)
-    if not wanted.controls:
-        return result
-    if recipe is None:
+    if recipe is None and wanted.controls:
         raise BadRecipe("--controls look for training pictures, so they are for run folders")
+    result = suite.scenes(model.artist, wanted_scenes, seed, wanted.per_task, tell)
+    if recipe is None or not wanted.controls:
+        return result
     found = scenes_controls.evaluate(artist.square(model.artist), wanted_scenes, seed, recipe.seed)
     return result._replace(details={**result.details, CONTROLS: found})
 

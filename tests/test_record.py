@@ -1,0 +1,141 @@
+"""What a comparison leaves behind: tables, sentences, and a record that others can check."""
+
+import gzip
+import json
+import math
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from daybreak import config
+from daybreak.config import Recipe
+from daybreak.failure import BadRecipe
+from daybreak.train import arms, compare, evaluations, record
+from daybreak.train.arms import Arm, Run
+from daybreak.train.compare import Comparison, Outcome, Question
+
+BASE, BETTER = [0.50, 0.52, 0.48, 0.51, 0.49], [0.57, 0.58, 0.55, 0.57, 0.56]
+
+
+def comparison(recipe: Recipe, folder: Path, other: list[float] = BETTER) -> Comparison:
+    """Two arms of five runs, with what a run leaves in its folder."""
+    made = [Arm("base", recipe, 3, False), Arm("dit.width=64", recipe, 3, False)]
+    runs = []
+    for number in range(5):
+        for place, name in enumerate(("base", "wide")):
+            out = (folder / name / f"seed-{3 + number}").as_posix()
+            runs.append(
+                Run(place, number, recipe.model_copy(update={"out": out, "seed": 3 + number}))
+            )
+    for run in runs:
+        (run.folder / "evaluation").mkdir(parents=True)
+        facts = {"revision": "abc", "machine": {"cores": 2}, "versions": {"torch": "2"}}
+        (run.folder / "run.json").write_text(json.dumps(facts))
+        (run.folder / "metrics.jsonl").write_text('{"step": 1}\n')
+        (run.folder / evaluations.FILE).write_text('{"step": 1}\n')
+    passed = [{"a": False, "b": True}, {"a": True, "b": True}]
+    outcomes = [
+        Outcome(
+            run,
+            (BASE, other)[run.arm][run.number],
+            [(40.0, 0.3), (80.0, (BASE, other)[run.arm][run.number])],
+            2.0,
+            9.0,
+            passed[run.arm],
+        )
+        for run in runs
+    ]
+    question = Question("scenes.exact", "pictures", target=0.5)
+    return compare.compare(made, outcomes, question)
+
+
+@pytest.fixture
+def found(tiny: Path, tmp_path: Path) -> Comparison:
+    return comparison(config.load(tiny), tmp_path / "runs")
+
+
+def test_tables_say_what_came_out_and_what_was_spent(found: Comparison) -> None:
+    (head, rows), (spent, costs) = record.tables(found)
+    assert [len(row) for row in (*rows, *costs)] == [len(head)] * 2 + [len(spent)] * 2
+    assert rows[0][0] == "base"
+    assert rows[0][2:] == ["-", "-", "-"]
+    assert rows[1][1].startswith("0.566 (0.5")
+    assert rows[1][2].startswith("+0.066 (+0.06")
+    assert rows[1][3:] == ["0.031", "100%"]
+    assert costs[0] == ["base", "5", "10", "80", "2", "80 (3 of 5)"]
+    assert costs[1][-1].endswith("(5 of 5)")
+
+
+def test_sentences_say_what_follows(found: Comparison) -> None:
+    said = "\n".join(record.sentences(found, measured=False))
+    assert "dit.width=64 against base: better: the mean difference over 5 seeds is +0.066" in said
+    assert "it passes 5 that base fails, and fails 0 that it passes (McNemar seed by seed" in said
+    assert "times the pictures seen of base to reach 0.5" in said
+    assert "5 and 3 of 5 runs reached it" in said
+    assert "(a record needs 0.01)" in said
+    assert "with all of these a run took 9 to 9 s" in said
+    assert "turned into steps" not in said
+    assert "turned into steps" in "\n".join(record.sentences(found, measured=True))
+
+
+def test_a_test_of_the_instrument_says_so(tiny: Path, tmp_path: Path) -> None:
+    loaded = arms.named([str(tiny)] * 2, (), ())
+    found = comparison(config.load(tiny), tmp_path / "runs")
+    twin = found.versus[0].row.arm._replace(twin=True, name=loaded[1][0])
+    versus = found.versus[0]._replace(row=found.versus[0].row._replace(arm=twin))
+    said = "\n".join(record.sentences(found._replace(versus=[versus]), measured=False))
+    assert "tiny 2 is an earlier arm with other seeds: a test of the instrument" in said
+
+
+def test_a_record_holds_everything_needed_to_check_it(found: Comparison, tmp_path: Path) -> None:
+    place = tmp_path / "record"
+    record.check(place)
+    record.record(found, "200images", True, place)
+    kept = json.loads((place / "comparison.json").read_text())
+    assert kept["question"] == {
+        "metric": "scenes.exact",
+        "unit": "pictures",
+        "target": 0.5,
+        "margin": 0.0,
+        "budget": "200images",
+    }
+    assert kept["revisions"] == ["abc"]
+    assert kept["machines"] == [{"cores": 2}]
+    assert [arm["seeds"] for arm in kept["arms"]] == [[3, 4, 5, 6, 7]] * 2
+    assert [arm["values"] for arm in kept["arms"]] == [BASE, BETTER]
+    assert kept["arms"][0]["flops"] > 0
+    assert kept["comparisons"][0]["verdict"] == "better"
+    assert kept["comparisons"][0]["p"] == 1 / 32
+    assert kept["comparisons"][0]["race"]["horizon"] == 80.0
+    page = (place / "README.md").read_text()
+    assert "| dit.width=64 |" in page
+    assert "(chart.png)" in page
+    with Image.open(place / "chart.png") as drawn:
+        assert drawn.width > 500
+    assert sorted(path.name for path in (place / "recipes").iterdir()) == ["base.toml", "wide.toml"]
+    again = config.load(place / "recipes" / "wide.toml")
+    assert again.dit == found.rows[1].arm.recipe.dit
+    logs = sorted(path.name for path in (place / "logs").iterdir())
+    assert len(logs) == 20
+    assert "base-seed-3-evaluations.jsonl.gz" in logs
+    with gzip.open(place / "logs" / "wide-seed-7.jsonl.gz") as file:
+        assert file.read() == b'{"step": 1}\n'
+
+
+def test_a_record_is_not_written_over_another(found: Comparison, tmp_path: Path) -> None:
+    (tmp_path / "record").mkdir()
+    record.check(tmp_path / "record")
+    (tmp_path / "record" / "README.md").write_text("an older one")
+    with pytest.raises(BadRecipe, match="is there already"):
+        record.check(tmp_path / "record")
+
+
+def test_an_arm_that_diverged_is_written_down_as_that(tiny: Path, tmp_path: Path) -> None:
+    found = comparison(config.load(tiny), tmp_path / "runs", [math.nan, *BETTER[1:]])
+    (_, rows), _ = record.tables(found)
+    assert rows[1][1:] == ["diverged", "-", "-", "-"]
+    record.write(found, None, False, tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert kept["arms"][1]["values"][0] is None
+    assert kept["comparisons"][0]["verdict"] == "worse"

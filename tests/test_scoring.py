@@ -1,0 +1,212 @@
+"""`daybreak evaluate`: runs and pipelines through every suite, and what it says when it cannot."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from daybreak import config
+from daybreak.evaluate import geneval
+from daybreak.failure import BadData, BadRecipe, Failure, NoCheckpoint
+from daybreak.train import loop, scoring
+from daybreak.train.scoring import Scored, Wanted
+
+
+def score(folder: Path, out: Path, **given: Any) -> Scored:
+    return scoring.score(folder, Wanted(**given), out, lambda verb: lambda done, of: None)
+
+
+def kept(scored: Scored) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads(scored.path.read_text())
+    return found
+
+
+@pytest.fixture
+def run(tiny: Path) -> Path:
+    """A run of a few steps on scenes that has kept a best checkpoint."""
+    sets = ("stage.0.steps=4", "evaluate={every=2, pictures=32, best='validation.loss'}")
+    recipe = config.load(tiny, sets)
+    loop.train(recipe, lambda line: None)
+    return Path(recipe.out)
+
+
+def listed(folder: Path, *prompts: str) -> Path:
+    path = folder / "prompts.txt"
+    path.write_text("".join(f"{prompt}\n" for prompt in prompts))
+    return path
+
+
+def test_a_run_goes_through_every_suite(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    exact = score(run, out, per_task=5, steps=2)
+    assert exact.path == out / "scenes.json"
+    first = kept(exact)
+    assert first["checkpoint"]["step"] == 4
+    assert first["seed"] == int(first["weights_sha256"][:8], 16), "questions follow from weights"
+    assert (first["sampler"]["steps"], first["weights"]) == (2, "ema")
+    assert first["revision"] == scoring.about()["revision"]
+    assert exact.tables[0][0][1] == "exact"
+    assert kept(score(run, out, per_task=5, steps=2, seed=9))["items"] != first["items"]
+
+    loss = score(run, out, suite="validation", number=32).result.values["loss"]
+    best = score(run, out, suite="validation", number=32, best=True).result.values["loss"]
+    assert best.value <= loss.value
+
+    apart = kept(score(run, out, suite="distribution", number=32, steps=2))
+    assert "scenes.kernel" in apart["values"]
+    assert apart["source"] == "scenes"
+    assert any("32 pictures" in said for said in apart["remarks"])
+
+    asked = listed(tmp_path, "a red circle", "a blue square")
+    drawn = score(run, out, suite="prompts", prompts=asked, each=2, steps=2)
+    assert drawn.result.pictures == len(list((out / "prompts").glob("0*.png"))) == 4
+
+
+def test_a_pipeline_that_nobody_here_has_written_goes_through_them_too(
+    foreign: Path, tmp_path: Path, prepared: Callable[..., Path]
+) -> None:
+    exact = score(foreign, tmp_path, per_task=5, steps=1, canvas="32", resolution=32)
+    found = kept(exact)
+    assert found["pipeline"] == "StableDiffusionPipeline"
+    assert found["sampler"]["num_inference_steps"] == 1
+    assert found["overall"]["exact"] == 0
+    assert found["controls"]["ground_truth"]["exact"] == 1
+
+    data = prepared([{"bucket": b} for b in ("64x64", "32x128") for _ in range(16)])
+    given = {"number": 32, "data": data, "resolution": 64, "steps": 1, "features": ("scenes",)}
+    assert score(foreign, tmp_path, suite="distribution", **given).result.pictures == 32
+
+    asked = listed(tmp_path, "a bench", "a cup")
+    given = {"prompts": asked, "each": 1, "steps": 1}
+    score(foreign, tmp_path, suite="prompts", **given)
+    with Image.open(tmp_path / "prompts" / "0001-0.png") as picture:
+        assert picture.size == (16, 16)
+
+    rows = [{"tag": task, "prompt": f"a {task}"} for task in geneval.TASKS]
+    metadata = tmp_path / "evaluation_metadata.jsonl"
+    metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    drawn = score(foreign, tmp_path, suite="geneval", prompts=metadata, each=1, steps=1)
+    assert drawn.result.pictures == 6
+    assert (tmp_path / "geneval" / "00005" / "samples" / "0000.png").is_file()
+
+    for number in range(24):
+        pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), dtype=np.uint8)
+        (tmp_path / "true").mkdir(exist_ok=True)
+        Image.fromarray(pixels).save(tmp_path / "true" / f"{number}.png")
+    asked = listed(tmp_path, *(f"caption {number}" for number in range(24)))
+    given = {"prompts": asked, "reference": tmp_path / "true", "features": ("scenes",), "steps": 1}
+    fid = kept(score(foreign, tmp_path, suite="coco30k", resolution=16, **given))
+    assert (fid["pictures"], fid["side"]) == (24, 16)
+    assert fid["values"]["scenes.frechet"]["bias"] != 0
+
+
+def test_the_results_of_geneval_are_read_without_a_model(tmp_path: Path) -> None:
+    rows = [{"tag": task, "prompt": task, "correct": True} for task in geneval.TASKS]
+    (tmp_path / "results.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    given = {"suite": "geneval", "results": tmp_path / "results.jsonl"}
+    scored = score(tmp_path / "nowhere", tmp_path, **given)
+    assert kept(scored)["values"]["score"]["value"] == 1
+
+
+@pytest.mark.parametrize(
+    ("given", "kind", "words"),
+    [
+        ({"suite": "fid"}, BadRecipe, "there are scenes, validation"),
+        ({}, BadRecipe, "give --canvas"),
+        ({"canvas": "33"}, BadRecipe, "there are 32, 64, 64-large, 128"),
+        ({"canvas": "64"}, BadRecipe, "are 64 px and the model draws 16 px"),
+        ({"canvas": "32", "resolution": 32, "controls": True}, BadRecipe, "are for run folders"),
+        ({"suite": "validation", "number": 32}, BadRecipe, "whose loss is not known"),
+        ({"suite": "distribution"}, BadRecipe, "with --data"),
+        ({"suite": "distribution", "data": Path("no")}, BadData, "is no prepared dataset"),
+        ({"suite": "prompts"}, BadRecipe, "with --prompts"),
+        ({"suite": "prompts", "prompts": Path("no.txt")}, BadData, "cannot read the prompts"),
+        ({"suite": "prompts", "prompts": "one", "clip": "no/clip"}, BadRecipe, "no/clip"),
+        ({"suite": "geneval", "prompts": "one"}, BadData, r"evaluation_metadata\.jsonl"),
+        ({"suite": "geneval", "results": Path("no")}, BadData, "cannot read GenEval's results"),
+        ({"suite": "coco30k", "prompts": "one"}, BadRecipe, "give --reference"),
+        (
+            {
+                "suite": "coco30k",
+                "prompts": "one",
+                "reference": Path("no"),
+                "features": ("scenes",),
+            },
+            BadRecipe,
+            "draws 16 px and FID-30K is measured at 256 px",
+        ),
+        ({"sets": ("sample.steps=2",)}, BadRecipe, "--set and --best are for run folders"),
+        ({"best": True}, BadRecipe, "--set and --best are for run folders"),
+    ],
+)
+def test_what_cannot_be_scored_is_one_sentence(
+    foreign: Path, tmp_path: Path, given: dict[str, Any], kind: type[Failure], words: str
+) -> None:
+    given = {"steps": 1, "per_task": 5, **given}
+    if given.get("prompts") == "one":
+        given["prompts"] = listed(tmp_path, "a bench")
+    with pytest.raises(kind, match=words) as caught:
+        score(foreign, tmp_path / "out", **given)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "out").exists()
+
+
+def test_weights_that_are_not_there_are_named_before_a_picture_is_drawn(
+    foreign: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, prepared: Callable[..., Path]
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    data = prepared([{}] * 32)
+    given: dict[str, Any] = {"suite": "distribution", "data": data, "number": 32}
+    for name, words in (("dinov2", "1.2 GB"), ("clip", "1.7 GB"), ("no/such", "no/such")):
+        with pytest.raises(BadRecipe, match=words):
+            score(foreign, tmp_path, features=(name,), steps=1, **given)
+
+
+def test_encoders_of_the_training_do_not_judge(tiny: Path) -> None:
+    assert scoring.taught(config.load(tiny)) == frozenset()
+    assert scoring.taught(config.load(tiny, ("repa={blocks=[0]}",))) == {"dino"}
+    own = "repa={teacher='self', target=1, blocks=[0]}"
+    assert scoring.taught(config.load(tiny, (own,))) == frozenset()
+
+
+def test_a_folder_without_a_run_or_a_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(NoCheckpoint, match="is not a run folder"):
+        score(tmp_path, tmp_path)
+    recipe = config.load(tiny)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "recipe.toml").write_text(config.dump(recipe))
+    with pytest.raises(NoCheckpoint, match="holds no complete checkpoint"):
+        score(tmp_path / "run", tmp_path)
+
+
+def evaluate(*arguments: object) -> "subprocess.CompletedProcess[str]":
+    return subprocess.run(
+        [sys.executable, "-m", "daybreak", "evaluate", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
+        check=False,
+    )
+
+
+def test_the_verb_says_where_the_result_is_or_what_was_wrong(foreign: Path, tmp_path: Path) -> None:
+    asked = listed(tmp_path, "a bench", "a cup")
+    given = (foreign, "--suite", "prompts", "--prompts", asked, "--out", tmp_path / "out")
+    done = evaluate(*given, "--each", 1, "--steps", 1)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [
+        "note: no --clip was given: there is nothing to score",
+        f"score: {tmp_path / 'out' / 'prompts.json'}",
+    ]
+    listed(tmp_path, "a bench", "")
+    done = evaluate(*given)
+    assert done.returncode == 3
+    assert done.stderr.startswith("daybreak: ")
+    assert done.stderr.count("\n") == 1
