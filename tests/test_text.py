@@ -100,7 +100,7 @@ def qwen3_vl() -> tuple[Any, Any]:
     from transformers import Qwen3VLConfig, Qwen3VLForConditionalGeneration
 
     turns: dict[str, Any] = {"rope_type": "default", "rope_theta": 1e4, "mrope_section": [2, 1, 1]}
-    eye = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
+    eye: dict[str, Any] = {"depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2}
     eye |= {"out_hidden_size": 24, "num_position_embeddings": 16, "deepstack_visual_indexes": [0]}
     model = Qwen3VLForConditionalGeneration(
         Qwen3VLConfig(
