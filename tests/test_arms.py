@@ -100,8 +100,7 @@ def test_a_budget_of_flops_is_met_to_less_than_a_step(tiny: Path, times: float) 
     given = budget.parse(f"{times * whole:.6e}flop")
     fitting = arms.fit(recipe, given, arms.pace(recipe, given, Path()))
     spent = arms.costs(fitting, "flops")[-1]
-    work = flops.work(recipe, recipe.stage[1])
-    step = 16 * sum(work.picture.values()) + sum(work.step.values())
+    step = flops.of_step(recipe, recipe.stage[1], cached=False)
     assert given.amount - step < spent <= given.amount * (1 + 1e-9)
 
 
@@ -129,6 +128,13 @@ def test_a_budget_without_a_step_for_every_stage_is_refused(tiny: Path) -> None:
     recipe = two_stages(tiny)
     with pytest.raises(BadRecipe, match=r"leaves stage\.0 .* without one: give at least"):
         arms.fit(recipe, budget.parse("17images"), [8.0, 16.0])
+
+
+def test_a_recipe_with_a_budget_of_its_own_needs_one_for_all(tiny: Path, tmp_path: Path) -> None:
+    loaded = arms.named([str(tiny)], ("budget.seconds=60", "dit.depth=1"), ())
+    with pytest.raises(BadRecipe, match=r"budget\.seconds=60 has a \[budget\]"):
+        made(loaded, tmp_path)
+    assert [arm.recipe.budget for arm in made(loaded, tmp_path, "400images")] == [None] * 3
 
 
 def test_dollars_are_no_budget_of_a_comparison(tiny: Path) -> None:

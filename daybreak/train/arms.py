@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from daybreak import config
-from daybreak.config import Recipe, Stage
+from daybreak.config import Recipe
 from daybreak.evaluate import suite
 from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe
@@ -93,6 +93,11 @@ def arms(
     """
     first = loaded[0][1]
     for name, recipe in loaded:
+        if recipe.budget is not None and given is None:
+            raise BadRecipe(
+                f"{name} has a [budget], which ends a run by the clock and before its last "
+                "evaluation: give one budget for all with --budget"
+            )
         if "scenes" in evaluation.suites and asked_about(recipe) != asked_about(first):
             raise BadRecipe(
                 f"{name} is trained on other scenes than {loaded[0][0]} (canvas, objects or what "
@@ -100,7 +105,7 @@ def arms(
             )
     made: list[Arm] = []
     for name, recipe in loaded:
-        plain = _with(recipe, out="run", seed=first.seed, evaluate=None, keep=1)
+        plain = _with(recipe, out="run", seed=first.seed, budget=None, evaluate=None, keep=1)
         fitting = fit(plain, given, pace(plain, given, out)) if given else plain
         every = math.ceil(fitting.steps / points)
         whole = _with(
@@ -142,7 +147,8 @@ def pace(recipe: Recipe, given: Budget, out: Path) -> list[float]:
     if given.kind == "pictures":
         return [float(stage.batch) for stage in recipe.stage]
     if given.kind == "flops":
-        return [_flops(recipe, stage) for stage in recipe.stage]
+        cached = budget.has_words(recipe)
+        return [flops.of_step(recipe, stage, cached) for stage in recipe.stage]
     return _measured(recipe, out / "speeds.json")
 
 
@@ -186,20 +192,14 @@ def unit(given: Budget | None, target: float | None) -> Unit:
     return "pictures" if target is None else "seconds"
 
 
-def costs(recipe: Recipe, unit: Unit) -> list[float]:
+def costs(recipe: Recipe, unit: Literal["pictures", "flops"]) -> list[float]:
     """What all steps up to each step have cost, for pictures or FLOPs."""
-    total, found = 0.0, []
-    for stage in recipe.stage:
-        one = float(stage.batch) if unit == "pictures" else _flops(recipe, stage)
+    total, found, given = 0.0, [], Budget(unit, 1.0)
+    for stage, one in zip(recipe.stage, pace(recipe, given, Path()), strict=True):
         for _ in range(stage.count):
             total += one
             found.append(total)
     return found
-
-
-def _flops(recipe: Recipe, stage: Stage) -> float:
-    work = flops.work(recipe, stage, budget.has_words(recipe))
-    return stage.batch * sum(work.picture.values()) + sum(work.step.values())
 
 
 def _measured(recipe: Recipe, file: Path) -> list[float]:

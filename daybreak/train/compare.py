@@ -143,7 +143,8 @@ def read(run: Run, question: Question) -> Outcome:
     text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
     steps = [json.loads(line) for line in text.splitlines()]
     seconds = clock(run.recipe, steps)
-    costs = seconds if question.unit == "seconds" else plan.costs(run.recipe, question.unit)
+    unit = question.unit
+    costs = seconds if unit == "seconds" else plan.costs(run.recipe, unit)
     curve = [(costs[line["step"] - 1], evaluations.value(line, question.metric)) for line in taken]
     done = bool(taken) and taken[-1]["step"] == run.recipe.steps
     return Outcome(

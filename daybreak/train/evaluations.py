@@ -22,7 +22,6 @@ import torch.distributed as dist
 
 from daybreak.config import Recipe
 from daybreak.data.scenes import Config as Scenes
-from daybreak.evaluate import artist, interim, suite
 from daybreak.failure import BadStorage, NoCheckpoint
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import checkpoint, runs
@@ -71,6 +70,8 @@ def take(recipe: Recipe, run: Path, model: TextToImage, step: int) -> Taken:
 
     Errors  those of the suites; BadStorage.
     """
+    from daybreak.evaluate import artist, interim, suite  # SciPy: half a second for most runs
+
     config = recipe.evaluate
     assert config is not None
     began = time.monotonic()
@@ -107,6 +108,8 @@ def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
 
     A stage at another resolution draws other pictures, so its first evaluation is always the best.
     """
+    from daybreak.evaluate import suite
+
     sign = -1 if suite.lower_is_better(metric) else 1
     rivals = [
         sign * value(line, metric)

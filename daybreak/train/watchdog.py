@@ -1,0 +1,125 @@
+"""A run that hangs says where, and ends.
+
+A rank that waits for another waits for ever and in silence. So a thread of each rank counts the
+seconds since the last step. When they are too many it prints what every thread of its process is
+doing, and all ranks do so at about the same time: the one whose stack is not in a collective is
+the one that the others wait for. A rank that does not even answer is named.
+
+Limits  a hang that never lets go of Python's lock (in C code) stops this thread too; the other
+        ranks then name that rank.
+"""
+
+import faulthandler
+import os
+import statistics
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from datetime import timedelta
+from typing import Self, TextIO
+
+import torch.distributed as dist
+
+from daybreak.failure import LostPeer
+from daybreak.train.parallel import World
+
+FIRST = 5  # times the limit for what happens once: compilation, first pictures
+USUAL = 10  # times the median of the last steps
+ANSWER = 5.0  # seconds in which the other ranks say that they noticed too
+
+
+class Watchdog:
+    """Ends the process with code 6 if no step is done for `limit` seconds and ten usual steps.
+
+        with Watchdog(here, config.step_timeout, leave) as watchdog:
+            for ...:
+                watchdog.beat(step)
+                with watchdog.patience(600): save
+
+    `leave` hears the sentence last, from the thread: to write down why the run has ended.
+    """
+
+    def __init__(
+        self,
+        here: World,
+        limit: float,
+        leave: Callable[[str], object],
+        stream: TextIO | None = None,
+    ) -> None:
+        self.here, self.limit, self.leave = here, limit, leave
+        self.store = here.store.clone()  # type: ignore[attr-defined]  # no other thread waits on it
+        self.store.set_timeout(timedelta(seconds=ANSWER))
+        self.names = [f"rank {rank}" for rank in range(here.size)]
+        self.stream = stream or sys.stderr
+        self.step: int | None = None
+        self.durations: deque[float] = deque(maxlen=20)
+        self.last = time.monotonic()
+        self.allowed = FIRST * limit
+        self.done = threading.Event()
+        self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
+
+    def __enter__(self) -> Self:
+        """Begin to count."""
+        self.last = time.monotonic()
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop counting."""
+        self.done.set()
+        self.thread.join()
+
+    def beat(self, step: int) -> None:
+        """Say that a step is done."""
+        now = time.monotonic()
+        if self.step is not None:
+            self.durations.append(now - self.last)
+        self.allowed = max(self.limit, USUAL * statistics.median(self.durations or [0.0]))
+        self.step, self.last = step, now
+
+    @contextmanager
+    def patience(self, seconds: float) -> Iterator[None]:
+        """Allow what is inside so many seconds, if that is more; on all ranks or on none."""
+        before, self.allowed = self.allowed, max(self.allowed, seconds)
+        self.last = time.monotonic()
+        yield
+        self.allowed, self.last = before, time.monotonic()
+
+    def _watch(self) -> None:
+        while not self.done.wait(min(1.0, self.limit / 10)):
+            waited = time.monotonic() - self.last
+            if waited > self.allowed:
+                self._end(waited)
+
+    def _end(self, waited: float) -> None:
+        """Print the stacks, wait for the others to do so, and leave."""
+        rank = self.here.rank
+        print(f"rank {rank}: no step for {waited:.0f} s; its threads:", file=self.stream)
+        self.stream.flush()
+        faulthandler.dump_traceback(self.stream)
+        after = "the first step" if self.step is None else f"a step after {self.step}"
+        sentence = f"rank {rank} of {self.here.size} waited {waited:.0f} s for {after} to be done"
+        silent = self._silent()
+        if silent:
+            sentence += f"; {', '.join(silent)} does not answer"
+        print(f"daybreak: {sentence}; the stacks above say where", file=self.stream, flush=True)
+        with suppress(Exception):
+            self.leave(sentence)
+        os._exit(LostPeer.code)
+
+    def _silent(self) -> list[str]:
+        """Return the ranks that have not noticed within a few seconds."""
+        until = time.monotonic() + ANSWER
+        silent: list[str] = []
+        with suppress(dist.DistError):  # who keeps the notes may be gone first
+            self.store.set(f"rank {self.here.rank} hangs", "")
+            while silent := [
+                name for name in self.names if not self.store.check([f"{name} hangs"])
+            ]:
+                if time.monotonic() > until:
+                    break
+                time.sleep(0.1)
+        return silent

@@ -1,0 +1,115 @@
+"""A run that hangs says where, and ends.
+
+Run as a script under torchrun's environment, this file is what each rank does.
+"""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+from daybreak.failure import LostPeer
+from daybreak.train import parallel
+from daybreak.train.watchdog import Watchdog
+
+LIMIT = 1.0
+
+
+def spin() -> None:
+    """Hang as a careless loop does."""
+    while True:
+        pass
+
+
+def main(how: str, out: Path) -> None:
+    """Let the last rank hang after a few steps."""
+    with (
+        parallel.world(parallel.Config(start_timeout=60)) as here,
+        Watchdog(here, LIMIT, (out / f"rank-{here.rank}").write_text) as watchdog,
+    ):
+        for step in range(1, 4):
+            parallel.gather(here, torch.ones(1))
+            watchdog.beat(step)
+        if how == "patience":
+            with watchdog.patience(60):
+                time.sleep(3 * LIMIT)
+            watchdog.beat(4)
+            time.sleep(0.5 * LIMIT)
+            return
+        if here.rank == here.size - 1:
+            if how == "stops":
+                os.kill(os.getpid(), signal.SIGSTOP)
+            spin()
+        parallel.gather(here, torch.ones(1))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], Path(sys.argv[2]))
+
+
+@contextmanager
+def ranks(size: int, how: str, out: Path) -> Iterator[list["subprocess.Popen[str]"]]:
+    """Start processes that know of one another; none is left behind."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, how, str(out)],
+            env=os.environ
+            | {"OMP_NUM_THREADS": "1"}
+            | ({**meeting, "RANK": str(rank)} if size > 1 else {}),
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(size)
+    ]
+    try:
+        yield started
+    finally:
+        for process in started:
+            process.kill()
+            process.communicate()
+
+
+def test_a_hang_ends_with_its_stack_and_a_reason(tmp_path: Path) -> None:
+    with ranks(1, "spins", tmp_path) as (alone,):
+        _, said = alone.communicate(timeout=60)
+    assert alone.returncode == LostPeer.code
+    assert "in spin" in said
+    reason = (tmp_path / "rank-0").read_text()
+    assert "for a step after 3 to be done" in reason
+    assert reason in said
+
+
+def test_every_rank_shows_its_stack(tmp_path: Path) -> None:
+    with ranks(2, "spins", tmp_path) as started:
+        said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [LostPeer.code] * 2
+    assert "in gather" in said[0]
+    assert "in spin" in said[1]
+    assert not any("does not answer" in text for text in said)
+
+
+def test_a_rank_that_cannot_answer_is_named(tmp_path: Path) -> None:
+    with ranks(2, "stops", tmp_path) as started:
+        _, said = started[0].communicate(timeout=60)
+        assert started[0].returncode == LostPeer.code
+    assert "in gather" in said
+    assert "rank 1 does not answer" in said
+
+
+def test_what_may_take_long_is_waited_for(tmp_path: Path) -> None:
+    with ranks(1, "patience", tmp_path) as (alone,):
+        _, said = alone.communicate(timeout=60)
+    assert alone.returncode == 0, said
+    assert not list(tmp_path.iterdir())
