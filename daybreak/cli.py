@@ -217,6 +217,7 @@ def sample(
     prompt: Annotated[list[str], typer.Argument(help="One prompt or several.")],
     run: Annotated[Path, typer.Option(help="The run folder whose model draws.")],
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 4,
+    best: Best = False,
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture.")] = 0,
@@ -230,9 +231,10 @@ def sample(
 
     from daybreak import config
     from daybreak.generate import draw, grid
-    from daybreak.train import runs
+    from daybreak.train import evaluations, runs
 
-    recipe, found, model = runs.trained(run)
+    chosen = evaluations.best(run) if best else None
+    recipe, found, model = runs.trained(run, chosen=chosen)
     prompts = [words for words in prompt for _ in range(count)]
     seeds = list(range(seed, seed + len(prompts)))
     digest = config.digest(recipe)
@@ -438,6 +440,7 @@ def compare(
 @app.command()
 def export(
     run: Run,
+    best: Best = False,
     out: Annotated[Path | None, typer.Option(help="Folder; RUN/pipeline if left out.")] = None,
 ) -> None:
     """Write a folder that Hugging Face diffusers loads as it is."""
@@ -445,9 +448,10 @@ def export(
 
     from daybreak import config
     from daybreak.generate import pipeline
-    from daybreak.train import runs
+    from daybreak.train import evaluations, runs
 
-    recipe, found, model = runs.trained(run, torch.float32)
+    chosen = evaluations.best(run) if best else None
+    recipe, found, model = runs.trained(run, torch.float32, chosen)
     facts = (
         ("recipe", config.digest(recipe)),
         ("steps", f"{found.step} of {recipe.steps}"),

@@ -172,5 +172,8 @@ def test_scores_of_other_scenes_are_not_compared(tiny: Path, tmp_path: Path) -> 
 
 def test_a_metric_that_an_arm_cannot_have_is_refused(tiny: Path, tmp_path: Path) -> None:
     recipe = config.load(tiny, ("data.source='somewhere'",), ("scenes",))
-    with pytest.raises(BadRecipe, match=r"evaluate\.data"):
+    with pytest.raises(BadRecipe, match=r"tiny is not trained on scenes: .* with --data"):
         made([("tiny", recipe)], tmp_path)
+    asked = Evaluate(every=1, suites=("distribution",), data="held")
+    with pytest.raises(BadRecipe, match="--features"):
+        arms.arms([("tiny", recipe)], None, asked, 4, tmp_path)

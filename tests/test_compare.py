@@ -8,8 +8,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 from scipy import stats
+from typer.testing import CliRunner
 
-from daybreak import config
+from daybreak import cli, config
 from daybreak.config import Recipe
 from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe
@@ -259,12 +260,63 @@ def test_a_value_that_was_not_measured_is_refused_with_those_that_were(
     made = arms.arms([("a", recipe)], None, asked, 1, tmp_path)
     run = next(arms.runs(made, 1, tmp_path))
     assert compare.run([run], made, lambda line: None) == 0
-    with pytest.raises(BadRecipe, match=r"has no scenes\.three: there are scenes\.exact"):
+    with pytest.raises(BadRecipe, match=r"scenes\.three was not measured: there are scenes\.exact"):
         compare.read(run, Question("scenes.three"))
     passed = compare.read(run, QUESTION).passed
     assert len(passed) == 30, "six tasks of five prompts; what is held out is another metric"
     assert len(compare.read(run, Question("scenes.position")).passed) == 5
     assert len(compare.read(run, Question("scenes.H1")).passed) == 5
+
+
+# The verb
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("{tiny}",), "there is nothing to compare with"),
+        (("{tiny}", "{tiny}", "--metric", "scenes.accuracy"), "there are exact, single"),
+        (("{tiny}", "{tiny}", "--budget", "5usd"), "give --budget in min, flop or images"),
+        (("{tiny}", "{tiny}", "--budget", "3images"), "without one: give at least"),
+        (("{tiny}", "{tiny}", "--without", "muon"), "make arms of one recipe"),
+        (("{tiny}", "{pictures}"), "pictures is not trained on scenes: give a --metric"),
+        (("{tiny}", "--without", "moun"), "did you mean muon"),
+        (("{tiny}", "{tiny}", "--record", "{folder}"), "is there already"),
+        (("{tiny}", "nowhere.toml"), "there is no recipe 'nowhere.toml'"),
+    ],
+)
+def test_what_cannot_be_compared_is_refused_before_the_first_run(
+    tiny: Path, tmp_path: Path, arguments: Sequence[str], words: str
+) -> None:
+    other = tmp_path / "pictures.toml"
+    text = tiny.read_text().replace('[scenes]\ncanvas = "32"\n', "")
+    other.write_text(text.replace('"scenes"', '"somewhere"'))
+    filled = [one.format(tiny=tiny, folder=tmp_path, pictures=other) for one in arguments]
+    out = tmp_path / "out"
+    done = CliRunner().invoke(cli.app, ["compare", *filled, "--out", str(out)])
+    assert isinstance(done.exception, BadRecipe)
+    assert words in str(done.exception)
+    assert "\n" not in str(done.exception)
+    assert not out.exists()
+
+
+def test_one_command_trains_compares_and_records(
+    quick: tuple[Path, Evaluate], tmp_path: Path
+) -> None:
+    path, asked = quick
+    arguments = ["compare", path, "--set", "stage.0.lr=1e-5", "--seeds", 2, "--budget", "48images"]
+    arguments += ["--metric", "validation.loss", "--pictures", 32, "--data", asked.data]
+    arguments += ["--target", "1e9", "--out", tmp_path / "o", "--record", tmp_path / "r"]
+    done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
+    assert done.exit_code == 0, done.output
+    assert "nothing is resolved by 2 seeds: give --seeds 5" in done.stdout
+    assert "stage.0.lr=1e-5 against tiny: not resolved" in done.stdout
+    for folder in (tmp_path / "o", tmp_path / "r"):
+        kept = json.loads((folder / "comparison.json").read_text())
+        assert [arm["pictures"] for arm in kept["arms"]] == [48, 48]
+        assert kept["question"]["budget"] == "48images"
+        assert (folder / "chart.png").is_file()
+    assert len(list((tmp_path / "r" / "logs").iterdir())) == 8
 
 
 @pytest.mark.slow

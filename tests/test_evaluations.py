@@ -146,6 +146,8 @@ PICTURES = ('data.source="somewhere"',)
         (("evaluate={suites=['validation']}",), (), r"evaluate\.every is missing"),
         (("evaluate={every=5, suites=['geneval']}",), (), "geneval"),
         (("evaluate={every=5, best='scenes.exact'}",), (), "is of a suite that is not measured"),
+        (("evaluate={every=5, best='loss'}",), (), "name a suite"),
+        (("evaluate={every=5, best='validation.los'}",), (), "there are loss, velocity"),
         (("evaluate={every=5, bst='x'}",), (), "did you mean best"),
         ((*PICTURES, "evaluate={every=5, suites=['scenes']}"), ("scenes",), "names scenes, but"),
         ((*PICTURES, "evaluate={every=5}"), ("scenes",), r"evaluate\.data"),

@@ -75,7 +75,7 @@ def distribution(
             _keep(places[number], reference)
         found, said = compare(extractor, np.concatenate(drawn[number]), reference)
         values |= found
-        remarks += said + _partial(artist, extractor)
+        remarks += said + _taught_by(artist, extractor)
     details = {
         "examples": examples.digest,
         "source": examples.source,
@@ -126,7 +126,7 @@ def coco30k(
         if progress is not None:
             progress(first + len(some), len(texts))
     values, remarks = compare(extractor, np.concatenate(found), true.features)
-    remarks += _partial(artist, extractor)
+    remarks += _taught_by(artist, extractor)
     if clip is not None:
         values["clip_score"] = mean(np.concatenate(scores))
         remarks += _cut(cut)
@@ -164,7 +164,7 @@ def compare(
     return {f"{name}.{key}": value for key, value in values.items()}, remarks
 
 
-def _partial(artist: Artist, extractor: Extractor) -> list[str]:
+def _taught_by(artist: Artist, extractor: Extractor) -> list[str]:
     families = [family for family in artist.taught if family in extractor.name]
     return [
         f"{extractor.name} took part in the training of this model: look at its distances, and "

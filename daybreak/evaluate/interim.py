@@ -45,11 +45,14 @@ class Config(BaseModel):
 
     @model_validator(mode="after")
     def _measures_what_it_keeps(self) -> "Config":
-        if self.best is not None and self.best.partition(".")[0] not in self.suites:
-            raise ValueError(
-                f"best = {self.best!r} is of a suite that is not measured: there are "
-                f"{', '.join(self.suites)}, as in scenes.exact or validation.loss"
-            )
+        if self.best is not None:
+            from daybreak.evaluate import suite
+
+            if suite.suite_of(self.best) not in self.suites:
+                raise ValueError(
+                    f"best = {self.best!r} is of a suite that is not measured: there are "
+                    f"{', '.join(self.suites)}"
+                )
         return self
 
     def check(self, on_scenes: bool) -> None:

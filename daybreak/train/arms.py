@@ -98,6 +98,14 @@ def arms(
                 f"{name} has a [budget], which ends a run by the clock and before its last "
                 "evaluation: give one budget for all with --budget"
             )
+        on_scenes = recipe.data.source == "scenes"
+        if not on_scenes and (evaluation.data is None or "scenes" in evaluation.suites):
+            raise BadRecipe(
+                f"{name} is not trained on scenes: give a --metric of validation or distribution, "
+                "and a prepared dataset that is not trained on with --data"
+            )
+        if "distribution" in evaluation.suites and not on_scenes and evaluation.features is None:
+            raise BadRecipe("a --metric of distribution needs its network: give it with --features")
         if "scenes" in evaluation.suites and asked_about(recipe) != asked_about(first):
             raise BadRecipe(
                 f"{name} is trained on other scenes than {loaded[0][0]} (canvas, objects or what "

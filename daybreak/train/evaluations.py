@@ -22,7 +22,7 @@ import torch.distributed as dist
 
 from daybreak.config import Recipe
 from daybreak.data.scenes import Config as Scenes
-from daybreak.failure import BadStorage, NoCheckpoint
+from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import checkpoint, runs
 from daybreak.train.checkpoint import Checkpoint
@@ -120,7 +120,12 @@ def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
 
 
 def value(line: Mapping[str, Any], metric: str) -> float:
-    """A value of one evaluation, NaN if it was not finite. Errors: KeyError if not measured."""
+    """A value of one evaluation, NaN if it was not finite.
+
+    Errors  BadRecipe, naming what there is, for a metric that this run cannot be measured by.
+    """
+    if metric not in line["values"]:
+        raise BadRecipe(f"{metric} was not measured: there are {', '.join(line['values'])}")
     found = line["values"][metric]["value"]
     return math.nan if found is None else float(found)
 
