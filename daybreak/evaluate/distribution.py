@@ -14,13 +14,10 @@ Shapes  pictures (n, h, w, 3) uint8; features (n, f).
 """
 
 import hashlib
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
 
 from daybreak.data import images
 from daybreak.evaluate import clip_score, distances, features
@@ -31,7 +28,7 @@ from daybreak.evaluate.examples import Examples
 from daybreak.evaluate.features import Extractor, Features
 from daybreak.evaluate.prompts import Prompts
 from daybreak.evaluate.suite import Progress, Result, mean
-from daybreak.failure import BadData, BadRecipe, BadStorage
+from daybreak.failure import BadData, BadRecipe
 
 BATCH = 64
 COCO_SIDE = 256  # pixels of FID-30K
@@ -51,7 +48,7 @@ def distribution(
     Errors  BadData for too few pictures; BadStorage if the cache cannot be written.
     """
     places = [_place(cache, examples.digest, extractor) for extractor in extractors]
-    known = [_kept(place, examples.total) for place in places]
+    known = [features.kept(place, examples.total) for place in places]
     drawn: list[list[Features]] = [[] for _ in extractors]
     true: list[list[Features]] = [[] for _ in extractors]
     done = 0
@@ -72,7 +69,7 @@ def distribution(
         reference = known[number]
         if reference is None:
             reference = np.concatenate(true[number])
-            _keep(places[number], reference)
+            features.keep(places[number], reference)
         found, said = compare(extractor, np.concatenate(drawn[number]), reference)
         values |= found
         remarks += said + _taught_by(artist, extractor)
@@ -183,24 +180,3 @@ def _cut(number: int) -> list[str]:
 def _place(cache: Path, examples: str, extractor: Extractor) -> Path:
     whole = f"{examples} {extractor.name} {extractor.digest}"
     return cache / f"{hashlib.sha256(whole.encode()).hexdigest()[:16]}.safetensors"
-
-
-def _kept(place: Path, number: int) -> Features | None:
-    """Features from the cache; None if they are not there or not whole."""
-    try:
-        found: Features = load_file(place)["features"]
-    except (OSError, SafetensorError, KeyError):
-        return None
-    return found if len(found) == number else None
-
-
-def _keep(place: Path, found: Features) -> None:
-    staged = place.with_suffix(f".{os.getpid()}")
-    try:
-        place.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": found}, staged)
-        staged.replace(place)
-    except OSError as error:
-        raise BadStorage(
-            f"cannot keep the reference in {place.parent}: {error.strerror}"
-        ) from error

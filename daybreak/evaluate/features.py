@@ -269,32 +269,39 @@ def reference(
         parts_of_key = [VERSION, height, width, extractor.name, extractor.digest, *sorted(hashes)]
         digest = hashlib.sha256(json.dumps(parts_of_key).encode()).hexdigest()[:16]
         place = cache / f"{digest}.safetensors"
-        kept = _kept(place, len(files))
-        if kept is not None:
-            return Reference(kept, digest)
+        known = kept(place, len(files))
+        if known is not None:
+            return Reference(known, digest)
         parts = []
         for first in range(0, len(ordered), BATCH):
             some = ordered[first : first + BATCH]
             pictures = np.stack(list(pool.map(lambda file: _read(file, height, width), some)))
             parts.append(extract(extractor, pictures))
     features = np.concatenate(parts)
-    staged = place.with_suffix(f".{os.getpid()}")
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features}, staged)
-        staged.replace(place)
-    except OSError as error:
-        raise BadStorage(f"cannot keep the reference in {cache}: {error.strerror}") from error
+    keep(place, features)
     return Reference(features, digest)
 
 
-def _kept(place: Path, number: int) -> Features | None:
-    """Features found in the cache; None if they are not there or not whole."""
+def kept(place: Path, number: int) -> Features | None:
+    """Features found in a cache; None if they are not there or not whole."""
     try:
-        features: Features = load_file(place)["features"]
+        found: Features = load_file(place)["features"]
     except (OSError, SafetensorError, KeyError):
         return None
-    return features if len(features) == number else None
+    return found if len(found) == number else None
+
+
+def keep(place: Path, features: Features) -> None:
+    """Put features into a cache, whole or not at all. Errors: BadStorage."""
+    staged = place.with_suffix(f".{os.getpid()}")
+    try:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        save_file({"features": features}, staged)
+        staged.replace(place)
+    except OSError as error:
+        raise BadStorage(
+            f"cannot keep the reference in {place.parent}: {error.strerror}"
+        ) from error
 
 
 def _read(file: Path, height: int, width: int) -> Pictures:

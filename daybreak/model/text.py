@@ -23,14 +23,13 @@ from typing import Any, NamedTuple
 
 import ftfy
 import torch
-from huggingface_hub.errors import GatedRepoError
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from torch.func import functional_call
 
 from daybreak.failure import BadRecipe
+from daybreak.model import hub
 
 LENGTH_STEP = 8  # token counts are rounded up to multiples of it: few shapes, few compilations
 
@@ -237,28 +236,17 @@ def pretrained(
 
     source = str(config.encoder)
     remedy = "give text.encoder a local folder that holds it"
-    try:
-        with _quietly():
-            tokenizer = framed(AutoTokenizer.from_pretrained(source), config)
-            described = AutoConfig.from_pretrained(source)
-            _shorten(words_of(described), config)
-            is_encoder = type(described) in AutoModelForTextEncoding._model_mapping
-            if is_encoder:
-                described.is_encoder_decoder = False
-            loader = AutoModelForTextEncoding if is_encoder else AutoModel
-            encoder, report = loader.from_pretrained(
-                source, config=described, dtype=compute, output_loading_info=True
-            )
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error.__cause__, GatedRepoError):
-            raise BadRecipe(
-                f"text.encoder = {source!r} is gated: accept its licence at https://hf.co/{source} "
-                f"and log in with hf auth login, or {remedy}"
-            ) from error
-        raise BadRecipe(
-            f"text.encoder = {source!r} is neither a local folder nor a model that can be loaded "
-            f"from the hub ({str(error).splitlines()[0]}): {remedy}"
-        ) from error
+    with hub.loading("text.encoder", source, remedy), _quietly():
+        tokenizer = framed(AutoTokenizer.from_pretrained(source), config)
+        described = AutoConfig.from_pretrained(source)
+        _shorten(words_of(described), config)
+        is_encoder = type(described) in AutoModelForTextEncoding._model_mapping
+        if is_encoder:
+            described.is_encoder_decoder = False
+        loader = AutoModelForTextEncoding if is_encoder else AutoModel
+        encoder, report = loader.from_pretrained(
+            source, config=described, dtype=compute, output_loading_info=True
+        )
     if "text_config" in described.sub_configs:
         encoder = encoder.get_decoder()
     # What a checkpoint does not hold is random and no error to `transformers`.

@@ -16,12 +16,11 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from huggingface_hub.errors import GatedRepoError
 from jaxtyping import Float
-from safetensors import SafetensorError
 from torch import Tensor
 
 from daybreak.failure import BadRecipe
+from daybreak.model import hub
 
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
@@ -79,21 +78,11 @@ def load(
 
     section = key.partition(".")[0]
     remedy = f"give {key} a local folder that holds it, or leave it out with --without {section}"
-    try:
+    with hub.loading(key, source, remedy):
         kind = AutoConfig.from_pretrained(source).model_type
         if kind not in KINDS:
             raise BadRecipe(f"{key} = {source!r} is a {kind}, not one of {', '.join(KINDS)}")
         network, report = AutoModel.from_pretrained(source, dtype=compute, output_loading_info=True)
-    except (OSError, ValueError, SafetensorError) as error:
-        if isinstance(error.__cause__, GatedRepoError):
-            raise BadRecipe(
-                f"{key} = {source!r} is gated: accept its licence at https://hf.co/{source} and "
-                f"log in with hf auth login, or {remedy}"
-            ) from error
-        raise BadRecipe(
-            f"{key} = {source!r} is neither a local folder nor a model that can be loaded from the "
-            f"hub ({str(error).splitlines()[0]}): {remedy}"
-        ) from error
     absent = [name for name in report["missing_keys"] if not name.endswith("mask_token")]
     if absent:
         raise BadRecipe(f"{key} = {source!r} lacks weights ({absent[0]}, ...): download it anew")

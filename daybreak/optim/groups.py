@@ -15,8 +15,6 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
-from daybreak.optim.muon import Muon
-
 
 class MuonConfig(BaseModel):
     """Momentum, made orthogonal; for matrices of the blocks, with those of `modulation` or not."""
@@ -78,6 +76,9 @@ def optimizers(
         )
     }
     if muon and matrices:
+        # Sharded tensors take a third of a second to import; reading a recipe needs none.
+        from daybreak.optim.muon import Muon
+
         shared["muon"] = (
             Muon(matrices, lr=0.0, momentum=muon.momentum, weight_decay=muon.weight_decay),
             muon.rate,

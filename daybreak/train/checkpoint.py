@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from daybreak.data import disk
 from daybreak.failure import BadStorage, NoCheckpoint
 from daybreak.model.text_to_image import TextToImage
 
@@ -76,7 +77,7 @@ def save(
             _remove(target)
         staged.rename(target)
         staged = None
-        _sync(run)
+        disk.sync(run)
         _point(run / "latest", target.name)
     except (OSError, SafetensorError) as error:
         raise BadStorage(
@@ -209,24 +210,16 @@ def _restore(optimizers: dict[str, tuple[Optimizer, float]], tensors: dict[str, 
 def _seal(folder: Path, step: int) -> None:
     """Sync every file, then write the manifest that makes the folder a checkpoint."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    for path in files:
-        _sync(path)
     manifest = {
         "schema": SCHEMA,
         "step": step,
         "torch": torch.__version__,
-        "files": {
-            path.relative_to(folder).as_posix(): {
-                "bytes": path.stat().st_size,
-                "sha256": _sha256(path),
-            }
-            for path in files
-        },
+        "files": {path.relative_to(folder).as_posix(): disk.sealed(path) for path in files},
     }
     _write_json(folder / "manifest.json", manifest)
-    _sync(folder / "manifest.json")
+    disk.sync(folder / "manifest.json")
     for inner in {path.parent for path in files} | {folder}:
-        _sync(inner)
+        disk.sync(inner)
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
@@ -236,15 +229,6 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Ask the disk to hold a file, or a folder's list of names."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def _point(link: Path, name: str) -> None:
