@@ -252,6 +252,11 @@ def test_real_steps_set_the_pace_of_a_plan(tiny: Path) -> None:
     assert not Path(recipe.out).exists()
 
 
+def test_what_a_run_may_spend_does_not_cut_its_measuring_short(tiny: Path) -> None:
+    recipe = config.load(tiny, ("budget.flops=1.0",))
+    assert measure.steps(recipe, 1)[0] > 0
+
+
 @pytest.mark.slow
 def test_data_that_is_not_there_is_replaced_for_measuring(tiny: Path) -> None:
     recipe = config.load(tiny, ('data.source="nowhere"',), ("scenes",))

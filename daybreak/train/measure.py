@@ -79,6 +79,7 @@ def _shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
         "stage": tuple(stages),
         "save_every": never,
         "evaluate": None,
+        "budget": None,
         "sample": recipe.sample.model_copy(update={"every": never, "steps": 1, "prompts": ("",)}),
     }
     if recipe.data.source != "scenes" and not all(Path(f).exists() for f, _ in recipe.data.folders):
