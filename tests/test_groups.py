@@ -19,7 +19,7 @@ def model() -> TextToImage:
     )
 
 
-def test_muon_has_the_matrices_of_the_blocks_and_adamw_everything_else(model: TextToImage) -> None:
+def test_muon_has_the_matrices_of_all_layers_and_adamw_everything_else(model: TextToImage) -> None:
     shared = groups.optimizers(model, groups.MuonConfig(), groups.AdamWConfig())
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     owned = {
@@ -36,6 +36,15 @@ def test_muon_has_the_matrices_of_the_blocks_and_adamw_everything_else(model: Te
             "gate_proj",
             "up_proj",
             "down_proj",
+        )
+    } | {
+        f"text.encoder.layers.0.{matrix}.weight"
+        for matrix in (
+            "conv.in_proj",
+            "conv.out_proj",
+            "feed_forward.w1",
+            "feed_forward.w2",
+            "feed_forward.w3",
         )
     }
     assert owned["adamw"] == set(names.values()) - owned["muon"]

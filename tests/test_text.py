@@ -54,6 +54,18 @@ def test_the_other_captions_of_a_batch_change_nothing() -> None:
     torch.testing.assert_close(alone.tokens[0, :4], together.tokens[0, :4], atol=1e-5, rtol=1e-4)
 
 
+def test_a_word_knows_the_words_before_it_from_the_first_step() -> None:
+    encoder = scratch()
+    captions = ["a red circle left of a green star", "a green circle left of a red star"]
+    one, other = encoder(captions).tokens
+    length = one.norm(dim=-1)
+    unlike = (one - other).norm(dim=-1) / length
+    circle, left = 2, 3
+    assert unlike[circle] > 0.1
+    assert unlike[left] > 0.1
+    assert unlike[0] == 0  # nothing stands before it
+
+
 def test_an_encoder_from_nothing_learns_and_computes_in_the_precision_asked_for() -> None:
     encoder = scratch()
     encoder.compute = torch.bfloat16

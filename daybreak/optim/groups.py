@@ -1,7 +1,7 @@
 """Which weight learns with which optimiser, and how fast.
 
-    matrices of the blocks, except the modulation      Muon
-    everything else                                    AdamW
+    matrices of the blocks, except the modulation, and of the encoder's layers      Muon
+    everything else                                                                 AdamW
 
 Muon's step is scaled to the size of an AdamW step (RMS 0.2 times the rate), so one learning rate
 serves both; `rate` in `[muon]` or `[adamw]` multiplies it for that group. Modulation matrices stay
@@ -15,9 +15,11 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+LAYERS = ("dit.blocks.", "text.encoder.layers.")  # of the denoiser, and of the words
+
 
 class MuonConfig(BaseModel):
-    """Momentum, made orthogonal; for matrices of the blocks, with those of `modulation` or not."""
+    """Momentum, made orthogonal; for matrices of blocks, with those of `modulation` or not."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -28,7 +30,7 @@ class MuonConfig(BaseModel):
 
 
 class AdamWConfig(BaseModel):
-    """For vectors, embeddings, modulation, the first and last layers, text encoder, projectors."""
+    """For vectors, embeddings, modulation, the first and last layers, projectors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -40,7 +42,7 @@ class AdamWConfig(BaseModel):
 
 def is_muon(name: str, parameter: nn.Parameter, muon: MuonConfig | None) -> bool:
     """Tell whether a weight of this name and shape belongs to Muon."""
-    if muon is None or "dit.blocks." not in name or parameter.ndim != 2:
+    if muon is None or parameter.ndim != 2 or not any(place in name for place in LAYERS):
         return False
     return muon.modulation or "modulation" not in name
 

@@ -200,7 +200,11 @@ def learned(recipe: Recipe) -> list[tuple[torch.Size, str]]:
         mine = groups.is_muon(f"dit.{name}", weight, recipe.muon)
         shapes.append((weight.shape, "muon" if mine else "adamw"))
     if recipe.text.encoder is None:
-        shapes.append((torch.Size([encoder.weights]), "adamw"))
+        owner = "muon" if recipe.muon else "adamw"
+        matrices = [shape for n in range(encoder.layers) for shape in _layer(encoder, n)]
+        shapes += [(shape, owner) for shape in matrices]
+        rest = encoder.weights - sum(shape.numel() for shape in matrices)
+        shapes.append((torch.Size([rest]), "adamw"))
     if recipe.repa:
         with torch.device("meta"):
             head = repa.Repa(recipe.repa, recipe.dit.width, target(recipe))
@@ -208,8 +212,15 @@ def learned(recipe: Recipe) -> list[tuple[torch.Size, str]]:
     return shapes
 
 
+def _layer(encoder: Network, number: int) -> list[torch.Size]:
+    """Matrices of a layer of the small LFM2: convolution or attention, then the MLP."""
+    width, mlp = encoder.width, encoder.mlp
+    mixing = [(width, width)] * 4 if number % 2 else [(3 * width, width), (width, width)]
+    return [torch.Size(shape) for shape in [*mixing, (mlp, width), (mlp, width), (width, mlp)]]
+
+
 def text_encoder(recipe: Recipe) -> Network:
-    """The encoder that the recipe names, or the small T5 that trains from nothing."""
+    """The encoder that the recipe names, or the small LFM2 that trains from nothing."""
     if recipe.text.encoder is not None:
         whole = networks.named(recipe.text.encoder, "text.encoder")
         return whole._replace(layers=whole.layers - recipe.text.skip)

@@ -121,7 +121,7 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
     if route:
         total += Saved(c * n * size.width, 0)  # the tokens, put back together
     if recipe.text.encoder is None:
-        total += scratch_encoder(text, recipe.text.heads, l, dtype)
+        total += scratch_encoder(text, l, dtype)
     if recipe.repa and flops.active(recipe, stage, "repa"):
         compared = sum(flops.walking(recipe, stage, block) for block in recipe.repa.blocks)
         total += Saved(compared * flops.target(recipe) * (5 * c + 2 * FULL), 0)
@@ -225,16 +225,16 @@ def _kept(size: dit.Config, n: int, l: int, dtype: torch.dtype, pictures: int) -
         return sum(size for at, (size, _) in storages.items() if at not in own)
 
 
-def scratch_encoder(text: Network, heads: int, l: int, dtype: torch.dtype) -> Saved:  # noqa: E741
-    """What the small T5 keeps, as `transformers` writes it.
+def scratch_encoder(text: Network, l: int, dtype: torch.dtype) -> Saved:  # noqa: E741
+    """What the small LFM2 keeps, as `transformers` writes it.
 
-    Of each word, in each layer: seven numbers of the MLP's width, ten to twelve of its own, five of
-    them always float32, and its scores.
+    Of each word, in each layer: four times the MLP's width, ten times its own, and in float32 twice
+    its own, or four times where words attend; outside the layers twice its width.
     """
-    c = dtype.itemsize
-    word = 7 * c * text.mlp + text.width * (7 * c + 5 * FULL if c < FULL else 10 * FULL)
-    layer = Saved(l * word + FULL * heads * l**2, _copies(text.block, dtype))
-    return layer.times(text.layers) + Saved(2 * FULL * l * text.width, 0)
+    c, attending = dtype.itemsize, text.layers // 2
+    word = c * (4 * text.mlp + 10 * text.width) + 2 * FULL * text.width
+    layers = Saved(l * word, _copies(text.block, dtype)).times(text.layers)
+    return layers + Saved((2 * FULL * attending + c + FULL) * l * text.width, 0)
 
 
 def _copies(weights: int, dtype: torch.dtype) -> float:
