@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
@@ -191,6 +191,9 @@ def train(
     budget: Annotated[
         str | None, typer.Option(help="End in time: 90s, 24h, 4e20flop. Counts over restarts.")
     ] = None,
+    changed: Annotated[
+        bool, typer.Option("--changed", help="Continue although recipe or data have changed.")
+    ] = False,
 ) -> None:
     """Train a recipe; the same command again continues where it stopped."""
     from daybreak import config
@@ -208,7 +211,8 @@ def train(
                 "a budget is a time, dollars or flop"
             )
         sets.append(f"budget.{asked.kind}={asked.amount}")
-    outcome = loop.train(config.load(recipe, (*(set_ or ()), *sets), tuple(without or ())))
+    loaded = config.load(recipe, (*(set_ or ()), *sets), tuple(without or ()))
+    outcome = loop.train(loaded, changed=changed)
     raise typer.Exit(outcome.code)
 
 
@@ -657,12 +661,21 @@ def _plain_failures() -> Iterator[None]:
         yield
     except Failure as failure:
         print(f"daybreak: {failure}", file=sys.stderr)
+        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+            _leave(failure.code)
         raise SystemExit(failure.code) from None
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             raise
         print(f"daybreak: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
         raise SystemExit(BadStorage.code) from None
+
+
+def _leave(code: int) -> NoReturn:
+    """Leave at once: one of many processes would at its end wait for the others, or abort."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
 
 
 def main() -> None:

@@ -33,7 +33,9 @@ from daybreak.objective.repa import Config as Repa
 from daybreak.optim.ema import Config as Ema
 from daybreak.optim.groups import AdamWConfig as AdamW
 from daybreak.optim.groups import MuonConfig as Muon
+from daybreak.train.health import Config as Health
 from daybreak.train.ledger import Config as Budget
+from daybreak.train.parallel import Config as Parallel
 
 FOREIGN = {  # words that users of other trainers bring
     "output_dir": "out",
@@ -99,7 +101,11 @@ class Stage(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole run. `micro` caps the pictures of one pass (0: the whole batch at once)."""
+    """A whole run. `micro` caps the pictures of one pass (0: the whole batch at once).
+
+    Of the checkpoints the newest `keep` stay, and those of every `keep_every`-th step. With
+    `save_async` they are written while training goes on: it takes as much memory again as they do.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -110,7 +116,9 @@ class Recipe(BaseModel):
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
     compile: bool = True
     save_every: int = Field(default=1000, gt=0)
-    keep: int = Field(default=2, ge=1)
+    keep: int = Field(default=2, ge=2)
+    keep_every: int | None = Field(default=None, gt=0)
+    save_async: bool = False
 
     data: Data
     scenes: Scenes | None = None
@@ -128,6 +136,8 @@ class Recipe(BaseModel):
     sample: Sample = Sample()
     budget: Budget | None = None
     evaluate: Evaluate | None = None
+    parallel: Parallel = Parallel()
+    health: Health = Health()
     stage: tuple[Stage, ...] = Field(min_length=1)
 
     @model_validator(mode="after")
@@ -241,9 +251,13 @@ def load(source: str | Path, sets: tuple[str, ...] = (), without: tuple[str, ...
 def parse(table: dict[str, Any], where: str) -> Recipe:
     """Check a table. Errors: BadRecipe for the first thing that is wrong with it."""
     try:
-        return Recipe.model_validate(table)
+        recipe = Recipe.model_validate(table)
     except ValidationError as error:
         raise BadRecipe(f"{where}: {_first(error)}") from None
+    for name, value in _flat(table).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise BadRecipe(f"{where}: {name} = {value}: give a number that is finite")
+    return recipe
 
 
 def find(source: str | Path) -> Path:

@@ -48,6 +48,10 @@ class LostPeer(Failure):
 
     code = 6
 
+    def __init__(self, sentence: str, rank: int | None = None) -> None:
+        super().__init__(sentence)
+        self.rank = rank  # the one to blame, where that is known
+
 
 class BadStorage(Failure):
     """The disk is full, read-only or failing."""

@@ -64,6 +64,12 @@ cooldown = 0.4
 """
 
 
+@pytest.fixture(scope="session")
+def tiny_text() -> str:
+    """The text of that recipe, its run folder left open."""
+    return TINY
+
+
 @pytest.fixture
 def tiny(tmp_path: Path) -> Path:
     """A recipe file of 10 steps on scenes; its run folder is beside it."""

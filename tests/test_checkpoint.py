@@ -1,25 +1,32 @@
 """Checkpoints: whole or not there, verified before they are believed."""
 
+import errno
+import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from daybreak import config
-from daybreak.failure import BadStorage, NoCheckpoint
+from daybreak.data import disk
+from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint, NotFinite
 from daybreak.model import text
 from daybreak.model.text_to_image import TextToImage, build
 from daybreak.optim import groups
-from daybreak.train import checkpoint
+from daybreak.train import checkpoint, parallel, saving
 
 
 class Parts:
     """A model, its average and its optimisers, after one real step."""
 
     def __init__(self, recipe: config.Recipe, seed: int = 0) -> None:
+        self.recipe = recipe
         tokenizer = text.learn_tokenizer(["a red circle"] * 20, recipe.text)
         self.model: TextToImage = build(recipe.dit, recipe.text, tokenizer, seed)
         self.average: TextToImage = build(recipe.dit, recipe.text, tokenizer, seed + 1)
@@ -31,15 +38,23 @@ class Parts:
         for optimizer, _ in self.optimizers.values():
             optimizer.step()
 
-    def tensors(self) -> dict[str, torch.Tensor]:
-        return {
-            **{f"model.{name}": value for name, value in self.model.weights().items()},
-            **{f"average.{name}": value for name, value in self.average.weights().items()},
-            **checkpoint._state(self.optimizers),
-        }
+    @property
+    def state(self) -> checkpoint.State:
+        return checkpoint.State(self.model, self.average, self.optimizers)
 
-    def save(self, run: Path, step: int, keep: int = 2) -> Path:
-        return checkpoint.save(run, step, self.model, self.average, self.optimizers, keep)
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return checkpoint.flat(self.state.tensors)
+
+    def saver(self, run: Path, **changes: object) -> saving.Saver:
+        recipe = self.recipe.model_copy(update=changes)
+        with parallel.world(parallel.Config()) as here:
+            return saving.Saver(recipe, run, here, self.model)
+
+    def save(self, run: Path, step: int, **changes: object) -> Path:
+        saver = self.saver(run, **changes)
+        saver.save(step, self.state)
+        saver.finish()
+        return run / f"checkpoint-{step}"
 
 
 @pytest.fixture
@@ -60,7 +75,7 @@ def test_what_is_saved_is_what_is_loaded(run: Path, recipe: config.Recipe) -> No
     saved.save(run, 7)
     loaded = Parts(recipe, seed=5)
     found = checkpoint.required(run, print)
-    checkpoint.load(found, loaded.model, loaded.average, loaded.optimizers)
+    checkpoint.load(found, loaded.state)
     assert found.step == 7
     expected, actual = saved.tensors(), loaded.tensors()
     assert expected.keys() == actual.keys()
@@ -96,10 +111,9 @@ def test_a_damaged_checkpoint_is_passed_over(
     damage(parts.save(run, 10) / file)  # type: ignore[operator]
     told: list[str] = []
     assert checkpoint.required(run, told.append).step == 5
-    if file != "manifest.json":
-        assert len(told) == 1
-        assert "checkpoint-10" in told[0]
-        assert file in told[0]
+    assert len(told) == 1
+    assert "checkpoint-10" in told[0]
+    assert file in told[0]
 
 
 def test_without_a_good_one_it_says_so(run: Path, recipe: config.Recipe) -> None:
@@ -134,7 +148,7 @@ def test_leftovers_of_a_killed_save_are_cleared_and_never_loaded(
 def test_weights_of_another_shape_are_not_loaded(run: Path, recipe: config.Recipe) -> None:
     Parts(recipe).save(run, 5)
     other = Parts(recipe.model_copy(update={"dit": recipe.dit.model_copy(update={"depth": 3})}))
-    with pytest.raises(ValueError, match="weights differ"):
+    with pytest.raises(BadRecipe, match=r"checkpoint-5 holds another model .*dit\.blocks\.2"):
         checkpoint.load_average(checkpoint.required(run, print), other.model)
 
 
@@ -166,6 +180,7 @@ def test_a_full_disk_costs_the_new_checkpoint_only(run: Path, recipe: config.Rec
     )
     assert done.returncode == 7, done.stderr
     assert "checkpoint-10" in done.stdout
+    assert "it needs 1.2 MiB" in done.stdout
     assert "MiB are free" in done.stdout
     assert checkpoint.required(run, print).step == 5
     assert not list(run.glob(".tmp-*"))
@@ -177,3 +192,204 @@ def test_a_folder_that_cannot_be_written_is_a_storage_failure(
     parts = Parts(recipe)
     with pytest.raises(BadStorage, match="cannot write"):
         parts.save(run / "gone", 5)
+
+
+def alone() -> parallel.World:
+    with parallel.world(parallel.Config()) as here:
+        return here
+
+
+def test_a_run_goes_on_from_the_newest_good_one_and_sets_bad_ones_aside(
+    run: Path, recipe: config.Recipe
+) -> None:
+    parts = Parts(recipe)
+    parts.save(run, 5)
+    damage_flip(parts.save(run, 10) / "ema.safetensors")
+    told: list[str] = []
+    found = checkpoint.to_continue(run, alone(), told.append)
+    assert found is not None
+    assert found.step == 5
+    assert "ema.safetensors has sha256" in told[0]
+    assert sorted(path.name for path in run.glob("checkpoint-*")) == [
+        "checkpoint-10.rejected",
+        "checkpoint-5",
+    ]
+
+
+def test_a_run_whose_checkpoints_are_all_bad_does_not_begin_anew(
+    run: Path, recipe: config.Recipe
+) -> None:
+    assert checkpoint.to_continue(run, alone(), print) is None
+    damage_flip(Parts(recipe).save(run, 5) / "ema.safetensors")
+    for _ in range(2):
+        with pytest.raises(NoCheckpoint, match="or remove checkpoint-5 to begin anew"):
+            checkpoint.to_continue(run, alone(), lambda line: None)
+
+
+def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_text())
+    del manifest["sha256"]
+    change(manifest)
+    path.write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+
+
+def test_what_a_manifest_does_not_list_or_may_not_list_is_refused(
+    run: Path, recipe: config.Recipe
+) -> None:
+    folder = Parts(recipe).save(run, 5)
+    assert checkpoint.verify(folder) is None
+    (folder / "extra.pt").write_bytes(b"pickle")
+    assert checkpoint.verify(folder) == "extra.pt is not in its manifest"
+    (folder / "extra.pt").unlink()
+
+    rewrite(folder, lambda manifest: manifest["files"].update({"../recipe.toml": {"bytes": 1}}))
+    assert checkpoint.verify(folder) == "../recipe.toml lies outside of it"
+    rewrite(folder, lambda manifest: manifest["files"].pop("../recipe.toml"))
+
+    (folder / "ema.safetensors").write_bytes((2**30).to_bytes(8, "little") + b"{}")
+    rewrite(
+        folder,
+        lambda manifest: manifest["files"].update(
+            {"ema.safetensors": disk.sealed(folder / "ema.safetensors")}
+        ),
+    )
+    wrong = checkpoint.verify(folder)
+    assert wrong is not None
+    assert wrong.startswith("ema.safetensors has a header of 1073741824 bytes")
+    rewrite(folder, lambda manifest: manifest.update(schema=99))
+    assert "schema 99, of a newer daybreak" in str(checkpoint.verify(folder))
+
+
+def test_the_former_schema_is_read(run: Path, recipe: config.Recipe) -> None:
+    saved, loaded = Parts(recipe), Parts(recipe, seed=5)
+    folder = saved.save(run, 7)
+    (folder / "trainer.json").write_text('{"schema": 1, "step": 7}')
+
+    def as_before(manifest: dict[str, Any]) -> None:
+        manifest["schema"] = 1
+        manifest["files"]["trainer.json"] = disk.sealed(folder / "trainer.json")
+        for key in ("ranks", "recipe", "revision", "versions"):
+            del manifest[key]
+
+    rewrite(folder, as_before)
+    found = checkpoint.required(run, print)
+    checkpoint.load(found, loaded.state)
+    assert found.ranks == 1
+    assert all(torch.equal(v, loaded.tensors()[k]) for k, v in saved.tensors().items())
+
+
+@pytest.mark.parametrize("file", ["ema", "optimizer"])
+def test_what_is_not_finite_is_never_saved(run: Path, recipe: config.Recipe, file: str) -> None:
+    parts = Parts(recipe)
+    parts.save(run, 5)
+    next(iter(parts.state.tensors[file].values())).view(-1)[0] = float("nan")
+    with pytest.raises(NotFinite, match=rf"{file}\..* not finite, so .*checkpoint-10 is not saved"):
+        parts.save(run, 10)
+    assert (run / "latest").resolve().name == "checkpoint-5"
+    assert not list(run.glob(".tmp-*"))
+
+
+def test_damaged_ones_do_not_count_and_milestones_stay(run: Path, recipe: config.Recipe) -> None:
+    parts = Parts(recipe)
+    for step in (4, 5, 6, 7):
+        parts.save(run, step, keep_every=4)
+    assert [found.step for found in checkpoint.found(run)] == [7, 6, 4]
+    damage_flip(run / "checkpoint-7" / "ema.safetensors")
+    parts.save(run, 9, keep_every=4)
+    assert [found.step for found in checkpoint.found(run)] == [9, 6, 4]
+    assert (run / "checkpoint-7.rejected").is_dir()
+
+
+def failing(monkeypatch: pytest.MonkeyPatch, number: int, times: int) -> None:
+    """Let the disk fail, a few times, when a file is to be synced."""
+    left = [times]
+    real = disk.sealed
+
+    def sealed(path: Path) -> dict[str, Any]:
+        if left[0]:
+            left[0] -= 1
+            raise OSError(number, os.strerror(number), str(path))
+        return real(path)
+
+    monkeypatch.setattr(disk, "sealed", sealed)
+    monkeypatch.setattr(saving, "PAUSES", (0.0, 0.0))
+
+
+def test_a_passing_error_is_tried_again(
+    run: Path, recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    failing(monkeypatch, errno.EIO, 2)
+    Parts(recipe).save(run, 5)
+    assert checkpoint.required(run, print).step == 5
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.ENOSPC])
+def test_the_third_save_in_a_row_that_fails_ends_the_run(
+    run: Path, recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    parts = Parts(recipe)
+    parts.save(run, 5)
+    failing(monkeypatch, number, 100)
+    told: list[str] = []
+    saver = parts.saver(run)
+    saver.tell = told.append
+    saver.save(6, parts.state)
+    saver.save(7, parts.state)
+    assert [line.partition(": ")[0].rpartition("/")[2] for line in told] == [
+        "checkpoint-6",
+        "checkpoint-7",
+    ]
+    assert all("training goes on" in line for line in told)
+    with pytest.raises(BadStorage, match="3 saves in a row"):
+        saver.save(8, parts.state)
+    assert checkpoint.required(run, print).step == 5
+    assert not list(run.glob(".tmp-*"))
+
+
+def test_in_the_background_the_weights_of_that_step_are_saved(
+    run: Path, recipe: config.Recipe
+) -> None:
+    parts, loaded = Parts(recipe), Parts(recipe, seed=5)
+    wanted = {name: value.clone() for name, value in parts.tensors().items()}
+    saver = parts.saver(run, save_async=True)
+    saver.save(5, parts.state)
+    for value in parts.tensors().values():  # the next step does not wait
+        value.add_(1.0)
+    saver.save(6, parts.state)
+    saver.finish()
+    assert saver.newest == 6
+    checkpoint.load(checkpoint.Checkpoint(run / "checkpoint-5", 5), loaded.state)
+    assert all(torch.equal(value, wanted[name]) for name, value in loaded.tensors().items())
+    assert checkpoint.verify(run / "checkpoint-5") is None
+    assert checkpoint.verify(run / "checkpoint-6") is None
+
+
+def test_an_error_in_the_background_is_heard_with_the_next_save(
+    run: Path, recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = Parts(recipe)
+    saver = parts.saver(run, save_async=True)
+    failing(monkeypatch, errno.ENOSPC, 100)
+    saver.save(5, parts.state)
+    with pytest.raises(BadStorage, match=r"cannot write .*checkpoint-5: No space left"):
+        saver.finish()
+    assert saver.newest is None
+    assert not (run / "latest").exists()
+
+
+@pytest.mark.slow
+def test_in_the_background_training_waits_for_a_copy_only(run: Path, tiny: Path) -> None:
+    parts = Parts(config.load(tiny, ("dit.width=448", "dit.depth=4", "dit.heads=8")))
+    assert sum(value.nbytes for value in parts.tensors().values()) > 100e6
+    took: dict[bool, list[float]] = {False: [], True: []}
+    step = 0
+    for behind, seconds in took.items():
+        saver = parts.saver(run, save_async=behind)
+        for _ in range(4):
+            step += 1
+            began = time.monotonic()
+            saver.save(step, parts.state)
+            seconds.append(time.monotonic() - began)
+            saver.finish()
+    assert min(took[True][1:]) < 0.1 * min(took[False][1:]), took

@@ -45,6 +45,7 @@ WRONG = [
     ("dit.depth=many", r"dit\.depth = 'many'.*integer"),
     ("dit.depth=0", r"dit\.depth = 0.*greater than 0"),
     ("stage.0.lr=nan", r"stage\.0\.lr = nan"),
+    ("stage.0.lr=inf", r"stage\.0\.lr = inf: give a number that is finite"),
     ("stage.0.resolution=36", r"resolution = 36 is not divisible by dit\.patch = 8"),
     ("dit.heads=5", r"heads = 5 does not divide width = 32"),
     ("micro=3", r"batch = 8 is not divisible by micro = 3"),

@@ -147,6 +147,18 @@ def test_another_recipe_in_the_same_folder_is_refused_with_every_key(tiny: Path)
         loop.train(config.load(tiny, ("seed=4", "stage.0.lr=1.0")), lambda line: None)
 
 
+def test_a_changed_recipe_goes_on_when_told_to_and_the_checkpoint_says_so(tiny: Path) -> None:
+    recipe = config.load(tiny)
+    loop.train(recipe, lambda line: None)
+    longer = config.load(tiny, ("stage.0.steps=12", "clip=0.5"))
+    told: list[str] = []
+    assert loop.train(longer, told.append, changed=True) == (12, 0)
+    assert "goes on changed: clip: 1.0 -> 0.5" in told
+    manifest = json.loads((Path(recipe.out) / "checkpoint-12" / "manifest.json").read_text())
+    assert manifest["changed"] == ["clip: 1.0 -> 0.5", "stage.0.steps: 10 -> 12"]
+    assert config.load(Path(recipe.out) / "recipe.toml") == longer
+
+
 def test_a_folder_with_other_things_in_it_is_not_touched(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")

@@ -18,7 +18,8 @@ MODULES = sorted(PACKAGE.rglob("*.py"))
 RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 
 # Who may import whom. These are free for all, and import only one another.
-ANYONE = {"failure", "train/dice", "train/ledger", "train/log", "model/flow"}
+ANYONE = {"failure", "train/dice", "train/health", "train/ledger", "train/log", "train/parallel"}
+ANYONE |= {"model/flow"}
 EVERYTHING = {"data", "model", "objective", "optim", "generate", "evaluate", "config", "doctor"}
 MAY_IMPORT = {
     "failure": set[str](),

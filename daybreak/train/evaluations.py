@@ -5,7 +5,8 @@
     RUN/best/                       that checkpoint; hard links, so it takes room only once it is
                                     no longer among the newest
 
-Under torchrun every rank evaluates, because they draw together; the first one writes.
+Under torchrun every rank evaluates, because they draw together; the first one writes. What cannot
+be written is told and no more: the run does not depend on it.
 """
 
 import json
@@ -13,9 +14,9 @@ import math
 import os
 import shutil
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -26,6 +27,9 @@ from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import checkpoint, runs
 from daybreak.train.checkpoint import Checkpoint
+
+if TYPE_CHECKING:
+    from daybreak.evaluate.artist import Draw, Pictures
 
 FILE = Path("evaluation/steps.jsonl")
 
@@ -65,10 +69,18 @@ def cut(run: Path, start: int) -> None:
         _write(run, [line for line in lines(run) if line["step"] <= start])
 
 
-def take(recipe: Recipe, run: Path, model: TextToImage, step: int) -> Taken:
+def take(
+    recipe: Recipe,
+    run: Path,
+    model: TextToImage,
+    step: int,
+    heed: Callable[[], object] = lambda: None,
+) -> Taken:
     """Evaluate averaged weights after a step, and write down what was found.
 
-    Errors  those of the suites; BadStorage.
+    `heed` is called before each batch of pictures; what it raises breaks the evaluation off.
+
+    Errors  those of the suites.
     """
     from daybreak.evaluate import artist, interim, suite  # SciPy: half a second for most runs
 
@@ -81,7 +93,7 @@ def take(recipe: Recipe, run: Path, model: TextToImage, step: int) -> Taken:
     found = interim.measure(
         config,
         model,
-        drawn_by,
+        drawn_by._replace(draw=_heeding(drawn_by.draw, heed)),
         scenes,
         recipe.flow.noise_scale,
         recipe.seed,
@@ -94,13 +106,17 @@ def take(recipe: Recipe, run: Path, model: TextToImage, step: int) -> Taken:
     }
     took = round(time.monotonic() - began, 3)
     line = {"step": step, "images": runs.pictures_seen(recipe, step), "resolution": side}
+    note, written = _note(step, values, took), True
     if not dist.is_initialized() or dist.get_rank() == 0:
-        _write(run, [*lines(run), line | {"took": took, "values": values}])
-        for name, result in found.items():
-            kept = suite.record(name, drawn_by, result, recipe.seed, {"step": step})
-            suite.write(run / "evaluation" / "interim" / f"{name}.json", kept)
-    best = _agreed(config.best is not None and is_best(lines(run), config.best))
-    return Taken(_note(step, values, took), best)
+        try:
+            _write(run, [*lines(run), line | {"took": took, "values": values}])
+            for name, result in found.items():
+                kept = suite.record(name, drawn_by, result, recipe.seed, {"step": step})
+                suite.write(run / "evaluation" / "interim" / f"{name}.json", kept)
+        except (OSError, BadStorage) as error:
+            note, written = f"{note}; it is not written down: {error}", False
+    best = _agreed(written and config.best is not None and is_best(lines(run), config.best))
+    return Taken(note, best)
 
 
 def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
@@ -155,6 +171,18 @@ def best(run: Path) -> Checkpoint:
     if wrong is not None:
         raise NoCheckpoint(f"{folder} is damaged: {wrong}; leave --best out")
     return Checkpoint(folder, int(json.loads((folder / "trainer.json").read_text())["step"]))
+
+
+def _heeding(draw: "Draw", heed: Callable[[], object]) -> "Draw":
+    """The same pictures, unless somebody wants to leave."""
+
+    def heedful(
+        prompts: Sequence[str], seeds: Sequence[int], height: int, width: int
+    ) -> "Pictures":
+        heed()
+        return draw(prompts, seeds, height, width)
+
+    return heedful
 
 
 def _resolution(recipe: Recipe, step: int) -> int:

@@ -24,7 +24,6 @@ import torch
 from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from daybreak.failure import LostPeer, NotFinite
 from daybreak.train.parallel import World, gather
@@ -39,9 +38,9 @@ class Config(BaseModel):
 
     A run ends after `bad_steps` in a row that could not be learned from. A spike is a loss that
     lies `spike_ratio` times as high as the median of the last 64: "log" learns from it all the
-    same, "skip" does not, "rollback" returns to the last checkpoint and passes over all batches
-    since. Ranks are compared every `check_every` steps. A step that takes `step_timeout` seconds,
-    and ten times as long as usual, is a hang.
+    same, "skip" does not, "rollback" returns to the weights of the last checkpoint and goes on with
+    the next batch. Ranks are compared every `check_every` steps. A step that takes `step_timeout`
+    seconds, and ten times as long as usual, is a hang.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -78,8 +77,7 @@ class Guard:
         self.config, self.file, self.tell = config, file, tell
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.bad = 0  # steps in a row that were not taken
-        self.skipped = 0  # steps in all that were not
-        self.beyond = 0  # the last step whose batch is given up
+        self.skipped = 0  # steps in all that were not, or were undone
         if file and file.is_file():
             _cut(file, start)
 
@@ -117,16 +115,11 @@ class Guard:
             )
         return Verdict(step=False, back=finite and self.config.spike == "rollback")
 
-    def given_up(self, step: int) -> bool:
-        """Whether the batch of a step is passed over, unseen, since a return to a checkpoint."""
-        return step <= self.beyond
-
     def return_to(self, checkpoint: int, state: Mapping[str, Any], step: int) -> None:
-        """Take the state of a checkpoint, and give up the batches from there to `step`."""
-        bad = self.bad
+        """Take the state of a checkpoint; the steps from there to `step` are undone."""
+        bad, skipped = self.bad, self.skipped
         self.restore(state)
-        self.bad, self.beyond = bad, step
-        self.skipped += step - checkpoint
+        self.bad, self.skipped = bad, skipped + step - 1 - checkpoint
 
     def new_stage(self) -> None:
         """Forget the losses so far: at another resolution they are of another size."""
@@ -135,13 +128,12 @@ class Guard:
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold, as JSON can."""
-        counts = {"bad": self.bad, "skipped": self.skipped, "beyond": self.beyond}
-        return {"recent": list(self.recent), **counts}
+        return {"recent": list(self.recent), "bad": self.bad, "skipped": self.skipped}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the guard that had this state."""
         self.recent = deque(state["recent"], maxlen=RECENT)
-        self.bad, self.skipped, self.beyond = state["bad"], state["skipped"], state["beyond"]
+        self.bad, self.skipped = state["bad"], state["skipped"]
 
     def _taken(self, loss: float) -> Verdict:
         self.recent.append(loss)
@@ -169,6 +161,13 @@ def compare(here: World, tensors: Mapping[str, Tensor]) -> None:
     """
     if here.mesh is None:
         return
+
+    from torch.distributed.tensor import DTensor
+
+    if here.mesh.ndim == 1:  # of rows there is one copy
+        tensors = {name: value for name, value in tensors.items() if not isinstance(value, DTensor)}
+    if not tensors:
+        return
     sums = gather(here, torch.stack([_bits(tensor) for tensor in tensors.values()])).T.tolist()
     replicas = here.mesh.mesh.T.tolist() if here.mesh.ndim == 2 else []
     for (name, tensor), by_rank in zip(tensors.items(), sums, strict=True):
@@ -179,7 +178,8 @@ def compare(here: World, tensors: Mapping[str, Tensor]) -> None:
                 raise LostPeer(
                     f"{', '.join(f'rank {rank}' for rank in odd)} holds other bits of {name} than "
                     "the ranks that should hold the same: suspect its memory or its device; the "
-                    "same command continues from the last checkpoint"
+                    "same command continues from the last checkpoint",
+                    odd[0],
                 )
 
 
@@ -193,6 +193,7 @@ class Pace:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.waited, self.steps, self.since = 0.0, 0, time.monotonic()
+        self.last = 0.0  # seconds that the newest thing was waited for
 
     def timed(self, things: Iterable[Thing]) -> Iterator[Thing]:
         """Pass things on, one a step, and measure how long each was waited for."""
@@ -203,7 +204,8 @@ class Pace:
                 thing = next(remaining)
             except StopIteration:
                 return
-            self.waited += time.monotonic() - began
+            self.last = time.monotonic() - began
+            self.waited += self.last
             self.steps += 1
             yield thing
 
@@ -249,6 +251,8 @@ def _probe(device: torch.device) -> float:
 
 def _bits(tensor: Tensor) -> Int[Tensor, ""]:
     """Add up the bits of this rank's part of a tensor, as integers that wrap around."""
+    from torch.distributed.tensor import DTensor
+
     mine = tensor.detach()
     mine = mine.to_local() if isinstance(mine, DTensor) else mine
     return mine.contiguous().view(WORDS[mine.element_size()]).sum(dtype=torch.int64)

@@ -74,8 +74,14 @@ LOADED = time.monotonic()
 class Ledger:
     """Keeps account in a JSON file that is there already. Without a budget it only writes."""
 
-    def __init__(self, file: Path, config: Config | None, clock: Callable[[], float] = age) -> None:
-        self.file, self.config, self.clock = file, config, clock
+    def __init__(
+        self,
+        file: Path,
+        config: Config | None,
+        clock: Callable[[], float] = age,
+        writes: bool = True,
+    ) -> None:
+        self.file, self.config, self.clock, self.writes = file, config, clock, writes
         before = self._read().get("ledger", {})
         self.seconds, self.flops = before.get("seconds", 0.0), before.get("flops", 0.0)
         self.sessions = before.get("sessions", 0) + 1
@@ -136,6 +142,8 @@ class Ledger:
     def write(self) -> None:
         """Enter what is spent; a full disk delays the entry, and does not end the run."""
         self.written = self.clock()
+        if not self.writes:  # of several ranks one does
+            return
         facts = self._read() | {
             "ledger": {
                 "seconds": round(self.spent, 3),

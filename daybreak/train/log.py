@@ -41,12 +41,13 @@ class Log:
             log.step(1, {"loss": 0.7, "norm": 1.3, "lr": 1e-4}, images=64)
             log.note("checkpoint-1000 saved")
 
-    Everything happens inside the calls: no thread, no timer.
+    Everything happens inside the calls: no thread, no timer. Without a folder nothing happens at
+    all: of several ranks one keeps the log.
     """
 
     def __init__(
         self,
-        folder: Path,
+        folder: Path | None,
         steps: int,
         start: int = 0,
         stream: TextIO | None = None,
@@ -56,11 +57,14 @@ class Log:
         self.start = start
         self.every = every
         self.stream = stream or sys.stdout
-        self.watched = True  # until printing fails
+        self.watched = folder is not None  # until printing fails
 
-        folder.mkdir(parents=True, exist_ok=True)
-        self.path = folder / "metrics.jsonl"
-        last = _cut(self.path, start)
+        self.path: Path | None = None
+        last: dict[str, float] = {}
+        if folder is not None:
+            folder.mkdir(parents=True, exist_ok=True)
+            self.path = folder / "metrics.jsonl"
+            last = _cut(self.path, start)
         self.images = int(last.get("images", 0))
         self.seconds = float(last.get("seconds", 0.0))
         self.unwritten = b""
@@ -71,7 +75,7 @@ class Log:
         self.loss = 0.0
         self.weight = 0.0
         console = _Console(file=self.stream, highlight=False)
-        live = console.is_terminal and not console.is_dumb_terminal
+        live = self.watched and console.is_terminal and not console.is_dumb_terminal
         self.progress = _bar(console) if live else None
         if self.progress:
             facts = self._facts(start, self.began)
@@ -169,8 +173,8 @@ class Log:
 
     def _write(self, line: bytes) -> None:
         """Append, or keep for the next time; a line half written is taken back."""
-        self.unwritten += line
-        if not self.unwritten:
+        self.unwritten += line if self.path else b""
+        if not self.path or not self.unwritten:
             return
         try:
             with self.path.open("ab", buffering=0) as file:

@@ -1,42 +1,53 @@
 """The training loop.
 
-For each stage and step: a batch, the loss of its micro-batches, clipped gradients, Muon and AdamW,
-the average. A step counts from 1 over the whole run. Checkpoints, grids and log lines happen
-between steps and change nothing that the next step computes. Only a [budget] in seconds looks at
-the clock: it brings the rate down as the time runs out (train/ledger), so such a run cannot be
-repeated bit for bit.
+For each stage and step: a batch, the loss of its micro-batches, clipped gradients, a verdict on
+them, Muon and AdamW, the average. A step counts from 1 over the whole run. Checkpoints, grids and
+log lines happen between steps and change nothing that the next step computes. Only a [budget] in
+seconds looks at the clock: it brings the rate down as the time runs out (train/ledger), so such a
+run cannot be repeated bit for bit.
+
+Under torchrun every rank walks this loop with its share of each batch. What they have to agree on
+travels with the loss, once a step; the first rank speaks and writes for all.
 """
 
-import json
-import os
-import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any, NamedTuple, Self
+from typing import NamedTuple
 
 import torch
-from PIL import Image
-from torch.nn.utils import clip_grad_norm_
+from jaxtyping import Float
+from torch import Tensor, nn
 
-from daybreak import config, doctor
+from daybreak import config
 from daybreak.data import batches
-from daybreak.failure import NotFinite
-from daybreak.generate import grid
-from daybreak.generate.draw import draw
-from daybreak.model import text
-from daybreak.model.text_to_image import TextToImage, build
+from daybreak.failure import BadStorage
+from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.optim.ema import Ema
-from daybreak.train import checkpoint, encoded, evaluations, flops, runs
+from daybreak.train import (
+    building,
+    checkpoint,
+    encoded,
+    evaluations,
+    flops,
+    grids,
+    health,
+    parallel,
+    runs,
+)
+from daybreak.train.checkpoint import Checkpoint, State
 from daybreak.train.dice import Dice
 from daybreak.train.ledger import Ledger
 from daybreak.train.log import Log
+from daybreak.train.parallel import World
+from daybreak.train.saving import Saver
+from daybreak.train.status import Status
+from daybreak.train.stop import PREEMPTED, BrokenOff, Stop
+from daybreak.train.watchdog import Watchdog
 
-PREEMPTED, INTERRUPTED = 75, 130
-VARIANTS = 64  # of a block that may be compiled
+SAVE, LOOK = 600.0, 3600.0  # seconds that a checkpoint, and an evaluation, may take
 
 
 class Outcome(NamedTuple):
@@ -46,242 +57,395 @@ class Outcome(NamedTuple):
     code: int
 
 
-class Stop:
-    """Remembers the first signal it hears, as an exit code; a second one leaves at once.
+class Run(NamedTuple):
+    """A run under way: what its steps have in common."""
 
-    A context manager: the handlers of before are back afterwards.
-    """
+    recipe: config.Recipe
+    folder: Path
+    here: World
+    source: batches.Pictures
+    objective: Objective
+    state: State
+    ema: Ema[TextToImage]
+    guard: health.Guard
+    pace: health.Pace
+    spent: Ledger
+    flops: list[float]  # of a step, by stage; counted only for a budget
+    saver: Saver
+    status: Status
+    stop: Stop
+    log: Log
+    watchdog: Watchdog
 
-    def __init__(self) -> None:
-        self.code = 0
-        self.before: dict[int, Any] = {}
-
-    def __enter__(self) -> Self:
-        """Begin to listen."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
-            self.before[number] = signal.signal(number, self._hear)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stop listening."""
-        for number, handler in self.before.items():
-            signal.signal(number, handler)
-
-    def _hear(self, number: int, _: FrameType | None) -> None:
-        if self.code:
-            os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
-        self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What is prepared, each as a whole (train/parallel)."""
+        model = self.state.model
+        words = [model.text] if model.text.trained else []
+        return [model.dit, *words, *self.objective.learned.children()]
 
 
-def train(recipe: config.Recipe, tell: Callable[[str], None] = print) -> Outcome:
+def train(
+    recipe: config.Recipe, tell: Callable[[str], None] = print, changed: bool = False
+) -> Outcome:
     """Train a recipe in its run folder, from the newest good checkpoint there or from nothing.
 
-    Errors  BadRecipe, BadData and BadStorage before anything is written; NotFinite and BadStorage
-            during the run, whose checkpoints stay.
+    `changed` allows a run to go on with another recipe or other data than it was begun with.
+
+    Errors  BadRecipe, BadData and BadStorage before anything is written; NotFinite, BadStorage and
+            LostPeer during the run, whose checkpoints stay.
     """
     began = time.monotonic()
     folder = runs.enter(recipe)
     source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
     for stage in recipe.stage:  # what no stage can have is refused here, not when its turn comes
         source.plan(stage.resolution, stage.batch, first=0)
-    runs.check_data(folder, source.files)
-    found = checkpoint.newest(folder, tell)
-    if found and found.step >= recipe.steps:
-        tell(f"{folder} is finished: {found.step} steps of {recipe.steps}")
-        return Outcome(found.step, 0)
-    if found and Ledger(folder / "run.json", recipe.budget).over:
-        tell(f"{folder} has spent its budget: {found.step} steps of {recipe.steps}")
-        return Outcome(found.step, 0)
+    changes = runs.changes(folder, recipe, source.files, changed)
+    sizes = [stage.batch for stage in recipe.stage]
+    with Status(folder, tell) as status:
+        if status.rank == 0 and folder.is_dir():
+            status.take()
+        with parallel.world(recipe.parallel, sizes) as here, Stop() as stop, building.room(recipe):
+            building.check_pairs(recipe, here)
+            tell = tell if here.first else _silent
+            found = checkpoint.to_continue(folder, here, tell)
+            if found and (why := _is_over(found, recipe, folder, here)):
+                tell(f"{folder} {why}: {found.step} steps of {recipe.steps}")
+                return Outcome(found.step, 0)
+            for change in changes:
+                tell(f"goes on changed: {change}")
+            return _train(recipe, folder, source, here, found, status, stop, tell, began, changes)
 
-    dtype, device = runs.precision(recipe), runs.device()
-    objective = runs.objective(recipe, dtype)
-    tokenizer = None
-    if recipe.text.encoder is None:
-        tokenizer = (
-            text.load_tokenizer(found.folder / "tokenizer")
-            if found
-            else text.learn_tokenizer(source.captions(), recipe.text)
-        )
+
+def _train(
+    recipe: config.Recipe,
+    folder: Path,
+    source: batches.Pictures,
+    here: World,
+    found: Checkpoint | None,
+    status: Status,
+    stop: Stop,
+    tell: Callable[[str], None],
+    began: float,
+    changes: list[str],
+) -> Outcome:
+    """Build everything, put it back as it was, and take the steps that are left."""
+    dtype, start = runs.precision(recipe), found.step if found else 0
     known = encoded.known(recipe, dtype, tell)
-    model, twin = (
-        build(recipe.dit, recipe.text, tokenizer, recipe.seed, dtype, recipe.tread, known).to(
-            device
-        )
-        for _ in range(2)
-    )
-    optimizers = groups.optimizers(model, recipe.muon, recipe.adamw, objective.learned)
-    ema = Ema(twin, recipe.ema)
+    objective, state, ema = building.build(recipe, source, here, found, dtype, known, tell)
+    model = state.model
     runs.check_space(folder, checkpoint.size(model), recipe.keep)
-    if not (folder / "recipe.toml").is_file():
-        runs.begin(folder, recipe, dtype, source.files)
-    checkpoint.clear_unfinished(folder)
-    evaluations.cut(folder, found.step if found else 0)
-    start = 0
     if found:
-        checkpoint.load(found, model, ema.model, optimizers, objective.learned)
-        start = found.step
-    _compile(model, recipe, tell)
+        checkpoint.load(found, state)
+    parallel.together(here, lambda: _open(recipe, folder, source, here, dtype, start, changes))
+    status.begin(here.first, start, start or None)
+    guard = health.Guard(recipe.health, folder / "incidents.jsonl" if here.first else None, start)
+    if found and "guard" in found.facts:
+        guard.restore(found.facts["guard"])
+    shared = f" on each of {here.size} processes" if here.size > 1 else ""
     tell(
         f"{runs.millions(model):.1f} M weights, "
-        f"{str(dtype).removeprefix('torch.')} on {device} with {torch.get_num_threads()} threads, "
+        f"{str(dtype).removeprefix('torch.')} on {here.device.type} with "
+        f"{torch.get_num_threads()} threads{shared}, "
         f"{'from step ' + str(start) if start else 'from random weights'}; run folder {folder}"
     )
+    if found and (before := found.ranks) != here.size:
+        tell(
+            f"checkpoint-{start} was saved by {before} processes and goes on with {here.size}: the "
+            "same batches, equal to rounding and not to the last bit"
+        )
+    with (
+        Saver(recipe, folder, here, model, tell, start or None) as saver,
+        Log(folder if here.first else None, recipe.steps, start) as log,
+        Watchdog(here, recipe.health.step_timeout, status.hang) as watchdog,
+    ):
+        guard.tell = saver.tell = log.note
+        counted = [
+            flops.of_step(recipe, stage, known is not None) if recipe.budget else 0.0
+            for stage in recipe.stage
+        ]
+        run = Run(
+            recipe,
+            folder,
+            here,
+            source,
+            objective,
+            state,
+            ema,
+            guard,
+            health.Pace(here.device),
+            Ledger(folder / "run.json", recipe.budget, writes=here.first),
+            counted,
+            saver,
+            status,
+            stop,
+            log,
+            watchdog,
+        )
+        outcome = _steps(run, start, began)
+    if not outcome.code and outcome.step == recipe.steps:
+        tell(
+            f"trained {outcome.step} steps in {time.monotonic() - began:.0f} s: {folder / 'latest'}"
+        )
+    return outcome
 
-    if start and evaluations.missing(recipe, folder, start):
-        note, best = evaluations.take(recipe, folder, ema.model, start)
-        tell(note)
+
+def _open(
+    recipe: config.Recipe,
+    folder: Path,
+    source: batches.Pictures,
+    here: World,
+    dtype: torch.dtype,
+    start: int,
+    changes: list[str],
+) -> None:
+    """Make the run folder, or clear it of what a killed run has left."""
+    if not here.first:
+        return
+    if changes or not (folder / "recipe.toml").is_file():
+        runs.begin(folder, recipe, dtype, source.files, changes)
+    checkpoint.clear_unfinished(folder)
+    evaluations.cut(folder, start)
+
+
+def _steps(run: Run, start: int, began: float) -> Outcome:
+    """Take the steps that are left, with what lies between them."""
+    recipe, here, log, stop = run.recipe, run.here, run.log, run.stop
+    late = parallel.together(here, lambda: evaluations.missing(recipe, run.folder, start))[0]
+    if start and late and _evaluate(run, start):
+        _keep(run, start)
+    done, (factor, over) = start, _budget(run)
+    if code := _heard(here, stop.code):
+        return _leave(run, done, code, "stopped before the first step")
+    for number, now, batch in _batches(run, start):
+        stage, done = recipe.stage[number], done + 1
+        if now == 1:
+            run.guard.new_stage()
+        rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
+        code = _step(run, stage, batch, done, rate * factor)
+        run.spent.step(run.flops[number])
+        factor, over = _budget(run)
+        run.watchdog.beat(done)
+        if done == start + 1:
+            log.note(f"first step after {time.monotonic() - began:.0f} s")
+        last = done == recipe.steps or over
+        if done % recipe.health.check_every == 0:
+            _check(run)
+        best = False
+        if (done % recipe.sample.every == 0 or last) and not over:
+            _show(run, done, stage.resolution)
+            code = max(code, _heard(here, stop.code))
+        if evaluations.due(recipe, done) and not code and not over:
+            best = _evaluate(run, done)
+            code = max(code, _heard(here, stop.code))
+        if done % recipe.save_every == 0 or last or code or best:
+            _save(run, done, wait=bool(last or code or best))
         if best:
-            evaluations.keep(folder, start)
-    spent = Ledger(folder / "run.json", recipe.budget)
-    step, done, seen = 0, start, 0
-    with Stop() as stop, Log(folder, recipe.steps, start) as log:
-        for stage in recipe.stage:
-            before, step = step, step + stage.count
-            if step <= start:
-                seen += stage.count * stage.batch
-                continue
-            skipped = max(0, start - before)
-            each = flops.of_step(recipe, stage, known is not None) if recipe.budget else 0.0
+            _keep(run, done)
+        run.status.at(done, run.saver.newest)
+        if code:
+            return _leave(run, done, code, f"stopped and saved at step {done}")
+        if over:
+            log.note(f"the budget is spent: {run.spent.spent:.0f} s, {done} steps")
+            break
+    run.status.end(0, "the budget is spent" if over else "all steps are done")
+    return Outcome(done, 0)
+
+
+def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
+    """Yield the batches that are left: number of the stage, step in it, this rank's share."""
+    recipe, before, seen = run.recipe, 0, 0
+    for number, stage in enumerate(recipe.stage):
+        had = min(stage.count, max(0, start - before))
+        if had < stage.count:
             stream = batches.stream(
-                source,
+                run.source,
                 recipe.data,
                 recipe.seed,
                 stage.resolution,
                 stage.batch,
                 first=seen,
-                count=stage.count - skipped,
-                done=skipped,
-                device=device,
+                count=stage.count - had,
+                done=had,
+                device=run.here.device,
+                rank=run.here.rank,
+                world=run.here.size,
             )
-            for now, (waited, batch) in enumerate(_timed(stream), start=skipped + 1):
-                done = before + now
-                then = time.monotonic()
-                rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
-                rate *= spent.factor
-                values = _step(
-                    model, ema.model, batch, recipe, stage, objective, optimizers, done, rate
-                )
-                ema.update(model, done)
-                spent.step(each)
-                values |= {"lr": rate, "waited": waited, "worked": time.monotonic() - then}
-                if batch.substituted:
-                    values["substituted"] = batch.substituted
-                for complaint in batch.complaints:
-                    log.note(complaint)
-                log.step(done, values, images=stage.batch)
-                if done == start + 1:
-                    log.note(f"first step after {time.monotonic() - began:.0f} s")
-                over = spent.over
-                last = done == recipe.steps or over
-                if (done % recipe.sample.every == 0 or last) and not over:
-                    log.note(f"grid: {_show(ema.model, recipe, folder, done, stage.resolution)}")
-                best = False
-                if evaluations.due(recipe, done) and (last or not stop.code) and not over:
-                    note, best = evaluations.take(recipe, folder, ema.model, done)
-                    log.note(note)
-                if done % recipe.save_every == 0 or last or stop.code or best:
-                    then = time.monotonic()
-                    checkpoint.save(
-                        folder, done, model, ema.model, optimizers, recipe.keep, objective.learned
-                    )
-                    spent.saved(time.monotonic() - then)
-                    spent.write()
-                if best:
-                    evaluations.keep(folder, done)
-                if stop.code:
-                    log.note(f"stopped and saved at step {done}; the same command continues")
-                    return Outcome(done, stop.code)
-                if over:
-                    log.note(f"the budget is spent: {spent.spent:.0f} s, {done} steps")
-                    return Outcome(done, 0)
-            seen += stage.count * stage.batch
-    tell(f"trained {done} steps in {time.monotonic() - began:.0f} s: {folder / 'latest'}")
-    return Outcome(done, 0)
+            for now, batch in enumerate(run.pace.timed(stream), start=had + 1):
+                yield number, now, batch
+        before, seen = before + stage.count, seen + stage.count * stage.batch
 
 
-def _step(
-    model: TextToImage,
-    average: TextToImage,
-    batch: batches.Batch,
-    recipe: config.Recipe,
-    stage: config.Stage,
-    objective: Objective,
-    optimizers: dict[str, tuple[torch.optim.Optimizer, float]],
-    step: int,
-    rate: float,
-) -> dict[str, float]:
-    """Take one step; returns the loss, its parts and the gradient norm."""
-    count = len(batch.image)
+def _step(run: Run, stage: config.Stage, batch: batches.Batch, step: int, rate: float) -> int:
+    """Take one step, or pass it over; returns the exit code of a rank that was asked to stop."""
+    began, here = time.monotonic(), run.here
+    sums = _gradient(run, stage, batch, step)
+    trained = [*run.state.model.parameters(), *run.objective.learned.parameters()]
+    norm = parallel.clip(trained, run.recipe.clip)
+    counts = norm.new_tensor([batch.substituted, run.stop.code])
+    row = torch.stack([sums["loss"], norm, *(sums[name] for name in sums if name != "loss")])
+    table = parallel.gather(here, torch.cat([row, counts])).cpu()
+
+    first = batch.first - parallel.share(here, stage.batch)[0]
+    verdict = run.guard.judge(step, table[:, :2], range(first, first + stage.batch))
+    if verdict.step:
+        groups.set_rate(run.state.optimizers, rate)
+        for optimizer, _ in run.state.optimizers.values():
+            optimizer.step()
+        run.ema.update(run.state.model, step)
+    for optimizer, _ in run.state.optimizers.values():
+        optimizer.zero_grad()
+    if verdict.back:
+        _return(run, step)
+
+    means = table.mean(0).tolist()
+    values = {"loss": means[0]}
+    values |= dict(zip((name for name in sums if name != "loss"), means[2:-2], strict=True))
+    values |= {"norm": means[1], "lr": rate, "waited": run.pace.last}
+    values["worked"] = time.monotonic() - began
+    if substituted := int(table[:, -2].sum()):
+        values["substituted"] = substituted
+    if not verdict.step:
+        values["skipped"] = 1
+    for complaint in batch.complaints:
+        run.log.note(complaint)
+    run.log.step(step, values, images=stage.batch)
+    return int(table[:, -1].max())
+
+
+def _gradient(
+    run: Run, stage: config.Stage, batch: batches.Batch, step: int
+) -> dict[str, Float[Tensor, ""]]:
+    """Leave the gradient of this rank's share behind; returns its loss and the parts of it."""
+    recipe, count = run.recipe, len(batch.image)
     size, resting = recipe.micro or count, recipe.resting(stage, step)
-    sums: dict[str, torch.Tensor] = {}
+    sums: dict[str, Tensor] = {}
     for first in range(0, count, size):
         image = batch.image[first : first + size]
         captions = batch.captions[first : first + size]
         dice = Dice(recipe.seed, step, batch.first + first, len(image), image.device)
-        loss, parts = objective(model, average, image, captions, dice, resting, stage.shift)
+        parallel.accumulate(run.networks, recipe.parallel, first + size >= count)
+        loss, parts = run.objective(
+            run.state.model, run.state.average, image, captions, dice, resting, stage.shift
+        )
         (loss * (len(image) / count)).backward()
         for name, part in {"loss": loss.detach(), **parts}.items():
             sums[name] = sums.get(name, 0.0) + part * (len(image) / count)
-    trained = [*model.parameters(), *objective.learned.parameters()]
-    norm = clip_grad_norm_([p for p in trained if p.requires_grad], recipe.clip)
-    values = {name: float(value) for name, value in {**sums, "norm": norm}.items()}
-    if not all(map(_finite, values.values())):
-        raise NotFinite(
-            f"step {step}: loss {values['loss']}, gradient norm {values['norm']} "
-            f"(samples {batch.first} to {batch.first + count - 1}): lower stage.lr or clip, or "
-            "continue from the last checkpoint with the same command"
-        )
-    groups.set_rate(optimizers, rate)
-    for optimizer, _ in optimizers.values():
-        optimizer.step()
-        optimizer.zero_grad()
-    return values
+    return sums
 
 
-def _timed(stream: Iterator[batches.Batch]) -> Iterator[tuple[float, batches.Batch]]:
-    """Yield each batch with the seconds that were spent waiting for it."""
-    began = time.monotonic()
-    for batch in stream:
-        yield time.monotonic() - began, batch
-        began = time.monotonic()
+def _return(run: Run, step: int) -> None:
+    """Take the weights of the newest checkpoint instead of these."""
+    with run.watchdog.patience(SAVE):
+        run.saver.settle()
+        found = checkpoint.to_continue(run.folder, run.here, run.log.note)
+        if found is None:
+            run.log.note("there is no checkpoint to return to yet")
+            return
+        checkpoint.load(found, run.state)
+        run.guard.return_to(found.step, found.facts["guard"], step)
+    run.log.note(f"returned to the weights of step {found.step}")
 
 
-def _finite(value: float) -> bool:
-    return abs(value) < float("inf")
-
-
-def _compile(model: TextToImage, recipe: config.Recipe, tell: Callable[[str], None]) -> None:
-    """Compile each block if this machine can; a slower run is no reason to refuse one."""
-    if not recipe.compile:
-        return
-    if doctor.compiler() is None:
-        tell("no C++ compiler with Python headers: torch.compile is off, training is slower")
-        return
-    # Each number of image tokens, and of words, is a variant; past the limit they run uncompiled.
-    torch._dynamo.config.recompile_limit = VARIANTS
-    for block in model.dit.blocks:
-        block.compile(dynamic=False)
-
-
-def _show(model: TextToImage, recipe: config.Recipe, folder: Path, step: int, side: int) -> Path:
-    """Draw the recipe's prompts with fixed noise; returns the grid's path."""
-    prompts = recipe.sample.prompts or ("",) * 4
-    seeds = [recipe.sample.seed + number for number in range(len(prompts))]
-    pictures = draw(model, prompts, seeds, side, side, recipe.sample, recipe.flow, recipe.tread)
-    place = folder / "samples" / f"step-{step:07d}"
-    place.mkdir(parents=True, exist_ok=True)
-    facts = {"step": str(step), "recipe": config.digest(recipe)}
-    for number, (prompt, seed, picture) in enumerate(zip(prompts, seeds, pictures, strict=True)):
-        grid.save(
-            Image.fromarray(picture),
-            place / f"{number:02d}.png",
-            facts | {"prompt": prompt, "seed": str(seed)},
-        )
-    (place / "prompts.json").write_text(
-        json.dumps(
-            [{"prompt": p, "seed": s} for p, s in zip(prompts, seeds, strict=True)], indent=1
-        )
+def _check(run: Run) -> None:
+    """Compare what several ranks hold, and name those that are slow. Errors: LostPeer."""
+    parts = {"model": run.state.model, "average": run.state.average.dit}
+    parts |= {"objective": run.objective.learned}
+    health.compare(
+        run.here,
+        {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()},
     )
-    sheet = grid.grid(pictures, list(prompts), None, f"step {step}")
-    grid.save(sheet, place / "grid.png", facts)
-    return place / "grid.png"
+    for line in run.pace.laggards(run.here):
+        run.log.note(line)
+
+
+def _save(run: Run, step: int, wait: bool) -> None:
+    """Save what has been compared; `wait` until it is on the disk."""
+    began = time.monotonic()
+    with run.watchdog.patience(SAVE):
+        _check(run)
+        run.saver.save(step, run.state, run.guard.state)
+        if wait:
+            run.saver.finish()
+    run.spent.saved(time.monotonic() - began)
+    run.spent.write()
+
+
+def _show(run: Run, step: int, side: int) -> None:
+    """Draw the recipe's prompts, on all ranks; one writes them down, if the disk lets it."""
+    with run.watchdog.patience(LOOK):
+        pictures = grids.draw(run.ema.model, run.recipe, side)
+    if not run.here.first:
+        return
+    try:
+        place = grids.write(run.folder, pictures, run.recipe, step)
+    except (OSError, BadStorage) as error:
+        run.log.note(f"the grid of step {step} is not written: {error}")
+    else:
+        run.log.note(f"grid: {place}")
+
+
+def _evaluate(run: Run, step: int) -> bool:
+    """Evaluate the average; returns whether nothing before was better.
+
+    Asked to stop, it is broken off, and done again when the run goes on.
+    """
+
+    def heed() -> None:
+        if _heard(run.here, run.stop.code):
+            raise BrokenOff
+
+    try:
+        with run.watchdog.patience(LOOK):
+            heed()
+            note, best = evaluations.take(run.recipe, run.folder, run.ema.model, step, heed)
+    except BrokenOff:
+        return False
+    run.log.note(note)
+    return best
+
+
+def _keep(run: Run, step: int) -> None:
+    """Make a checkpoint the best one, if it is on the disk."""
+    if run.here.first and run.saver.newest == step:
+        try:
+            evaluations.keep(run.folder, step)
+        except BadStorage as failure:
+            run.log.note(str(failure))
+
+
+def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
+    """Say that a run was asked to stop."""
+    run.log.note(f"{what}; the same command continues")
+    run.status.end(code, "preempted" if code == PREEMPTED else "interrupted")
+    return Outcome(step, code)
+
+
+def _heard(here: World, code: int) -> int:
+    """Return the exit code with which some rank was asked to stop, or 0; on all ranks alike."""
+    return int(parallel.gather(here, torch.tensor([code], device=here.device)).max())
+
+
+def _budget(run: Run) -> tuple[float, bool]:
+    """Return the factor on the rate, and whether no more steps fit, as the first rank's clock says.
+
+    One clock: another rate on another rank would be another step.
+    """
+    if run.recipe.budget is None:
+        return 1.0, False
+    mine = torch.tensor([run.spent.factor, run.spent.over], device=run.here.device).double()
+    factor, over = parallel.gather(run.here, mine)[0].tolist()
+    return factor, bool(over)
+
+
+def _is_over(found: Checkpoint, recipe: config.Recipe, folder: Path, here: World) -> str:
+    """Say why there is nothing left to do, if there is nothing."""
+    if found.step >= recipe.steps:
+        late = parallel.together(here, lambda: evaluations.missing(recipe, folder, found.step))[0]
+        return "" if late else "is finished"
+    spent = parallel.together(here, lambda: Ledger(folder / "run.json", recipe.budget).over)
+    return "has spent its budget" if spent[0] else ""
+
+
+def _silent(_: str) -> None:
+    """Of several ranks one speaks."""

@@ -11,6 +11,7 @@ global batch is shared out evenly, so the steps are the same for any number of r
         accumulate((model.dit,), config, last)                           before each micro-batch
         norm = clip(parameters, limit)                                   of the whole gradient
         rows = gather(here, row)                                         everybody's numbers
+        found = together(here, work)                                     beside the steps
 
 What is frozen is not prepared: every rank keeps a copy.
 
@@ -22,10 +23,10 @@ import os
 import socket
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -38,16 +39,18 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, though 
     Store,
     TCPStore,
 )
-from torch.distributed._composable import checkpoint  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from daybreak.failure import BadRecipe, LostPeer
+from daybreak.failure import BadRecipe, Failure, LostPeer
+
+# Sharded tensors take a second to import, and a recipe names only Config: they are imported where
+# they are used.
 
 COLLECTIVE = timedelta(hours=1)  # the watchdog (train/watchdog) speaks long before
 GOODBYE = timedelta(seconds=20)
+ROLL_CALL = 3.0  # seconds in which who is still there says so
+Found = TypeVar("Found")
 
 
 class Config(BaseModel):
@@ -76,6 +79,7 @@ class World(NamedTuple):
     device: torch.device
     mesh: DeviceMesh | None
     store: Store  # where ranks leave each other notes, without a collective
+    group: dist.ProcessGroup | None = None  # for what one thread does beside the steps
 
     @property
     def first(self) -> bool:
@@ -115,14 +119,19 @@ def world(config: Config, batches: Iterable[int] = ()) -> Iterator[World]:
             mesh_dim_names=("dp_replicate", "dp_shard"),
         )
         one_axis = config.dp_replicate == 1
-        yield World(rank, size, device, mesh["dp_shard"] if one_axis else mesh, store)
+        group = dist.new_group(backend="gloo", timeout=COLLECTIVE)
+        yield World(rank, size, device, mesh["dp_shard"] if one_axis else mesh, store, group)
     except Exception as error:
         if not _is_loss(error):
             _leave_note(store, rank, error)
             raise
+        note = _note(store)
+        gone = [] if note else _absent(store, rank, size)
+        silent = f"{', '.join(f'rank {number}' for number in gone)} does not answer" if gone else ""
         raise LostPeer(
-            f"rank {rank} lost the others ({_note(store) or str(error).splitlines()[0]}): the same "
-            "command continues from the last checkpoint"
+            f"rank {rank} lost the others ({note or silent or str(error).splitlines()[0]}): the "
+            "same command continues from the last checkpoint",
+            gone[0] if gone else None,
         ) from error
     _farewell(store, rank, size)
     dist.destroy_process_group()  # only where nobody is lost: it may wait for them
@@ -152,26 +161,28 @@ def prepare(
     An average is prepared like its model, with `reshard_after_forward`, so that after a forward
     pass its parameters are the rows again that it has to move.
     """
-    narrow = None if compute == torch.float32 else compute
-    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
+    blocks = list(blocks)
     for block in blocks:  # in the order that torch asks for
         if config.recompute:
+            from torch.distributed._composable import checkpoint  # type: ignore[attr-defined]
+
             checkpoint(block, preserve_rng_state=False)
         if compiled:
             block.compile(dynamic=False)
-        if here.mesh is not None:
-            fully_shard(
-                block,
-                mesh=here.mesh,
-                reshard_after_forward=config.reshard_after_forward,
-                mp_policy=policy,
-            )
-    if here.mesh is not None:
+    if here.mesh is None:
+        return
+
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+
+    narrow = None if compute == torch.float32 else compute
+    policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
+    whole = MixedPrecisionPolicy(cast_forward_inputs=False)
+    for part, precision in (*((block, policy) for block in blocks), (module, whole)):
         fully_shard(
-            module,
+            part,
             mesh=here.mesh,
             reshard_after_forward=config.reshard_after_forward,
-            mp_policy=MixedPrecisionPolicy(cast_forward_inputs=False),
+            mp_policy=precision,
         )
 
 
@@ -181,6 +192,8 @@ def accumulate(modules: Iterable[nn.Module], config: Config, last: bool) -> None
     Until then gradients add up on their rank, and gathered weights stay, so that a step moves as
     much as with one micro-batch (unless `reshard_after_forward` trades that for memory).
     """
+    from torch.distributed.fsdp import FSDPModule
+
     for module in modules:
         if isinstance(module, FSDPModule):
             module.set_is_last_backward(last)
@@ -190,6 +203,8 @@ def accumulate(modules: Iterable[nn.Module], config: Config, last: bool) -> None
 
 def clip(parameters: Iterable[nn.Parameter], limit: float) -> Float[Tensor, ""]:
     """Shorten the gradient to `limit`, if it is longer; return its norm, equal on all ranks."""
+    from torch.distributed.tensor import DTensor
+
     learning = [parameter for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm([p.grad for p in learning if p.grad is not None])
     if isinstance(norm, DTensor):
@@ -209,6 +224,48 @@ def gather(here: World, row: Shaped[Tensor, " n"]) -> Shaped[Tensor, "r n"]:
     rows = [torch.empty_like(row) for _ in range(here.size)]
     dist.all_gather(rows, row)
     return torch.stack(rows)
+
+
+def together(here: World, work: Callable[[], Found]) -> list[Found]:
+    """Do something on every rank; return what each has found, in their order.
+
+    For what happens beside the steps, in one thread at a time.
+
+    Errors  the failure of the first rank that met one, on all ranks.
+    """
+    mine: tuple[Found | None, Failure | None]
+    try:
+        mine = work(), None
+    except Failure as failure:
+        mine = None, failure
+    rows: list[Any] = [mine]
+    if here.group is not None:
+        rows = [None] * here.size
+        dist.all_gather_object(rows, mine, group=here.group)
+    failures = [failure for _, failure in rows if failure is not None]
+    if failures:
+        raise failures[0]
+    return [found for found, _ in rows]
+
+
+def answer(here: World) -> None:
+    """Say that this rank is there, if somebody asks; for a thread that is never in a collective."""
+    with suppress(dist.DistError):
+        if here.store.check(["who is there?"]):
+            here.store.set(f"rank {here.rank} is there", "")
+
+
+def _absent(store: Store, rank: int, size: int) -> list[int]:
+    """Return the ranks that do not answer; none where nobody keeps notes any more."""
+    until, gone = time.monotonic() + ROLL_CALL, list[int]()
+    with suppress(dist.DistError):
+        store.set("who is there?", "")
+        store.set(f"rank {rank} is there", "")
+        while gone := [n for n in range(size) if not store.check([f"rank {n} is there"])]:
+            if time.monotonic() > until:
+                return gone
+            time.sleep(0.1)
+    return []
 
 
 def _shards(config: Config, size: int, batches: Iterable[int]) -> int:

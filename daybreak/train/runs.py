@@ -2,6 +2,7 @@
 
     recipe.toml     every value of the recipe, so that the run can be done again from it
     run.json        versions, precision, machine, arguments, code revision, sha256 of prepared data
+    status.json     how it stands;  lock: whose it is (train/status)
     metrics.jsonl   one line per step;  samples/, checkpoint-N/, latest, evaluation/, pipeline/
 
 The same command in the same folder continues; another recipe in it is refused.
@@ -14,7 +15,7 @@ import platform
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,8 @@ from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model import text, text_to_image
 from daybreak.objective.objective import Objective
 from daybreak.train import checkpoint
+
+OURS = {"lock", "status.json", "run.json"}  # of a start that was broken off before the first step
 
 
 def precision(recipe: config.Recipe) -> torch.dtype:
@@ -64,60 +67,76 @@ def objective(recipe: config.Recipe, dtype: torch.dtype) -> Objective:
 def enter(recipe: config.Recipe) -> Path:
     """Look at the run folder of a recipe, new or begun, without touching it.
 
-    Errors  BadRecipe if another recipe or something else lives there.
+    Errors  BadRecipe if something else lives there.
     """
     run = Path(recipe.out)
     if run.exists() and not run.is_dir():
         raise BadRecipe(f"out = {recipe.out!r} is a file: choose a folder for the run")
-    if (run / "recipe.toml").is_file():
-        changed = config.differences(config.load(run / "recipe.toml"), recipe)
-        if changed:
-            raise BadRecipe(
-                f"{run} holds a run of another recipe ({'; '.join(changed)}): choose another "
-                "folder with --out, or give the same values to continue"
-            )
-        return run
-    if run.is_dir() and any(run.iterdir()):
+    begun = (run / "recipe.toml").is_file()
+    if not begun and run.is_dir() and any(path.name not in OURS for path in run.iterdir()):
         raise BadRecipe(f"{run} is not empty and holds no run: choose another folder with --out")
     return run
 
 
-def check_data(run: Path, files: Mapping[str, str]) -> None:
-    """Refuse to continue a run with other data than it began with.
+def changes(
+    run: Path, recipe: config.Recipe, files: Mapping[str, str], allowed: bool = False
+) -> list[str]:
+    """List what is not as it was when a run was begun: keys of its recipe, files of its data.
 
-    `files` are the sha256 of the data, by name. Errors: BadRecipe, naming what differs.
+    How it is spread over machines ([parallel]) may change from one start to the next. `files` are
+    the sha256 of the data, by name.
+
+    Errors  BadRecipe that lists the changes, unless they are `allowed`.
     """
-    if not (run / "run.json").is_file():
-        return
-    before = json.loads((run / "run.json").read_text(encoding="utf-8")).get("data", {})
-    changed = [
-        name for name in sorted(before.keys() | files.keys()) if before.get(name) != files.get(name)
-    ]
-    if changed:
-        more = f" and {len(changed) - 3} more" if len(changed) > 3 else ""
+    if not (run / "recipe.toml").is_file():
+        return []
+    before = config.load(run / "recipe.toml")
+    keys = config.differences(before, recipe.model_copy(update={"parallel": before.parallel}))
+    if keys and not allowed:
         raise BadRecipe(
-            f"{run} was begun with other data: {', '.join(changed[:3])}{more} differ from their "
-            "sha256 in run.json; bring the data back, or choose another folder with --out"
+            f"{run} holds a run of another recipe ({'; '.join(keys)}): choose another folder with "
+            "--out, give the same values to continue, or continue all the same with --changed"
         )
+    had = json.loads((run / "run.json").read_text(encoding="utf-8")).get("data", {})
+    data = [name for name in sorted(had.keys() | files.keys()) if had.get(name) != files.get(name)]
+    if data and not allowed:
+        more = f" and {len(data) - 3} more" if len(data) > 3 else ""
+        raise BadRecipe(
+            f"{run} was begun with other data: {', '.join(data[:3])}{more} differ from their "
+            "sha256 in run.json; bring the data back, choose another folder with --out, or "
+            "continue all the same with --changed"
+        )
+    return keys + [f"data: {name}" for name in data]
 
 
-def begin(run: Path, recipe: config.Recipe, dtype: torch.dtype, files: Mapping[str, str]) -> None:
-    """Create the folder of a new run, with recipe.toml and run.json. Errors: BadStorage."""
-    facts: dict[str, Any] = {
-        "recipe": config.digest(recipe),
+def begin(
+    run: Path,
+    recipe: config.Recipe,
+    dtype: torch.dtype,
+    files: Mapping[str, str],
+    changed: Sequence[str] = (),
+) -> None:
+    """Create the folder of a new run, with recipe.toml and run.json; or say in them what changed.
+
+    Errors  BadStorage.
+    """
+    before: dict[str, Any] = {}
+    with contextlib.suppress(OSError):
+        before = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    facts: dict[str, Any] = provenance(recipe) | {
         "precision": str(dtype).removeprefix("torch."),
         "arguments": sys.argv[1:],
-        "revision": revision(),
         "machine": {
             "processor": processor(),
             "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
             "threads": torch.get_num_threads(),
             "device": str(device()),
         },
-        "versions": {name: version_of(name) for name in ("daybreak", "torch", "transformers")}
-        | {"python": platform.python_version()},
         "data": dict(files),
+        "changed": [*before.get("changed", ()), *changed],
     }
+    if "ledger" in before:
+        facts["ledger"] = before["ledger"]
     try:
         run.mkdir(parents=True, exist_ok=True)
         (run / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
@@ -126,6 +145,21 @@ def begin(run: Path, recipe: config.Recipe, dtype: torch.dtype, files: Mapping[s
         staged.replace(run / "recipe.toml")  # last: its presence makes the folder a run
     except OSError as error:
         raise BadStorage(f"cannot write the run folder {run}: {error.strerror}") from error
+
+
+def changed(run: Path) -> list[str]:
+    """List what a run was continued with that it was not begun with."""
+    with contextlib.suppress(FileNotFoundError):
+        found = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        return list(found.get("changed", ()))
+    return []
+
+
+def provenance(recipe: config.Recipe) -> dict[str, Any]:
+    """Say what made a run: recipe, code and libraries."""
+    versions = {name: version_of(name) for name in ("daybreak", "torch", "transformers")}
+    versions["python"] = platform.python_version()
+    return {"recipe": config.digest(recipe), "revision": revision(), "versions": versions}
 
 
 def check_space(run: Path, bytes_per_checkpoint: int, keep: int) -> None:

@@ -24,7 +24,7 @@ from typing import Self, TextIO
 import torch.distributed as dist
 
 from daybreak.failure import LostPeer
-from daybreak.train.parallel import World
+from daybreak.train.parallel import World, answer
 
 FIRST = 5  # times the limit for what happens once: compilation, first pictures
 USUAL = 10  # times the median of the last steps
@@ -90,6 +90,7 @@ class Watchdog:
 
     def _watch(self) -> None:
         while not self.done.wait(min(1.0, self.limit / 10)):
+            answer(self.here._replace(store=self.store))
             waited = time.monotonic() - self.last
             if waited > self.allowed:
                 self._end(waited)

@@ -1,0 +1,106 @@
+"""Everything that a run learns, built from its recipe and shared by its ranks.
+
+Weights are random, a function of the seed, and equal on all ranks before they are cut up. What is
+frozen (a text encoder by name, teachers) stays whole on every rank.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+from daybreak import config, doctor
+from daybreak.data import batches
+from daybreak.failure import BadRecipe, Failure
+from daybreak.model import text, text_to_image
+from daybreak.model.text_to_image import TextToImage
+from daybreak.objective.objective import Objective
+from daybreak.optim import groups
+from daybreak.optim.ema import Ema
+from daybreak.train import parallel, runs
+from daybreak.train.checkpoint import Checkpoint, State
+from daybreak.train.parallel import World
+
+VARIANTS = 64  # of a block that may be compiled
+
+
+def build(
+    recipe: config.Recipe,
+    source: batches.Pictures,
+    here: World,
+    found: Checkpoint | None,
+    dtype: torch.dtype,
+    known: text.Known | None,
+    tell: Callable[[str], None],
+) -> tuple[Objective, State, Ema[TextToImage]]:
+    """Build the loss, what learns, and its average; a checkpoint `found` has the tokenizer.
+
+    Errors  BadRecipe if an encoder or a teacher cannot be had.
+    """
+    objective = runs.objective(recipe, dtype)
+    tokenizer = None
+    if recipe.text.encoder is None:
+        tokenizer = (
+            text.load_tokenizer(found.folder / "tokenizer")
+            if found
+            else text.learn_tokenizer(source.captions(), recipe.text)
+        )
+    model, twin = (
+        text_to_image.build(
+            recipe.dit, recipe.text, tokenizer, recipe.seed, dtype, recipe.tread, known
+        ).to(here.device)
+        for _ in range(2)
+    )
+    follows = parallel.Config(reshard_after_forward=True)
+    compiled = _compiles(recipe, tell)
+    parallel.prepare(model.dit, model.dit.blocks, here, recipe.parallel, dtype, compiled)
+    parallel.prepare(twin.dit, twin.dit.blocks, here, follows, dtype)
+    if model.text.trained:
+        parallel.prepare(model.text, (), here, recipe.parallel)
+        parallel.prepare(twin.text, (), here, follows)
+    for term in objective.learned.children():
+        parallel.prepare(term, (), here, recipe.parallel)
+    optimizers = groups.optimizers(model, recipe.muon, recipe.adamw, objective.learned)
+    ema = Ema(twin, recipe.ema)
+    return objective, State(model, ema.model, optimizers, objective.learned), ema
+
+
+def check_pairs(recipe: config.Recipe, here: World) -> None:
+    """Refuse shares that would tear pairs of pictures apart. Errors: BadRecipe."""
+    for number, stage in enumerate(recipe.stage):
+        share = stage.batch // here.size
+        if recipe.contrastive is not None and share % 2:
+            raise BadRecipe(
+                f"[contrastive] sets pictures against each other in pairs, and of "
+                f"stage.{number}.batch = {stage.batch} each of {here.size} processes gets {share}: "
+                f"start another number, or make the batch a multiple of {2 * here.size}"
+            )
+
+
+@contextmanager
+def room(recipe: config.Recipe) -> Iterator[None]:
+    """Say what to lower when memory runs out."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+            raise
+        sides = ", ".join(str(stage.resolution) for stage in recipe.stage)
+        shares = ", ".join(str(stage.batch) for stage in recipe.stage)
+        raise Failure(
+            f"out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}) with "
+            f"micro = {recipe.micro or 'off'} of stage.batch = {shares} at {sides} px: set micro "
+            "to fewer pictures at once, parallel.recompute = true, or start more processes"
+        ) from error
+
+
+def _compiles(recipe: config.Recipe, tell: Callable[[str], None]) -> bool:
+    """Whether blocks are compiled; where they cannot be, a slower run is no reason to refuse."""
+    if not recipe.compile:
+        return False
+    if doctor.compiler() is None:
+        tell("no C++ compiler with Python headers: torch.compile is off, training is slower")
+        return False
+    # Each number of image tokens, and of words, is a variant; past the limit they run uncompiled.
+    torch._dynamo.config.recompile_limit = VARIANTS
+    return True

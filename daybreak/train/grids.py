@@ -1,0 +1,54 @@
+"""The recipe's prompts, drawn now and then while a run goes on.
+
+    RUN/samples/step-0001000/    00.png, 01.png, ...; grid.png; prompts.json
+
+Noise is that of fixed seeds, so the same pictures grow clearer from grid to grid.
+"""
+
+import json
+from pathlib import Path
+
+from PIL import Image
+
+from daybreak import config
+from daybreak.generate import draw as sampling
+from daybreak.generate import grid
+from daybreak.model.text_to_image import TextToImage
+
+
+def draw(model: TextToImage, recipe: config.Recipe, side: int) -> sampling.Picture:
+    """Draw every prompt with its seed."""
+    prompts, seeds = _asked(recipe)
+    how = recipe.sample
+    return sampling.draw(model, prompts, seeds, side, side, how, recipe.flow, recipe.tread)
+
+
+def write(run: Path, pictures: sampling.Picture, recipe: config.Recipe, step: int) -> Path:
+    """Write each picture with its prompt and seed, and all on one sheet; returns its path.
+
+    Errors  BadStorage and OSError.
+    """
+    prompts, seeds = _asked(recipe)
+    place = run / "samples" / f"step-{step:07d}"
+    place.mkdir(parents=True, exist_ok=True)
+    facts = {"step": str(step), "recipe": config.digest(recipe)}
+    for number, (prompt, seed, picture) in enumerate(zip(prompts, seeds, pictures, strict=True)):
+        grid.save(
+            Image.fromarray(picture),
+            place / f"{number:02d}.png",
+            facts | {"prompt": prompt, "seed": str(seed)},
+        )
+    (place / "prompts.json").write_text(
+        json.dumps(
+            [{"prompt": p, "seed": s} for p, s in zip(prompts, seeds, strict=True)], indent=1
+        )
+    )
+    sheet = grid.grid(pictures, list(prompts), None, f"step {step}")
+    grid.save(sheet, place / "grid.png", facts)
+    return place / "grid.png"
+
+
+def _asked(recipe: config.Recipe) -> tuple[tuple[str, ...], list[int]]:
+    """The prompts and their seeds."""
+    prompts = recipe.sample.prompts or ("",) * 4
+    return prompts, [recipe.sample.seed + number for number in range(len(prompts))]

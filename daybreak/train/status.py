@@ -1,0 +1,140 @@
+"""How a run stands, and whose it is.
+
+    RUN/status.json     state, reason, code, step, checkpoint (the newest good one), rank (that
+                        failed first); replaced as a whole
+    RUN/lock            held by the process that trains in the folder; says which
+
+state is running, finished, stopped (code 75 or 130) or failed. A process that is killed cannot say
+so: its status stays "running", and the lock is free. Where several ranks fail, the first one's
+reason stands, because the others only miss it. torchrun returns 1 whatever a rank returned;
+the code in the file is the true one.
+"""
+
+import contextlib
+import errno
+import json
+import os
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TextIO
+
+from daybreak.data import disk
+from daybreak.failure import BadRecipe, BadStorage, Failure, LostPeer
+
+EVERY = 5.0  # seconds between two entries of the step
+
+
+class Status:
+    """The status file and the lock of a run, as a context manager.
+
+        with Status(run, tell) as status:
+            status.begin(first)
+            status.at(step, checkpoint)
+            status.end(code, reason)
+
+    Until `begin` it touches nothing. An exception that passes is written down, by the rank that
+    raised it first.
+    """
+
+    def __init__(self, run: Path, tell: Callable[[str], None]) -> None:
+        self.file, self.lock, self.tell = run / "status.json", run / "lock", tell
+        self.rank = int(os.environ.get("RANK", "0"))
+        self.begun, self.ended = False, False
+        self.held: TextIO | None = None
+        self.step, self.written = 0, 0.0
+        self.checkpoint: int | None = None
+
+    def __enter__(self) -> Self:
+        """Wait for `begin`."""
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Write down what went wrong, if something did, and give the folder back."""
+        if self.begun and error is not None:
+            self.fail(error)
+        if self.held is not None:
+            with contextlib.suppress(OSError):
+                self.held.truncate(0)
+            self.held.close()
+
+    def take(self) -> None:
+        """Take the lock of the folder, or keep it.
+
+        Errors  BadRecipe if a living process holds it, which the sentence names.
+        """
+        if self.held is not None:
+            return
+        import fcntl  # a lock of this process: a loader's worker, forked from it, does not keep it
+
+        try:
+            held = self.lock.open("a+", encoding="utf-8")
+        except OSError as error:
+            raise BadStorage(f"cannot write {self.lock}: {error.strerror}") from error
+        held.seek(0)
+        before = held.read().strip()
+        try:
+            fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            held.close()
+            if error.errno in {errno.EACCES, errno.EAGAIN}:
+                raise BadRecipe(
+                    f"{self.lock.parent} is in use by {before or 'another process'}: wait for it, "
+                    "stop it, or choose another folder with --out"
+                ) from None
+            self.tell(f"{self.lock} cannot be locked here ({error.strerror}): start no second run")
+            return
+        if before:
+            self.tell(f"took over the lock of {before}, which has ended without leaving")
+        held.truncate(0)
+        held.write(f"process {os.getpid()} on {socket.gethostname()}")
+        held.flush()
+        self.held = held
+
+    def begin(self, first: bool, step: int, checkpoint: int | None) -> None:
+        """Enter that the run is under way; the first rank holds the lock."""
+        self.begun, self.step, self.checkpoint = True, step, checkpoint
+        if first:
+            self.take()
+            self._write("running", "", None)
+
+    def at(self, step: int, checkpoint: int | None) -> None:
+        """Hear which step is done; enter it now and then, if this rank holds the lock."""
+        news = checkpoint != self.checkpoint or time.monotonic() - self.written > EVERY
+        self.step, self.checkpoint = step, checkpoint
+        if self.held is not None and news:
+            self._write("running", "", None)
+
+    def end(self, code: int, reason: str) -> None:
+        """Enter how the run has ended, if this rank holds the lock."""
+        self.ended = True
+        if self.held is not None:
+            self._write("stopped" if code else "finished", reason, code)
+
+    def hang(self, sentence: str) -> None:
+        """Hear from the watchdog, which ends the process, that nothing moves any more."""
+        self.fail(LostPeer(sentence))
+
+    def fail(self, error: BaseException) -> None:
+        """Enter why the run has failed, unless another rank has done so."""
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            if self.rank and json.loads(self.file.read_text())["state"] != "running":
+                return
+        rank = error.rank if isinstance(error, LostPeer) else self.rank
+        reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"
+        self._write("failed", reason, error.code if isinstance(error, Failure) else 1, rank)
+
+    def _write(self, state: str, reason: str, code: int | None, rank: int | None = None) -> None:
+        """Replace the file; a disk that is full is no reason to stop."""
+        self.written = time.monotonic()
+        facts: dict[str, Any] = {"state": state, "reason": reason, "code": code}
+        facts |= {"step": self.step, "checkpoint": self.checkpoint, "rank": rank}
+        with contextlib.suppress(OSError):
+            disk.write_json(self.file, facts)

@@ -1,0 +1,46 @@
+"""Asked to stop, a run finishes its step, saves, and leaves.
+
+    SIGTERM, SIGUSR1    code 75: a scheduler wants the machine back and starts the run again
+    SIGINT              code 130: Ctrl-C
+
+A handler only remembers. The ranks tell one another with the numbers of the next step, so that all
+stop after the same one, whoever has heard. A second signal leaves at once, with 130 or 128 + n.
+"""
+
+import os
+import signal
+from types import FrameType
+from typing import Any, Self
+
+PREEMPTED, INTERRUPTED = 75, 130
+
+
+class BrokenOff(Exception):  # noqa: N818 - nothing is wrong
+    """What can be done again was left in the middle, because the run was asked to stop."""
+
+
+class Stop:
+    """Remembers the first signal it hears, as an exit code.
+
+    A context manager: the handlers of before are back afterwards.
+    """
+
+    def __init__(self) -> None:
+        self.code = 0
+        self.before: dict[int, Any] = {}
+
+    def __enter__(self) -> Self:
+        """Begin to listen."""
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+            self.before[number] = signal.signal(number, self._hear)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stop listening."""
+        for number, handler in self.before.items():
+            signal.signal(number, handler)
+
+    def _hear(self, number: int, _: FrameType | None) -> None:
+        if self.code:
+            os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
+        self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
