@@ -1,5 +1,6 @@
 # make quickstart     set-up, training, samples, score, export: minutes on two cores
 # make test           everything that takes seconds
+# make test-faults    the fault matrix: kills, full disks, flipped bits; twenty minutes on two cores
 # make lint           style, format and types
 #
 # All of it works in .venv, which the first command makes and later ones reuse.
@@ -14,7 +15,7 @@ RUN ?= runs/quickstart
 # One thread for each of the two processes, and no network.
 TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
 
-.PHONY: setup quickstart test test-slow lint format clean
+.PHONY: setup quickstart test test-slow test-faults lint format clean
 
 setup: $(READY)
 
@@ -32,10 +33,14 @@ quickstart: $(READY)
 	$(BIN)/daybreak export $(RUN)
 
 test: $(READY)
-	$(TEST) $(ARGS)
+	$(TEST) --ignore=tests/faults $(ARGS)
 
 test-slow: $(READY)
 	$(TEST) -m 'slow and not gpu' $(ARGS)
+
+# One row after the other: most are two processes, and some have to be in time.
+test-faults: $(READY)
+	$(TEST) -n 0 -m '' tests/faults $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff check

@@ -36,6 +36,8 @@ from daybreak.model.text_to_image import TextToImage
 from daybreak.train.parallel import World, together
 
 SCHEMA = 2  # 1 held no guard, and never shards
+WEIGHTS = {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}  # of one process
+PARTS = WEIGHTS | {"objective.safetensors", "state", "tokenizer", "recipe.toml", "trainer.json"}
 HEADER = 16 * 2**20  # bytes that the names in one file may take
 
 
@@ -173,6 +175,11 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
         }
         if unknown := sorted(there - listed.keys() - {"manifest.json"}):
             return f"{unknown[0]} is not in its manifest"
+        if foreign := sorted(name for name in listed if name.partition("/")[0] not in PARTS):
+            return f"{foreign[0]} is no part of a checkpoint"
+        whole = any(name.startswith("state/") for name in listed)
+        if absent := [] if whole else sorted(WEIGHTS - listed.keys()):
+            return f"{absent[0]} is missing"
         for number, (name, expected) in enumerate(sorted(listed.items())):
             path = folder / name
             if not path.resolve().is_relative_to(folder.resolve()):

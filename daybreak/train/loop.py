@@ -307,8 +307,8 @@ def _step(run: Run, stage: config.Stage, batch: batches.Batch, step: int, rate: 
         values["substituted"] = substituted
     if not verdict.step:
         values["skipped"] = 1
-    for complaint in batch.complaints:
-        run.log.note(complaint)
+    for complaint in batch.complaints:  # of this rank's pictures, which the first has not seen
+        run.log.note(complaint) if here.first else print(complaint, flush=True)
     run.log.step(step, values, images=stage.batch)
     return int(table[:, -1].max())
 
