@@ -13,6 +13,9 @@ set -u
 version() { stat -c %i-%y "$RUN/status.json" 2>/dev/null; }
 before=$(version)
 
+torchrun= stopped=
+trap 'if [ -n "$torchrun" ]; then kill -TERM "$torchrun"; else stopped=1; fi' TERM INT USR1
+
 # In a session of its own, so that a signal for everybody reaches torchrun once: a second one would
 # not let it wait for the checkpoint.
 setsid torchrun \
@@ -20,10 +23,10 @@ setsid torchrun \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN" \
     -m daybreak train "$RECIPE" --out "$RUN" "$@" &
 torchrun=$!
-trap 'kill -TERM $torchrun' TERM INT USR1
+[ -z "$stopped" ] || kill -TERM "$torchrun"
 code=0
-while kill -0 $torchrun 2>/dev/null; do
-    wait $torchrun
+while kill -0 "$torchrun" 2>/dev/null; do
+    wait "$torchrun"
     code=$?
 done
 

@@ -113,7 +113,7 @@ def arms(
             )
     made: list[Arm] = []
     for name, recipe in loaded:
-        plain = _with(recipe, out="run", seed=first.seed, budget=None, evaluate=None, keep=1)
+        plain = _with(recipe, out="run", seed=first.seed, budget=None, evaluate=None)
         fitting = fit(plain, given, pace(plain, given, out)) if given else plain
         every = math.ceil(fitting.steps / points)
         whole = _with(

@@ -175,8 +175,6 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
         }
         if unknown := sorted(there - listed.keys() - {"manifest.json"}):
             return f"{unknown[0]} is not in its manifest"
-        if foreign := sorted(name for name in listed if name.partition("/")[0] not in PARTS):
-            return f"{foreign[0]} is no part of a checkpoint"
         whole = any(name.startswith("state/") for name in listed)
         if absent := [] if whole else sorted(WEIGHTS - listed.keys()):
             return f"{absent[0]} is missing"
@@ -184,6 +182,8 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
             path = folder / name
             if not path.resolve().is_relative_to(folder.resolve()):
                 return f"{name} lies outside of it"
+            if name.partition("/")[0] not in PARTS:
+                return f"{name} is no part of a checkpoint"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != expected["bytes"]:

@@ -105,7 +105,7 @@ STAGES = (
 SECOND = "\n[[stage]]\nresolution = 32\nsteps = 20\nbatch = 24\nlr = 1e-3\ncooldown = 0.5\n"
 PHASES = {
     "evaluation": Calling("daybreak.train.evaluations", "take", die),
-    "average drawn from": Calling("daybreak.train.loop", "draw", die),
+    "average drawn from": Calling("daybreak.train.grids", "draw", die),
     "last step of a stage": At(20, die),
     "other resolution, with a route": At(21, die),
     "rate begins to fall": At(31, die),
