@@ -135,6 +135,7 @@ def main(out: Path) -> None:
     found["owned"] = owned()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
+    dist.barrier()  # gloo aborts now and then where one rank leaves and the other still listens
     dist.destroy_process_group()
 
 
