@@ -29,6 +29,21 @@ def test_euler_on_a_perfect_denoiser_returns_the_image() -> None:
         torch.testing.assert_close(drawn, image, atol=1e-5, rtol=0)
 
 
+def test_a_stochastic_step_keeps_the_guess_and_draws_the_noise_anew() -> None:
+    image, noise = torch.rand(2, 3, 8, 8) * 2 - 1, torch.randn(5, 2, 3, 8, 8)
+    seen, fresh = [], iter(noise[1:])
+
+    def perfect(x_t: torch.Tensor, t: float) -> torch.Tensor:
+        seen.append((x_t, t))
+        return image
+
+    drawn = sampler.euler(perfect, noise[0], 4, 2.0, lambda: next(fresh))
+    torch.testing.assert_close(drawn, image, atol=1e-6, rtol=0)
+    for (x_t, t), eps in zip(seen, noise, strict=False):
+        torch.testing.assert_close(x_t, (1 - t) * image + t * eps, atol=1e-6, rtol=0)
+    assert len(seen) == 4
+
+
 def test_the_time_grid_falls_from_one_to_zero_and_the_shift_keeps_the_ends() -> None:
     for shift in (0.5, 1.0, 3.0):
         grid = sampler.times(28, shift)

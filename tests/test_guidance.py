@@ -8,6 +8,7 @@ from daybreak.generate import guidance, sampler
 from daybreak.generate.draw import draw
 from daybreak.model import dit, flow, text, tread
 from daybreak.model.text_to_image import TextToImage, build
+from daybreak.train.dice import Dice
 
 APG = sampler.Apg(eta=0.3, momentum=-0.4, norm=0.5)
 ROUTE = tread.Config(start=1, stop=3, carried=0.5)
@@ -91,9 +92,13 @@ def model() -> TextToImage:
     return built.eval().requires_grad_(False)
 
 
+def dice(*seeds: int) -> list[Dice]:
+    return [Dice(seed, 0, 0, 1) for seed in seeds]
+
+
 def test_self_guidance_is_the_dense_network_against_the_routed_one(model: TextToImage) -> None:
     how = sampler.Config(steps=1, guide="self", guidance=3.0)
-    noise, route = sampler.begin([5, 6], (3, 32, 32), 1.0, ROUTE, 8, torch.device("cpu"))
+    noise, route = sampler.begin(dice(5, 6), (3, 32, 32), 1.0, ROUTE, 8, torch.device("cpu"))
     assert route is not None
     t, words = torch.ones(2), model.text(["a red circle", ""])
     dense, routed = model.dit(noise, t, words).x, model.dit(noise, t, words, route).x
@@ -106,14 +111,14 @@ def test_self_guidance_is_the_dense_network_against_the_routed_one(model: TextTo
 
 def test_the_weak_tokens_of_a_picture_follow_from_its_seed_alone() -> None:
     cpu = torch.device("cpu")
-    noise, route = sampler.begin([1, 2, 3], (3, 32, 32), 1.0, ROUTE, 8, cpu)
-    alone, way = sampler.begin([2], (3, 32, 32), 1.0, ROUTE, 8, cpu)
+    noise, route = sampler.begin(dice(1, 2, 3), (3, 32, 32), 1.0, ROUTE, 8, cpu)
+    alone, way = sampler.begin(dice(2), (3, 32, 32), 1.0, ROUTE, 8, cpu)
     assert route is not None
     assert way is not None
     assert torch.equal(noise[1:2], alone)
     assert torch.equal(route.kept[1:2], way.kept)
     assert not torch.equal(route.kept[0], route.kept[1])
-    unrouted, nothing = sampler.begin([2], (3, 32, 32), 1.0, None, 8, cpu)
+    unrouted, nothing = sampler.begin(dice(2), (3, 32, 32), 1.0, None, 8, cpu)
     assert torch.equal(unrouted, alone)
     assert nothing is None
 

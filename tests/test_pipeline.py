@@ -46,32 +46,43 @@ def model(request: pytest.FixtureRequest) -> TextToImage:
     return model.eval()
 
 
-def exported(model: TextToImage, folder: Path, how: sampler.Config = HOW) -> Path:
-    return pipeline.export(model, folder, 32, how, FLOW, CARD, ROUTE)
+def exported(
+    model: TextToImage, folder: Path, how: sampler.Config = HOW, flow_: flow.Config = FLOW
+) -> Path:
+    return pipeline.export(model, folder, 32, how, flow_, CARD, ROUTE)
 
 
-def apart(model: TextToImage, folder: Path, scale: float) -> float:
+def apart(
+    model: TextToImage,
+    folder: Path,
+    scale: float,
+    how: sampler.Config = HOW,
+    flow_: flow.Config = FLOW,
+) -> float:
     """How far diffusers' picture is from ours, for the same noise; 1 is the size of a pixel."""
     from diffusers import PRXPixelPipeline
 
-    theirs = PRXPixelPipeline.from_pretrained(exported(model, folder))
+    theirs = PRXPixelPipeline.from_pretrained(exported(model, folder, how, flow_))
     theirs.set_progress_bar_config(disable=True)
     start = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(1)  # of the noise that a stochastic scheduler draws
     ours = sampler.euler(
         guidance.guided(
             sampler.denoiser(model.dit, model.text([PROMPT])),
             sampler.denoiser(model.dit, model.text([""])),
             scale,
         ),
-        FLOW.noise_scale * start,
-        HOW.steps,
-        FLOW.shift,
+        flow_.noise_scale * start,
+        how.steps,
+        flow_.shift,
+        (lambda: torch.randn(start.shape)) if how.stochastic else None,
     )
+    torch.manual_seed(1)
     drawn = theirs(
         PROMPT,
         height=32,
         width=32,
-        timesteps=pipeline.timesteps(HOW.steps, FLOW.shift),
+        timesteps=pipeline.timesteps(how.steps, flow_.shift),
         guidance_scale=scale,
         use_resolution_binning=False,
         generator=torch.Generator().manual_seed(0),
@@ -87,6 +98,11 @@ def test_diffusers_draws_the_same_picture_from_the_same_noise(
     assert apart(model, tmp_path / "pipeline", scale) < 1e-4
 
 
+def test_its_own_class_draws_stochastically_too(model: TextToImage, tmp_path: Path) -> None:
+    how = sampler.Config(steps=6, stochastic=True)
+    assert apart(model, tmp_path / "pipeline", 3.0, how, flow.Config(shift=3.0)) < 1e-4
+
+
 @pytest.mark.parametrize(
     "how",
     [
@@ -95,8 +111,9 @@ def test_diffusers_draws_the_same_picture_from_the_same_noise(
         sampler.Config(steps=5, guidance=4.0, guide="self", shift=1.5, apg=sampler.Apg(norm=0.02)),
         sampler.Config(steps=5, guidance=4.0, apg=sampler.Apg(eta=0.5, momentum=-0.7)),
         sampler.Config(steps=5, guidance=1.0),
+        sampler.Config(steps=5, guidance=4.0, guide="self", stochastic=True),
     ],
-    ids=["classifier-free", "self, interval", "self, projected", "projected", "none"],
+    ids=["classifier-free", "self, interval", "self, projected", "projected", "none", "stochastic"],
 )
 def test_the_folders_own_pipeline_draws_as_the_recipe_says(
     model: TextToImage, tmp_path: Path, how: sampler.Config

@@ -2,14 +2,15 @@
 
     DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline="pipeline", trust_remote_code=True)
 
-`PRXPixelPipeline` reads the same folder. This class adds the time grid of training, guidance in an
-interval of t, self-guidance (the network against itself, with part of the tokens left out of most
-blocks), adaptive projected guidance, and several prompts in one call. The model's own settings
-stand in scheduler/scheduler_config.json under "_sampling"; every argument that is left out is taken
-from there.
+`PRXPixelPipeline` reads the same folder. This class adds the time grid of training, stochastic
+steps with the call's own generator, guidance in an interval of t, self-guidance (the network
+against itself, with part of the tokens left out of most blocks), adaptive projected guidance, and
+several prompts in one call. The model's own settings stand in scheduler/scheduler_config.json under
+"_sampling"; every argument that is left out is taken from there.
 
     t_i = s u / (1 + (s - 1) u),  u = 1 - i / n
-    x   <- x - (t_i - t_{i+1}) (x - x_hat) / max(t_i, 0.05)
+    v   = (x - x_hat) / max(t_i, 0.05)
+    x   <- x - (t_i - t_{i+1}) v,  or stochastic: (1 - t_{i+1}) (x - t_i v) + t_{i+1} eps
 
 It stands alone: of what daybreak does it repeats what a picture needs, with torch and diffusers.
 
@@ -30,6 +31,7 @@ class Sampling(NamedTuple):
     """How a model is sampled. `route`: blocks start, ..., stop - 1 lose a share `carried`."""
 
     steps: int
+    stochastic: bool
     shift: float
     guide: str
     guidance: float
@@ -49,6 +51,7 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
         height: int | None = None,
         width: int | None = None,
         num_inference_steps: int | None = None,
+        stochastic: bool | None = None,
         guidance_scale: float | None = None,
         guide: str | None = None,
         interval: tuple[float, float] | None = None,
@@ -61,12 +64,14 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
         """Draw one picture per prompt.
 
         `guide` is "classifier-free" (against `negative_prompt`) or "self"; `apg` holds eta,
-        momentum and norm. From one generator come first the noise, then the route.
+        momentum and norm. From one generator come first the noise, then the route, then what
+        `stochastic` steps draw.
 
         Errors  ValueError for sides that patches do not fill, or "self" without a trained route.
         """
         given: dict[str, Any] = {
             "steps": num_inference_steps,
+            "stochastic": stochastic,
             "guidance": guidance_scale,
             "guide": guide,
             "interval": interval,
@@ -108,7 +113,12 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
                     memory = 0 if difference is None else how.apg["momentum"] * difference
                     difference = guess - weak + memory
                     guess = guess + (how.guidance - 1) * projected(difference, guess, how.apg)
-            x = x - (now - then) * (x - guess) / max(now, 0.05)
+            v = (x - guess) / max(now, 0.05)
+            if how.stochastic and then > 0:
+                eps = self.prepare_latents(len(x), *x.shape[1:], x.dtype, device, generator)
+                x = (1 - then) * (x - now * v) + then * eps
+            else:
+                x = x - (now - then) * v
 
         images = x
         if output_type not in ("pt", "latent"):

@@ -5,6 +5,7 @@ it. Pictures are uint8, rounded: what is shown is what is scored.
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import numpy as np
 import numpy.typing as npt
@@ -16,6 +17,7 @@ from daybreak.generate import sampler
 from daybreak.generate.guidance import guided
 from daybreak.model import flow, tread
 from daybreak.model.text_to_image import TextToImage
+from daybreak.train.dice import Dice
 
 Picture = npt.NDArray[np.uint8]
 
@@ -51,20 +53,23 @@ def draw(
         raise ValueError("self-guidance sets the network against itself on a route; none is given")
     device = next(model.dit.parameters()).device
     shift = flow_config.shift if how.shift is None else how.shift
+    shape = (model.dit.channels, height, width)
     parts = []
     with torch.no_grad():
         for first in range(0, len(prompts), batch):
             some = slice(first, first + batch)
             words = model.text(prompts[some])
-            noise, route = sampler.begin(
-                seeds[some],
-                (model.dit.channels, height, width),
+            dice = [Dice(seed, 0, 0, 1) for seed in seeds[some]]
+            anew = partial(sampler.noise, dice, shape, flow_config.noise_scale, device)
+            start, route = sampler.begin(
+                dice,
+                shape,
                 flow_config.noise_scale,
                 routed if by_route else None,
                 model.dit.config.patch,
                 device,
             )
-            weak_words = words if by_route else model.text([""] * len(noise))
+            weak_words = words if by_route else model.text([""] * len(start))
             denoise = guided(
                 sampler.denoiser(model.dit, words),
                 sampler.denoiser(model.dit, weak_words, route),
@@ -72,8 +77,10 @@ def draw(
                 how.interval,
                 how.apg,
             )
-            image = sampler.euler(denoise, noise, how.steps, shift)
+            image = sampler.euler(
+                denoise, start, how.steps, shift, anew if how.stochastic else None
+            )
             parts.append(to_bytes(image))
             if progress is not None:
-                progress(len(noise))
+                progress(len(start))
     return np.concatenate(parts)

@@ -11,6 +11,9 @@ whether `PRXPixelPipeline` then draws the picture our sampler draws, and all thr
     scheduler that shifts does so to another grid than training's;
   - `use_resolution_binning=False` in the card, because binning knows 1024 px only.
 
+Where the recipe samples stochastically the scheduler does too, with noise from torch's global
+generator: `PRXPixelPipeline` does not hand its own on.
+
 What that class lacks (self-guidance, an interval, projected guidance) is in pipeline.py, a class of
 diffusers' kind that travels along; how the recipe samples stands in the scheduler's configuration
 under a private key, which every scheduler carries along and no class objects to.
@@ -65,7 +68,8 @@ def export(
     staged = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
     try:
         _transformer(model.dit, staged / "transformer")
-        _scheduler(staged / "scheduler", sampling(how, flow_config, route))
+        plain = how.stochastic and flow_config.noise_scale == 1  # its scheduler knows no other
+        _scheduler(staged / "scheduler", plain, sampling(how, flow_config, route))
         shutil.copyfile(Path(__file__).with_name("custom_pipeline.py"), staged / "pipeline.py")
         encoder: Any = model.text.encoder
         encoder.save_pretrained(staged / "text_encoder")
@@ -111,6 +115,7 @@ def sampling(
     place = route if route is not None and route.kind == "tread" else None
     return {
         "steps": how.steps,
+        "stochastic": how.stochastic,
         "shift": flow_config.shift if how.shift is None else how.shift,
         "guide": how.guide,
         "guidance": how.guidance,
@@ -151,7 +156,7 @@ def _transformer(model: dit.DiT, folder: Path) -> None:
     )
 
 
-def _scheduler(folder: Path, private: dict[str, Any]) -> None:
+def _scheduler(folder: Path, stochastic: bool, private: dict[str, Any]) -> None:
     """Write a scheduler that takes the given timesteps as they are, and `private` beside it."""
     folder.mkdir()
     _write(
@@ -161,6 +166,7 @@ def _scheduler(folder: Path, private: dict[str, Any]) -> None:
             "_diffusers_version": "0.39.0",
             "num_train_timesteps": 1000,
             "shift": 1.0,
+            "stochastic_sampling": stochastic,
             "_sampling": private,
         },
     )

@@ -1,12 +1,19 @@
 """From noise to picture: Euler steps along the velocity of the guessed clean image.
 
     t_i = s u / (1 + (s - 1) u),  u = 1 - i / n
-    x   <- x - (t_i - t_{i+1}) (x - x_hat) / max(t_i, 0.05)
+    v   = (x - x_hat) / max(t_i, 0.05)
+    x   <- x - (t_i - t_{i+1}) v                        Euler
+    x   <- (1 - t_{i+1}) (x - t_i v) + t_{i+1} eps      stochastic: eps is drawn anew
+
+What an Euler step gets wrong stays in x for good. A stochastic step keeps the guess alone and hides
+it in other noise, so the next step judges it afresh.
 
 `Denoiser` is any function (x_t, t) -> x_hat; guidance makes one out of two.
 
 Letters  b pictures, c channels.
 Source   Euler on the flow's ODE: arXiv 2403.03206; the grid is that of training, not diffusers'.
+         Stochastic steps: arXiv 2303.01469, algorithm 1; `stochastic_sampling` of diffusers'
+         FlowMatchEulerDiscreteScheduler.
 """
 
 from collections.abc import Callable, Sequence
@@ -44,9 +51,9 @@ class Apg(BaseModel):
 class Config(BaseModel):
     """How pictures are made: for the grids during training, and by default afterwards.
 
-    `every` counts training steps between two grids. `guide` names the weak network: the same one
-    with an empty prompt ("classifier-free"), or with routed tokens as in [tread] ("self"). Guidance
-    acts for t in `interval`.
+    `every` counts training steps between two grids. Steps that are `stochastic` draw their noise
+    anew. `guide` names the weak network: the same one with an empty prompt ("classifier-free"), or
+    with routed tokens as in [tread] ("self"). Guidance acts for t in `interval`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -54,6 +61,7 @@ class Config(BaseModel):
     prompts: tuple[str, ...] = ()
     every: int = Field(default=500, gt=0)
     steps: int = Field(default=28, gt=0)
+    stochastic: bool = False
     guide: Literal["classifier-free", "self"] = "classifier-free"
     guidance: float = Field(default=3.0, ge=1)
     interval: tuple[float, float] = (0.0, 1.0)
@@ -79,38 +87,53 @@ def denoiser(model: DiT, words: Text, route: Route | None = None) -> Denoiser:
     return denoise
 
 
+def noise(
+    dice: Sequence[Dice], shape: tuple[int, int, int], scale: float, device: torch.device
+) -> Float[Tensor, "b c h w"]:
+    """Draw noise (b, *shape) of standard deviation `scale`, equal on every device."""
+    return torch.cat([scale * die.normal(*shape) for die in dice]).to(device)
+
+
 def begin(
-    seeds: Sequence[int],
+    dice: Sequence[Dice],
     shape: tuple[int, int, int],
     scale: float,
     routed: tread.Config | None,
     patch: int,
     device: torch.device,
 ) -> tuple[Float[Tensor, "b c h w"], Route | None]:
-    """Draw noise (b, *shape) of standard deviation `scale`, then the weak network's route, if any.
+    """Draw the noise that a walk starts from, then the weak network's route, if any.
 
-    Each picture has its own seed, and equal numbers on every device. One route serves the whole
-    walk: what is weak at one step is weak at all of them.
+    Each picture has its own die. One route serves the whole walk: what is weak at one step is weak
+    at all of them.
     """
-    dice = [Dice(seed, 0, 0, 1) for seed in seeds]
-    noise = [scale * die.normal(*shape) for die in dice]
-    route = None
+    start, route = noise(dice, shape, scale, device), None
     if routed is not None:
         kept = [
-            tread.draw(routed, one, patch, die).kept for one, die in zip(noise, dice, strict=True)
+            tread.draw(routed, one[None], patch, die).kept
+            for one, die in zip(start, dice, strict=True)
         ]
         route = Route(routed.start, routed.stop, torch.cat(kept).to(device))
-    return torch.cat(noise).to(device), route
+    return start, route
 
 
 @torch.no_grad()
 def euler(
-    denoise: Denoiser, start: Float[Tensor, "b c h w"], steps: int, shift: float
+    denoise: Denoiser,
+    start: Float[Tensor, "b c h w"],
+    steps: int,
+    shift: float,
+    anew: Callable[[], Float[Tensor, "b c h w"]] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Walk from noise (t = 1) to a picture (t = 0); the result is not clamped."""
+    """Walk from noise (t = 1) to a picture (t = 0); the result is not clamped.
+
+    With `anew`, which draws noise like that of `start`, the steps are stochastic.
+    """
     x = start
-    grid = times(steps, shift)
-    for now, then in pairwise(grid):
-        t = x.new_full((len(x),), now)
-        x = x - (now - then) * flow.velocity(x, denoise(x, now), t)
+    for now, then in pairwise(times(steps, shift)):
+        v = flow.velocity(x, denoise(x, now), x.new_full((len(x),), now))
+        if anew is None or then == 0:
+            x = x - (now - then) * v
+        else:
+            x = (1 - then) * (x - now * v) + then * anew()
     return x

@@ -135,7 +135,7 @@ def new_encoder(config: Config, vocabulary: int) -> nn.Module:
             layer_types=(["conv", "full_attention"] * config.depth)[: config.depth],
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
-            conv_L_cache=3,
+            conv_L_cache=6,
             max_position_embeddings=config.max_tokens,
             initializer_range=config.width**-0.5,
             use_cache=False,
