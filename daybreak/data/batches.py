@@ -12,7 +12,8 @@ Letters  b pictures of the batch, c channels.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from daybreak.data import images, scenes, sources
+from daybreak.data.ahead import ahead
 from daybreak.data.plan import Slot
 from daybreak.data.prepared import Picture, Prepared, Sample, chosen, is_prepared
 from daybreak.failure import BadData, BadRecipe, LostPeer
@@ -33,7 +35,9 @@ from daybreak.train import dice
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures that one worker keeps
 SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: so many, and this share of all
+CHECK = 1.0  # seconds of silence after which the workers are looked after
 PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
+READY = 2  # batches that lie received when a step asks for one
 
 
 class Config(BaseModel):
@@ -260,17 +264,31 @@ def _stack(samples: list[Sample | BadData]) -> Stacked:
     return torch.from_numpy(np.stack(pixels)), list(captions), list(filter(None, complaints))
 
 
-def _arriving(loader: Iterable[Stacked]) -> Iterator[Stacked]:
-    """Yield what the workers send. Errors: LostPeer, when one of them has died or hangs."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise LostPeer(
-            f"a loader worker has died or hangs ({str(error).splitlines()[0]}): the same command "
-            "continues from the last checkpoint"
-        ) from error
+def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
+    """Yield what the workers send. Errors: LostPeer, when one of them has died or hangs.
+
+    The loader looks after its workers whenever it has waited for CHECK seconds, and gives up; it
+    can be asked again. It begins in this thread (data/ahead), so that no signal of a dying worker
+    is raised in the middle of a step.
+    """
+    arriving, asked = iter(loader), time.monotonic()
+    while True:
+        try:
+            stacked = next(arriving)
+        except StopIteration:
+            return
+        except RuntimeError as error:
+            said = str(error)
+            if "DataLoader" not in said:
+                raise
+            if "timed out" in said and time.monotonic() - asked < PATIENCE:
+                continue
+            raise LostPeer(
+                f"a loader worker has died or hangs ({said.splitlines()[0]}): the same command "
+                "continues from the last checkpoint"
+            ) from error
+        yield stacked
+        asked = time.monotonic()
 
 
 def _step_aside(_: int) -> None:
@@ -305,10 +323,16 @@ def stream(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world: int = 1,
-) -> Iterator[Batch]:
+    late: Callable[[float], object] = lambda _: None,
+) -> Generator[Batch]:
     """Yield this rank's slice of `count` global batches of a stage, of which `done` were had.
 
-    `first` is the global index of the stage's first sample.
+    `first` is the global index of the stage's first sample; `late` hears now and then how many
+    seconds a batch has been waited for.
+
+    Batches are received ahead as bytes. They become floats on the device when they are asked for:
+    a GPU is only told to, in the order of its stream, and holds no batch that is not in use; on a
+    CPU this takes about a thousandth of a step, and a second pool of threads would cost more.
 
     Errors  BadRecipe if the batch cannot be dealt evenly; BadData, also from a worker, for a
             picture that cannot be read, or for too many of them; LostPeer for a dead worker.
@@ -327,12 +351,12 @@ def stream(
         collate_fn=_stack,
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
-        timeout=PATIENCE if config.workers else 0,
+        timeout=CHECK if config.workers else 0,
         worker_init_fn=_step_aside,
         pin_memory=torch.device(device).type == "cuda",
     )
     failed, told = 0, dict[str, None]()
-    for number, stacked in enumerate(_arriving(loader), start=done):
+    for number, stacked in enumerate(ahead(_arriving(loader), READY, late), start=done):
         if isinstance(stacked, BadData):
             raise stacked
         pixels, captions, complaints = stacked
