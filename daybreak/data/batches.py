@@ -251,7 +251,8 @@ class _Samples(Dataset[Sample | BadData]):
         return Sample(picture, caption, complaint)
 
 
-# Pictures (b, h, w, c), captions, and complaints about those that could not be read.
+# Pictures, captions, and complaints about those that could not be read. The pictures are bytes
+# (b, h, w, c), or what `to_unit` makes of them.
 Stacked = tuple[Tensor, list[str], list[str]] | BadData
 
 
@@ -311,6 +312,12 @@ def to_unit(pixels: Tensor) -> Float[Tensor, "b c h w"]:
     return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
+def _as_floats(arriving: Generator[Stacked]) -> Generator[Stacked]:
+    """Turn pictures into floats in the thread that receives them."""
+    for stacked in arriving:
+        yield stacked if isinstance(stacked, BadData) else (to_unit(stacked[0]), *stacked[1:])
+
+
 def stream(
     source: Pictures,
     config: Config,
@@ -330,9 +337,9 @@ def stream(
     `first` is the global index of the stage's first sample; `late` hears now and then how many
     seconds a batch has been waited for.
 
-    Batches are received ahead as bytes. They become floats on the device when they are asked for:
-    a GPU is only told to, in the order of its stream, and holds no batch that is not in use; on a
-    CPU this takes about a thousandth of a step, and a second pool of threads would cost more.
+    On a CPU the next batches are floats before they are asked for. Elsewhere they are received
+    ahead as pinned bytes, and become floats on the device in the caller's thread: that only queues
+    the copy, on the stream of the step that needs it, and no batch waits in the device's memory.
 
     Errors  BadRecipe if the batch cannot be dealt evenly; BadData, also from a worker, for a
             picture that cannot be read, or for too many of them; LostPeer for a dead worker.
@@ -355,8 +362,10 @@ def stream(
         worker_init_fn=_step_aside,
         pin_memory=torch.device(device).type == "cuda",
     )
+    here = torch.device(device).type == "cpu"
+    arriving = _as_floats(_arriving(loader)) if here else _arriving(loader)
     failed, told = 0, dict[str, None]()
-    for number, stacked in enumerate(ahead(_arriving(loader), READY, late), start=done):
+    for number, stacked in enumerate(ahead(arriving, READY, late), start=done):
         if isinstance(stacked, BadData):
             raise stacked
         pixels, captions, complaints = stacked
@@ -370,7 +379,7 @@ def stream(
         new = dict.fromkeys(complaint for complaint in complaints if complaint not in told)
         told |= new
         yield Batch(
-            to_unit(pixels.to(device, non_blocking=True)),
+            pixels if here else to_unit(pixels.to(device, non_blocking=True)),
             captions,
             first + number * batch + rank * share,
             len(complaints),
