@@ -36,6 +36,7 @@ from daybreak.train import dice
 CACHE_BYTES = 256 * 2**20  # decoded pictures that one worker keeps
 SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: so many, and this share of all
 CHECK = 1.0  # seconds of silence after which the workers are looked after
+MOMENT = 0.2  # seconds until a process that was killed is known to be dead
 PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
 READY = 2  # batches that lie received when a step asks for one
 
@@ -270,14 +271,20 @@ def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
 
     The loader looks after its workers whenever it has waited for CHECK seconds, and gives up; it
     can be asked again. It begins in this thread (data/ahead), so that no signal of a dying worker
-    is raised in the middle of a step.
+    is raised in the middle of a step. Of a worker that is killed while it sends, only the broken
+    connection is seen at first; asked again a moment later, the loader names it.
     """
     arriving, asked = iter(loader), time.monotonic()
+    broken: Exception | None = None
     while True:
         try:
-            stacked = next(arriving)
-        except StopIteration:
-            return
+            stacked = next(arriving, None)
+        except (ConnectionError, EOFError) as error:
+            if broken:
+                raise
+            broken = error
+            time.sleep(MOMENT)
+            continue
         except RuntimeError as error:
             said = str(error)
             if "DataLoader" not in said:
@@ -288,6 +295,13 @@ def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
                 f"a loader worker has died or hangs ({said.splitlines()[0]}): the same command "
                 "continues from the last checkpoint"
             ) from error
+        if broken:  # nobody has died, and a batch is lost
+            raise LostPeer(
+                f"a batch has not arrived from its loader ({broken}): the same command continues "
+                "from the last checkpoint"
+            ) from broken
+        if stacked is None:
+            return
         yield stacked
         asked = time.monotonic()
 
