@@ -278,3 +278,45 @@ def test_a_worker_that_is_killed_is_named_at_once() -> None:
         list(islice(stream, 20))
     assert time.monotonic() - began < 8
     assert caught.value.code == 6
+
+
+class Loader:
+    """Does what it is told, batch by batch."""
+
+    def __init__(self, *does: Exception | None) -> None:
+        self.does = iter(does)
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> batches.Stacked:
+        if failure := next(self.does):
+            raise failure
+        return torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [""], []
+
+
+RESET = ConnectionResetError(104, "Connection reset by peer")
+DEAD = RuntimeError("DataLoader worker (pid(s) 71) exited unexpectedly")
+SILENT = RuntimeError("DataLoader timed out after 1 seconds")
+
+
+def test_a_worker_that_is_killed_while_it_sends_is_named() -> None:
+    with pytest.raises(LostPeer, match=r"pid\(s\) 71"):
+        list(batches._arriving(Loader(None, RESET, DEAD)))
+
+
+@pytest.mark.parametrize("then", [(None,), ()], ids=["another", "the end"])
+def test_a_batch_that_is_lost_on_its_way_is_never_passed_over(then: tuple[None, ...]) -> None:
+    arriving = batches._arriving(Loader(None, RESET, *then))
+    next(arriving)
+    with pytest.raises(LostPeer, match="has not arrived"):
+        next(arriving)
+
+
+def test_a_worker_that_is_silent_is_waited_for_and_not_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    assert len(list(batches._arriving(Loader(SILENT, SILENT, None)))) == 1
+    monkeypatch.setattr(batches, "PATIENCE", 0.0)
+    with pytest.raises(LostPeer, match="timed out"):
+        list(batches._arriving(Loader(SILENT, None)))

@@ -83,9 +83,17 @@ def test_pictures_of_a_batch_do_not_see_one_another() -> None:
 def test_attention_written_out_equals_the_fused_kernel() -> None:
     torch.manual_seed(0)
     q, k, v = (torch.randn(2, 3, n, 16) for n in (10, 14, 14))
-    mask = torch.rand(2, 1, 1, 14) > 0.3
-    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-    torch.testing.assert_close(dit.attend(q, k, v, mask), fused, atol=1e-5, rtol=1e-5)
+    mask = torch.rand(2, 14) > 0.3
+    fused = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None])
+    written = dit.attend(q, k, v, dit.bias_of(mask, torch.float32))
+    torch.testing.assert_close(written, fused, atol=1e-5, rtol=1e-5)
+
+
+def test_compiled_or_not_gelu_is_the_same_function() -> None:
+    x = torch.linspace(-8, 8, 999)
+    compiled = torch.compile(dit.gelu, backend="eager")
+    torch.testing.assert_close(compiled(x), dit.gelu(x), atol=1e-6, rtol=1e-6)
+    assert compiled(x.bfloat16()).dtype == torch.bfloat16
 
 
 def test_turning_keeps_lengths_and_depends_on_differences_of_position() -> None:

@@ -5,6 +5,7 @@ Run as a script under torchrun, this file is what each rank does.
 
 import json
 import math
+import statistics
 import sys
 import time
 import zlib
@@ -237,6 +238,31 @@ def test_the_rank_that_waits_for_its_pictures_is_named(found: dict[str, Any]) ->
     waiting = [line for line in found["slow"] if "pictures" in line]
     assert len(waiting) == 1
     assert waiting[0].startswith("rank 1 waits 0.1")
+
+
+def test_a_wait_of_five_usual_steps_is_told_once() -> None:
+    pace = health.Pace(torch.device("cpu"))
+    assert pace.late(1000.0) == "", "nothing is usual yet"
+    for _ in pace.timed(range(8)):
+        time.sleep(0.05)
+    assert 0.05 <= statistics.median(pace.durations) < 0.2
+    assert pace.late(0.2) == ""
+    assert pace.late(1.5).startswith("the next pictures have been waited for 1.5 s, and a step")
+    assert pace.late(2.0) == "", "it has been said"
+
+
+def test_the_next_wait_can_be_told_again() -> None:
+    said: list[str] = []
+    pace = health.Pace(torch.device("cpu"))
+
+    def pictures() -> Iterator[int]:
+        for number in range(10):
+            said.append(pace.late(60.0 if number in {6, 7, 9} else 0.0))
+            yield number
+
+    for _ in pace.timed(pictures()):
+        time.sleep(0.01)
+    assert [bool(line) for line in said] == [False] * 6 + [True, True, False, True]
 
 
 def test_alone_there_is_nothing_to_compare() -> None:

@@ -437,8 +437,11 @@ def test_a_damaged_tar_is_refused_unless_it_is_to_be_salvaged(tmp_path: Path) ->
     tar, out = tmp_path / "a.tar", tmp_path / "out"
     hostile_tar(tar)
     tar.write_bytes(tar.read_bytes()[:-12_000])
-    with pytest.raises(BadData, match=r"a\.tar (ends|is cut off|cannot).* with --salvage"):
+    with pytest.raises(
+        BadData, match=r"a\.tar (ends|is cut off|cannot).* with --salvage"
+    ) as caught:
         run(out, tar)
+    assert str(caught.value).count("a.tar") == 1
     assert not (out / "manifest.json").exists()
     manifest = run(out, tar, salvage=True)
     assert manifest["counts"]["rejected"]["container"] == 1
@@ -660,7 +663,8 @@ def test_verify_finds_what_has_changed(tmp_path: Path, fault: str) -> None:
         case "bucket":
             manifest["buckets"] = {"32x32": 19, "24x40": 1}
     (out / "manifest.json").write_text(json.dumps(manifest))
-    named = {"list": "rejected.jsonl", "count": "inputs", "bucket": "buckets", "stray": "files"}
+    named = {"list": "rejected.jsonl", "count": "inputs", "bucket": "buckets"}
+    named["stray"] = "holds data-00003-of-00003.arrow, which"
     with pytest.raises(BadData, match=named.get(fault, "data-00001-of-00003.arrow")):
         prepare.verify(out)
 

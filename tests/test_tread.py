@@ -114,10 +114,11 @@ def test_tokens_on_the_route_see_only_one_another_and_keep_their_positions() -> 
     picture = torch.zeros(1, 24, 1).scatter(1, route.kept[:1, :, None], 1.0)
     angles = dit.rope(4, 6, SMALL.head_width)[picture[0, :, 0].bool()]
     words = model.txt_in(text.tokens[:1])
-    mask = torch.cat((text.mask[:1], torch.ones(1, 12, dtype=torch.bool)), 1)[:, None, None]
+    mask = torch.cat((text.mask[:1], torch.ones(1, 12, dtype=torch.bool)), 1)
+    bias = dit.bias_of(mask, torch.float32)
     kept = first.tokens[0, route.kept[0]][None]
     time = model.time_in(dit.sinusoids(1000 * t[:1], dit.FEATURES))
-    alone = model.blocks[1](kept, words, mask, time, angles)
+    alone = model.blocks[1](kept, words, bias, time, angles)
     torch.testing.assert_close(second.tokens[:1], alone, atol=1e-5, rtol=1e-5)
 
 

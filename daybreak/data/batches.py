@@ -12,7 +12,8 @@ Letters  b pictures of the batch, c channels.
 """
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import time
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from daybreak.data import images, scenes, sources
+from daybreak.data.ahead import ahead
 from daybreak.data.plan import Slot
 from daybreak.data.prepared import Picture, Prepared, Sample, chosen, is_prepared
 from daybreak.failure import BadData, BadRecipe, LostPeer
@@ -33,7 +35,10 @@ from daybreak.train import dice
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures that one worker keeps
 SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: so many, and this share of all
+CHECK = 1.0  # seconds of silence after which the workers are looked after
+MOMENT = 0.2  # seconds until a process that was killed is known to be dead
 PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
+READY = 2  # batches that lie received when a step asks for one
 
 
 class Config(BaseModel):
@@ -247,7 +252,8 @@ class _Samples(Dataset[Sample | BadData]):
         return Sample(picture, caption, complaint)
 
 
-# Pictures (b, h, w, c), captions, and complaints about those that could not be read.
+# Pictures, captions, and complaints about those that could not be read. The pictures are bytes
+# (b, h, w, c), or what `to_unit` makes of them.
 Stacked = tuple[Tensor, list[str], list[str]] | BadData
 
 
@@ -260,17 +266,44 @@ def _stack(samples: list[Sample | BadData]) -> Stacked:
     return torch.from_numpy(np.stack(pixels)), list(captions), list(filter(None, complaints))
 
 
-def _arriving(loader: Iterable[Stacked]) -> Iterator[Stacked]:
-    """Yield what the workers send. Errors: LostPeer, when one of them has died or hangs."""
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader" not in str(error):
-            raise
-        raise LostPeer(
-            f"a loader worker has died or hangs ({str(error).splitlines()[0]}): the same command "
-            "continues from the last checkpoint"
-        ) from error
+def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
+    """Yield what the workers send. Errors: LostPeer, when one of them has died or hangs.
+
+    The loader looks after its workers whenever it has waited for CHECK seconds, and gives up; it
+    can be asked again. It begins in this thread (data/ahead), so that no signal of a dying worker
+    is raised in the middle of a step. Of a worker that is killed while it sends, only the broken
+    connection is seen at first; asked again a moment later, the loader names it.
+    """
+    arriving, asked = iter(loader), time.monotonic()
+    broken: Exception | None = None
+    while True:
+        try:
+            stacked = next(arriving, None)
+        except (ConnectionError, EOFError) as error:
+            if broken:
+                raise
+            broken = error
+            time.sleep(MOMENT)
+            continue
+        except RuntimeError as error:
+            said = str(error)
+            if "DataLoader" not in said:
+                raise
+            if "timed out" in said and time.monotonic() - asked < PATIENCE:
+                continue
+            raise LostPeer(
+                f"a loader worker has died or hangs ({said.splitlines()[0]}): the same command "
+                "continues from the last checkpoint"
+            ) from error
+        if broken:  # nobody has died, and a batch is lost
+            raise LostPeer(
+                f"a batch has not arrived from its loader ({broken}): the same command continues "
+                "from the last checkpoint"
+            ) from broken
+        if stacked is None:
+            return
+        yield stacked
+        asked = time.monotonic()
 
 
 def _step_aside(_: int) -> None:
@@ -293,6 +326,12 @@ def to_unit(pixels: Tensor) -> Float[Tensor, "b c h w"]:
     return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
+def _as_floats(arriving: Generator[Stacked]) -> Generator[Stacked]:
+    """Turn pictures into floats in the thread that receives them."""
+    for stacked in arriving:
+        yield stacked if isinstance(stacked, BadData) else (to_unit(stacked[0]), *stacked[1:])
+
+
 def stream(
     source: Pictures,
     config: Config,
@@ -305,10 +344,16 @@ def stream(
     device: torch.device | str = "cpu",
     rank: int = 0,
     world: int = 1,
-) -> Iterator[Batch]:
+    late: Callable[[float], object] = lambda _: None,
+) -> Generator[Batch]:
     """Yield this rank's slice of `count` global batches of a stage, of which `done` were had.
 
-    `first` is the global index of the stage's first sample.
+    `first` is the global index of the stage's first sample; `late` hears now and then how many
+    seconds a batch has been waited for.
+
+    On a CPU the next batches are floats before they are asked for. Elsewhere they are received
+    ahead as pinned bytes, and become floats on the device in the caller's thread: that only queues
+    the copy, on the stream of the step that needs it, and no batch waits in the device's memory.
 
     Errors  BadRecipe if the batch cannot be dealt evenly; BadData, also from a worker, for a
             picture that cannot be read, or for too many of them; LostPeer for a dead worker.
@@ -327,12 +372,14 @@ def stream(
         collate_fn=_stack,
         num_workers=config.workers,
         prefetch_factor=4 if config.workers else None,
-        timeout=PATIENCE if config.workers else 0,
+        timeout=CHECK if config.workers else 0,
         worker_init_fn=_step_aside,
         pin_memory=torch.device(device).type == "cuda",
     )
+    here = torch.device(device).type == "cpu"
+    arriving = _as_floats(_arriving(loader)) if here else _arriving(loader)
     failed, told = 0, dict[str, None]()
-    for number, stacked in enumerate(_arriving(loader), start=done):
+    for number, stacked in enumerate(ahead(arriving, READY, late), start=done):
         if isinstance(stacked, BadData):
             raise stacked
         pixels, captions, complaints = stacked
@@ -346,7 +393,7 @@ def stream(
         new = dict.fromkeys(complaint for complaint in complaints if complaint not in told)
         told |= new
         yield Batch(
-            to_unit(pixels.to(device, non_blocking=True)),
+            pixels if here else to_unit(pixels.to(device, non_blocking=True)),
             captions,
             first + number * batch + rank * share,
             len(complaints),

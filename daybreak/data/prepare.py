@@ -299,7 +299,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 def _refuse_damaged(staging: Path, found: Sequence[Source]) -> None:
     """Errors: BadData if a tar or table could not be read to its end."""
     damaged = [
-        f"{row['source']}: {row['where']} {row['reason']}"
+        f"{row['source']}{_inside(row['source'], row['where'])} {row['reason']}"
         for number in range(sum(len(source.parts) for source in found))
         for row in shards.report(staging, number).rejected
         if row["kind"] == records.CONTAINER
@@ -310,6 +310,11 @@ def _refuse_damaged(staging: Path, found: Sequence[Source]) -> None:
             f"{' '.join(damaged[:NAMED_AT_MOST])}{more} Or give the same command with --salvage: "
             "what could be read is kept, nothing is read again."
         )
+
+
+def _inside(source: str, where: str) -> str:
+    """Say where in a source, unless it is all of it: one tar, one table."""
+    return "" if Path(source).name == where else f": {where}"
 
 
 def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> int:
@@ -324,13 +329,16 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     manifest = disk.read_json(folder / "manifest.json")
     counts, files = manifest["counts"], manifest["files"]
     disk.compare(folder, files, progress)
+    if stray := sorted({path.name for path in folder.glob("*.arrow")} - files.keys()):
+        raise BadData(
+            f"{folder} holds {', '.join(stray[:NAMED_AT_MOST])}, which its manifest does not list: "
+            "remove what is not of this dataset"
+        )
     there = assemble.tallied(folder, files)
     rejected = Counter(row["kind"] for row in _lines(folder / "rejected.jsonl"))
     groups = _lines(folder / "duplicates.jsonl")
     pictures = sum(there["buckets"].values())
-    shards = sorted(name for name in files if name.endswith(".arrow"))
     compared = {
-        "files": (sorted(path.name for path in folder.glob("*.arrow")), shards),
         "inputs": (pictures + rejected.total(), counts["read"]),
         "pictures": (pictures, counts["kept"]),
         "rejected inputs": (rejected, counts["rejected"]),

@@ -142,6 +142,7 @@ def new_encoder(config: Config, vocabulary: int) -> nn.Module:
             pad_token_id=0,
             bos_token_id=None,
             eos_token_id=1,
+            attn_implementation="eager",  # so few words are faster without the fused kernel
         )
     )
     nn.init.normal_(encoder.embed_tokens.weight, std=WORD)

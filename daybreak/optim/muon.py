@@ -43,10 +43,36 @@ def orthogonal(x: Float[Tensor, "k rows columns"]) -> Float[Tensor, "k rows colu
     if tall:
         x = x.mT  # S is then the smaller of the two squares
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True).clamp(min=TINY)
-    for _ in range(ROUNDS):
+    pairs, single = pairing(x.shape)
+    for _ in range(pairs):
+        x = _two_rounds(x)
+    for _ in range(single):
         square = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=B, alpha=C), x, beta=A)
     return x.mT if tall else x
+
+
+def pairing(shape: Sequence[int]) -> tuple[int, int]:
+    """How many pairs of rounds, and how many single ones, matrices of a shape are taken through.
+
+    A pair costs 4 r^2 c + 10 r^3 products and sums, two single rounds 8 r^2 c + 4 r^3, r being the
+    shorter side: a pair pays where the other is long.
+    """
+    r, c = sorted(shape[-2:])
+    return divmod(ROUNDS, 2) if c >= 2 * r else (0, ROUNDS)
+
+
+def _two_rounds(x: Float[Tensor, "k rows columns"]) -> Float[Tensor, "k rows columns"]:
+    """Take two rounds that touch the long side only twice, not four times.
+
+    A round is X <- P X with P = A + B S + C S^2, so the next one's S is P S P: small matrices. Not
+    more than two: rounded S may have values below zero, which each round makes twelve times larger.
+    """
+    s = x @ x.mT
+    p = torch.baddbmm(s, s, s, beta=B, alpha=C)
+    p.diagonal(dim1=-2, dim2=-1).add_(A)
+    s = p @ s @ p
+    return torch.baddbmm(p, torch.baddbmm(s, s, s, beta=B, alpha=C), p, beta=A) @ x
 
 
 class Muon(Optimizer):
@@ -54,8 +80,8 @@ class Muon(Optimizer):
 
     A weight matrix moves along U V^T instead of its momentum U S V^T, so that every direction gets
     a step of about the same length. On one device the steps are those of `torch.optim.Muon` with
-    `match_rms_adamw`; on many, two collectives move all matrices of one shape. Every rank must
-    have gradients for the same matrices.
+    `match_rms_adamw`, to rounding; on many, two collectives move all matrices of one shape. Every
+    rank must have gradients for the same matrices.
 
     Shapes  parameters (rows, columns): plain, or DTensors sharded by rows, evenly or not, on a mesh
             of one dimension or replicated along others. State is of the parameter's kind.

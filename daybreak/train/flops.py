@@ -181,11 +181,16 @@ def vgg_depths(config: lpips.Config) -> tuple[tuple[int, int], ...]:
 
 
 def newton_schulz(matrices: Iterable[torch.Size]) -> float:
-    """FLOPs to orthogonalise matrices once: per round 4 r^2 c + 2 r^3, r the shorter side."""
+    """FLOPs to orthogonalise matrices once.
+
+    A round takes 4 r^2 c + 2 r^3, r the shorter side; where two are taken at once, both together
+    4 r^2 c + 10 r^3.
+    """
     total = 0
     for shape in matrices:
         r, c = sorted(shape)
-        total += muon.ROUNDS * (4 * r * r * c + 2 * r**3)
+        pairs, single = muon.pairing(shape)
+        total += pairs * (4 * r * r * c + 10 * r**3) + single * (4 * r * r * c + 2 * r**3)
     return float(total)
 
 

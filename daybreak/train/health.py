@@ -29,6 +29,8 @@ from daybreak.failure import LostPeer, NotFinite
 from daybreak.train.parallel import World, gather
 
 RECENT, ENOUGH = 64, 16  # losses that the next is compared with, and how many there must be
+SLOW = 5  # times a usual step is a long wait: the median of LAST steps, if KNOWN are done
+KNOWN, LAST = 5, 20
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Thing = TypeVar("Thing")
 
@@ -192,22 +194,42 @@ class Pace:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        self.durations: deque[float] = deque(maxlen=LAST)  # of steps, with their waiting
+        self.warned = False  # of the thing that is waited for now
         self.waited, self.steps, self.since = 0.0, 0, time.monotonic()
         self.last = 0.0  # seconds that the newest thing was waited for
 
     def timed(self, things: Iterable[Thing]) -> Iterator[Thing]:
         """Pass things on, one a step, and measure how long each was waited for."""
-        remaining = iter(things)
+        remaining, received = iter(things), 0.0
         while True:
             began = time.monotonic()
+            self.warned = False
             try:
                 thing = next(remaining)
             except StopIteration:
                 return
-            self.last = time.monotonic() - began
+            now = time.monotonic()
+            if received:
+                self.durations.append(now - received)
+            received, self.last = now, now - began
             self.waited += self.last
             self.steps += 1
             yield thing
+
+    def late(self, waited: float) -> str:
+        """Say, once for each thing, that it is waited for longer than five usual steps.
+
+        `waited` is what it has taken so far, in seconds.
+        """
+        usual = statistics.median(self.durations) if len(self.durations) >= KNOWN else math.inf
+        if self.warned or waited <= SLOW * usual:
+            return ""
+        self.warned = True
+        return (
+            f"the next pictures have been waited for {waited:.1f} s, and a step usually takes "
+            f"{usual:.2f} s: the disk is slow, or data.workers are too few"
+        )
 
     def laggards(self, here: World) -> list[str]:
         """Name the ranks that the others have waited for since the last call, and with what.

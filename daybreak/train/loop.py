@@ -270,6 +270,7 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
                 device=run.here.device,
                 rank=run.here.rank,
                 world=run.here.size,
+                late=lambda waited: _say(run, run.pace.late(waited)),
             )
             for now, batch in enumerate(run.pace.timed(stream), start=had + 1):
                 yield number, now, batch
@@ -307,10 +308,20 @@ def _step(run: Run, stage: config.Stage, batch: batches.Batch, step: int, rate: 
         values["substituted"] = substituted
     if not verdict.step:
         values["skipped"] = 1
-    for complaint in batch.complaints:  # of this rank's pictures, which the first has not seen
-        run.log.note(complaint) if here.first else print(complaint, flush=True)
+    for complaint in batch.complaints:
+        _say(run, complaint)
     run.log.step(step, values, images=stage.batch)
     return int(table[:, -1].max())
+
+
+def _say(run: Run, line: str) -> None:
+    """Say what this rank alone has seen, if anything."""
+    if not line:
+        return
+    if run.here.first:
+        run.log.note(line)
+    else:
+        print(f"rank {run.here.rank}: {line}", flush=True)
 
 
 def _gradient(

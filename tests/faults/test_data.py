@@ -226,10 +226,15 @@ def test_D7_a_loader_that_leaves_ends_the_run(place: Place, act: Callable[[int],
 
 
 @fault
-def test_D8_a_slow_read_changes_nothing(place: Place, unbroken: Unbroken) -> None:
-    slow = Calling("daybreak.data.scenes", "sample", Sleep(100, 3))
-    place.finish(ranks=RANKS, fault=slow, faulty=RANKS - 1)
-    assert place.bits() == unbroken(ranks=RANKS).bits()
+@pytest.mark.parametrize("workers", [0, 1])
+def test_D8_a_slow_read_is_told_while_it_lasts_and_changes_nothing(
+    place: Place, unbroken: Unbroken, workers: int
+) -> None:
+    slow = Calling("daybreak.data.scenes", "sample", Sleep(300, 5))
+    ended = place.finish(f"data.workers={workers}", ranks=RANKS, fault=slow, faulty=RANKS - 1)
+    assert ended.said.count("the next pictures have been waited for") == 1, ended.said
+    assert place.bits()["losses"] == unbroken(ranks=RANKS).bits()["losses"]
+    assert place.bits()["state"] == unbroken(ranks=RANKS).bits()["state"]
 
 
 @fault
@@ -241,7 +246,7 @@ def test_D8_a_read_that_never_ends_is_shown_and_ends_the_run(
         hung = Calling("daybreak.data.scenes", "sample", Sleep(200, 0))
     else:
         place.of(many_pictures)
-        hung = Calling("daybreak.train.runs", "check_data", Pipe(many_pictures / "07.png"))
+        hung = Calling("daybreak.train.runs", "check_space", Pipe(many_pictures / "07.png"))
     began = time.monotonic()
     ended = place.begin("health.step_timeout=3", ranks=RANKS, fault=hung, faulty=RANKS - 1).end()
     assert time.monotonic() - began < 40
