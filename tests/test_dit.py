@@ -139,3 +139,35 @@ def test_impossible_sizes_are_refused_by_name() -> None:
         dit.Config(width=64, heads=3)
     with pytest.raises(ValidationError, match="multiple of 4"):
         dit.Config(width=60, heads=10)
+
+
+def test_a_small_pictures_patches_lie_in_the_middle_of_those_they_stand_for() -> None:
+    coarse, fine = dit.rope(2, 2, 4, stretch=2.0), dit.rope(4, 4, 4)  # one pair an axis, turn 1
+    place = torch.atan2(coarse[:, 2:], coarse[:, :2])
+    whole = torch.atan2(fine[:, 2:], fine[:, :2]).view(4, 4, 2)
+    parts = whole.view(2, 2, 2, 2, 2).mean((1, 3)).view(4, 2)
+    torch.testing.assert_close(place, parts)
+
+
+def test_only_pictures_smaller_than_native_are_stretched_and_all_shapes_of_a_size_alike() -> None:
+    size = dit.Config(patch=4, width=32, heads=2, native=64)
+    sides = [(64, 64), (48, 84), (128, 128), (32, 32), (24, 44), (16, 16)]
+    assert [size.stretch(*side) for side in sides] == [1, 1, 1, 2, 2, 4]
+    assert dit.Config(patch=4, width=32, heads=2).stretch(16, 16) == 1
+
+
+def test_the_network_sees_a_small_picture_at_its_native_places() -> None:
+    def drawn(native: int, side: int) -> torch.Tensor:
+        torch.manual_seed(0)
+        model = dit.DiT(
+            dit.Config(patch=4, bottleneck=0, width=32, depth=2, heads=2, native=native), 8
+        )
+        for weight in model.parameters():
+            torch.nn.init.normal_(weight, std=0.2)
+        words = Text(torch.randn(1, 3, 8), torch.ones(1, 3, dtype=torch.bool))
+        x = torch.randn(1, 3, side, side)
+        with torch.no_grad():
+            return model(x, torch.tensor([0.5]), words).x
+
+    assert torch.equal(drawn(0, 16), drawn(16, 16))
+    assert not torch.allclose(drawn(0, 16), drawn(32, 16), atol=1e-3)

@@ -36,7 +36,10 @@ SHORT = 256  # tokens up to which a CPU computes attention without the fused ker
 class Config(BaseModel):
     """Size of the denoiser. `bottleneck = 0` embeds a patch in one step.
 
-    With `resolution` the network is told height and width of the picture, beside the time.
+    With `resolution` the network is told height and width of the picture, beside the time. With
+    `native`, the side in pixels of the pictures that the model is meant for, the patches of smaller
+    ones, seen in earlier stages, take the places they will have there: left stays left, and the
+    middle the middle.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -48,6 +51,7 @@ class Config(BaseModel):
     heads: int = Field(default=28, gt=0)
     mlp: float = Field(default=3.5, gt=0)
     resolution: bool = False
+    native: int = Field(default=0, ge=0)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Config":
@@ -64,6 +68,16 @@ class Config(BaseModel):
     def head_width(self) -> int:
         """Width of one attention head."""
         return self.width // self.heads
+
+    def stretch(self, height: int, width: int) -> float:
+        """How many native patches a patch stands for, along a side: 1, or 2, 4, ... if smaller.
+
+        The power of two nearest to native / sqrt(height width), so that all shapes of one
+        resolution share it.
+        """
+        if not self.native:
+            return 1.0
+        return max(1.0, 2.0 ** round(math.log2(self.native / math.sqrt(height * width))))
 
     @property
     def mlp_width(self) -> int:
@@ -102,17 +116,25 @@ def silent(linear: Linear) -> Linear:
 
 
 def rope(
-    rows: int, columns: int, head_width: int, device: torch.device | str = "cpu"
+    rows: int,
+    columns: int,
+    head_width: int,
+    device: torch.device | str = "cpu",
+    stretch: float = 1.0,
 ) -> Float[Tensor, "n d"]:
     """Return the cosines, then the sines, of every token's rotary angles, (rows * columns, d).
 
     The first half of a head turns with the row, the second with the column; pair j of an axis
-    turns by 10000^(-4j/d) per patch. Angles are computed in float64.
+    turns by 10000^(-4j/d) per place. Patch i lies at place (i + 1/2) stretch - 1/2, the middle of
+    the patches it becomes when the side is `stretch` times as long. Angles are computed in float64.
     """
     pairs = head_width // 4
     frequency = ROPE_BASE ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
-    row = torch.arange(rows, dtype=torch.float64, device=device)[:, None] * frequency
-    column = torch.arange(columns, dtype=torch.float64, device=device)[:, None] * frequency
+    row, column = (
+        ((torch.arange(side, dtype=torch.float64, device=device) + 0.5) * stretch - 0.5)[:, None]
+        * frequency
+        for side in (rows, columns)
+    )
     angle = torch.cat(
         (
             row[:, None].expand(rows, columns, pairs),
@@ -361,7 +383,8 @@ class DiT(nn.Module):
         time = self.time_in(sinusoids(1000.0 * t.float(), FEATURES))
         if self.resolution_embedder is not None:
             time = time + self.resolution_embedder(x_t)
-        angles = rope(rows, columns, self.config.head_width, x_t.device)
+        stretch = self.config.stretch(*x_t.shape[-2:])
+        angles = rope(rows, columns, self.config.head_width, x_t.device, stretch)
         bias = bias_of(F.pad(text.mask, (0, rows * columns), value=True), self.compute)
 
         x = self.img_in(patches.to(self.compute))
