@@ -1,26 +1,28 @@
 """How fast is a training step? Ours against diffusers' own class, or routed against dense.
 
-    python benchmarks/step.py [--case classes | routes] [--batch N] [--rounds 5] [--json FILE]
+    python benchmarks/step.py [--case padded whole small routes] [--threads 1 2] [--json FILE]
 
-classes  The same architecture (patch 4, width 256, depth 6: 9 M weights), 64 image tokens.
-routes   Every token through every block, or half of them through all blocks but the first and the
-         last (patch 4, width 384, depth 8: 27 M weights), 256 image tokens.
+padded  256 image tokens and prompts of 40 words. diffusers' pipeline pads them to 256 and masks the
+        rest, our tokenizer pads to the longest of the batch (27 M weights; patch 16, width 384,
+        depth 8, bottleneck 64).
+whole   The same without padding for either.
+small   The network of a few minutes on a processor: 64 image tokens, 16 words (9 M weights).
+routes  256 image tokens through every block, or half of them through all blocks but the first and
+        the last (27 M weights).
 
-Each arm runs forward and backward on the same pictures and 16 words. Arms alternate, so that a
-machine that changes its speed changes it for all of them; the table gives medians, the ratio to the
-first arm, and what the forward pass keeps for the backward pass.
+Each arm runs forward and backward on the same pictures, with the same weights. Arms take turns; the
+table gives medians, and for each pair the median ratio of their turns and that of what the forward
+pass keeps for the backward pass. Below 1 is better. Outputs are compared before anything is timed.
 """
 
 import argparse
-import json
 import os
-import platform
 import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
@@ -28,105 +30,178 @@ import torch
 from diffusers import PRXTransformer2DModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from turns import in_turn, write
 
 from daybreak.model import dit, flow, tread
 from daybreak.model.text import Text
 from daybreak.train.dice import Dice
 
-SIZE = dit.Config(patch=4, bottleneck=0, width=256, depth=6, heads=4)
+TEXT_WIDTH = 256
 LARGER = dit.Config(patch=4, bottleneck=0, width=384, depth=8, heads=6)
-WORDS, TEXT_WIDTH = 16, 256
-
-
-class Arm(NamedTuple):
-    """A network and its loss."""
-
-    model: nn.Module
-    loss: Callable[[flow.Noisy, Text], Tensor]
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Case(NamedTuple):
-    """Arms by name, the first of which the others are compared with, and what they are fed."""
+    """Size of the network, and what it is fed: of the words some are padding to one of the two."""
 
-    arms: Callable[[], dict[str, Arm]]
+    size: dit.Config
     side: int
     batch: int
+    words: int
+    padded: int
+    routes: bool = False
 
 
-def loss(guess: Tensor, noisy: flow.Noisy) -> Tensor:
-    """The loss of training, for any network."""
-    wrong = flow.velocity(noisy.x_t, guess, noisy.t) - flow.velocity(noisy.x_t, noisy.x, noisy.t)
-    return wrong.square().mean()
+CASES = {
+    "padded": Case(
+        dit.Config(patch=16, bottleneck=64, width=384, depth=8, heads=6), 256, 4, 40, 256
+    ),
+    "whole": Case(dit.Config(patch=16, bottleneck=64, width=384, depth=8, heads=6), 256, 4, 40, 40),
+    "small": Case(dit.Config(patch=4, bottleneck=0, width=256, depth=6, heads=4), 32, 64, 16, 16),
+    "routes": Case(LARGER, 64, 8, 16, 16, routes=True),
+}
 
 
-def theirs(autocast: bool) -> Arm:
-    """diffusers' class, in float32 or under bfloat16 autocast."""
-    model = PRXTransformer2DModel(
-        in_channels=3,
-        patch_size=SIZE.patch,
-        context_in_dim=TEXT_WIDTH,
-        hidden_size=SIZE.width,
-        mlp_ratio=SIZE.mlp,
-        num_heads=SIZE.heads,
-        depth=SIZE.depth,
-        axes_dim=[SIZE.head_width // 2] * 2,
-        bottleneck_size=None,
+class Given(NamedTuple):
+    """What every arm is given: pictures, and their words with and without padding."""
+
+    noisy: flow.Noisy
+    text: Text
+    padded: Text
+
+
+class Arm(NamedTuple):
+    """A network, its guess, and how it is asked for it."""
+
+    model: nn.Module
+    guess: Callable[[], Tensor]
+
+
+class Pair(NamedTuple):
+    """Two arms that are compared: the first is divided by the second."""
+
+    ours: str
+    theirs: str
+
+
+def feed(case: Case) -> Given:
+    """Draw pictures, noise and words."""
+    generator = torch.Generator().manual_seed(0)
+    image = torch.rand(case.batch, 3, case.side, case.side, generator=generator) * 2 - 1
+    t = torch.rand(case.batch, generator=generator)
+    eps = torch.randn(image.shape, generator=generator)
+    tokens = torch.randn(case.batch, case.padded, TEXT_WIDTH, generator=generator)
+    mask = (torch.arange(case.padded) < case.words).expand(case.batch, -1)
+    return Given(
+        flow.corrupt(image, t, eps),
+        Text(tokens[:, : case.words], mask[:, : case.words]),
+        Text(tokens, mask),
     )
 
-    def run(noisy: flow.Noisy, text: Text) -> Tensor:
-        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            guess = model(noisy.x_t, noisy.t, text.tokens, attention_mask=text.mask)
-        return loss(guess.sample, noisy)
 
-    return Arm(model, run)
+def network(case: Case) -> dit.DiT:
+    """Build a network none of whose weights is zero."""
+    torch.manual_seed(0)
+    model = dit.DiT(case.size, TEXT_WIDTH)
+    with torch.no_grad():
+        for weight in model.parameters():
+            weight.add_(0.02 * torch.randn_like(weight))
+    return model
 
 
 def ours(
-    size: dit.Config, compute: torch.dtype, compiled: bool, route: tread.Config | None = None
+    case: Case,
+    given: Given,
+    weights: dict[str, Tensor],
+    dtype: torch.dtype,
+    compiled: bool,
+    route: tread.Config | None = None,
 ) -> Arm:
     """Our denoiser, eager or with compiled blocks; a route is drawn anew for each step."""
-    model = dit.DiT(size, TEXT_WIDTH, compute=compute)
+    model = dit.DiT(case.size, TEXT_WIDTH, compute=dtype)
+    model.load_state_dict(weights, assign=True)
     if compiled:
         for block in model.blocks:
             block.compile(dynamic=False)
-    steps = count()
+    steps, noisy = count(), given.noisy
 
-    def run(noisy: flow.Noisy, text: Text) -> Tensor:
+    def guess() -> Tensor:
         way = None
         if route is not None:
             dice = Dice(0, next(steps), 0, len(noisy.x))
-            way = tread.draw(route, noisy.x, size.patch, dice)
-        return loss(model(noisy.x_t, noisy.t, text, way).x, noisy)
+            way = tread.draw(route, noisy.x, case.size.patch, dice)
+        return model(noisy.x_t, noisy.t, given.text, way).x
 
-    return Arm(model, run)
+    return Arm(model, guess)
 
 
-def classes() -> dict[str, Arm]:
+def theirs(
+    case: Case, given: Given, weights: dict[str, Tensor], dtype: torch.dtype, compiled: bool
+) -> Arm:
+    """diffusers' class, in float32 or under bfloat16 autocast."""
+    size = case.size
+    model = PRXTransformer2DModel(
+        in_channels=3,
+        patch_size=size.patch,
+        context_in_dim=TEXT_WIDTH,
+        hidden_size=size.width,
+        mlp_ratio=size.mlp,
+        num_heads=size.heads,
+        depth=size.depth,
+        axes_dim=[size.head_width // 2] * 2,
+        bottleneck_size=size.bottleneck or None,
+    )
+    model.load_state_dict(weights, assign=True)
+    if compiled:
+        model.compile(dynamic=False)
+    noisy, (tokens, mask) = given.noisy, given.padded
+
+    def guess() -> Tensor:
+        with torch.autocast("cpu", dtype, enabled=dtype != torch.float32):
+            said: Tensor = model(noisy.x_t, noisy.t, tokens, attention_mask=mask).sample
+        return said.float()
+
+    return Arm(model, guess)
+
+
+def classes(case: Case, given: Given, compiles: bool) -> tuple[dict[str, Arm], dict[str, Pair]]:
     """The same network, of two makers."""
-    return {
-        "diffusers, float32": theirs(autocast=False),
-        "diffusers, bfloat16 autocast": theirs(autocast=True),
-        "daybreak, float32": ours(SIZE, torch.float32, compiled=False),
-        "daybreak, bfloat16": ours(SIZE, torch.bfloat16, compiled=False),
-        "daybreak, bfloat16, compiled": ours(SIZE, torch.bfloat16, compiled=True),
-    }
+    weights = network(case).state_dict()
+    arms, pairs = {}, {}
+    for compiled in (False, True) if compiles else (False,):
+        for precision, dtype in PRECISIONS.items():
+            name = f"{precision}, compiled" if compiled else precision
+            pairs[name] = Pair(f"daybreak, {name}", f"diffusers, {name}")
+            arms[pairs[name].theirs] = theirs(case, given, weights, dtype, compiled)
+            arms[pairs[name].ours] = ours(case, given, weights, dtype, compiled)
+    if compiles:
+        pairs["as shipped"] = Pair("daybreak, bfloat16, compiled", "diffusers, bfloat16")
+    return arms, pairs
 
 
-def routes() -> dict[str, Arm]:
+def routes(case: Case, given: Given, compiles: bool) -> tuple[dict[str, Arm], dict[str, Pair]]:
     """The same network, with all tokens or with half of them in most blocks."""
-    half = tread.Config(start=1, stop=LARGER.depth - 1, carried=0.5)
-    return {
-        "dense, float32": ours(LARGER, torch.float32, compiled=False),
-        "routed, float32": ours(LARGER, torch.float32, compiled=False, route=half),
-        "dense, bfloat16, compiled": ours(LARGER, torch.bfloat16, compiled=True),
-        "routed, bfloat16, compiled": ours(LARGER, torch.bfloat16, compiled=True, route=half),
-    }
+    weights = network(case).state_dict()
+    half = tread.Config(start=1, stop=case.size.depth - 1, carried=0.5)
+    kinds = {"float32": (torch.float32, False)}
+    if compiles:
+        kinds["bfloat16, compiled"] = (torch.bfloat16, True)
+    arms, pairs = {}, {}
+    for name, (dtype, compiled) in kinds.items():
+        pairs[name] = Pair(f"routed, {name}", f"dense, {name}")
+        arms[pairs[name].theirs] = ours(case, given, weights, dtype, compiled)
+        arms[pairs[name].ours] = ours(case, given, weights, dtype, compiled, half)
+    return arms, pairs
 
 
-CASES = {"classes": Case(classes, side=32, batch=64), "routes": Case(routes, side=64, batch=8)}
+def step(arm: Arm, noisy: flow.Noisy) -> None:
+    """Take the loss of training, and its gradient."""
+    v_hat, v = (flow.velocity(noisy.x_t, x, noisy.t) for x in (arm.guess(), noisy.x))
+    (v_hat - v).square().mean().backward()
+    arm.model.zero_grad()
 
 
-def saved(arm: Arm, noisy: flow.Noisy, text: Text) -> int:
+def saved(arm: Arm) -> int:
     """Count the bytes that a forward pass keeps for the backward pass, but for the weights."""
     weights = {weight.untyped_storage().data_ptr() for weight in arm.model.parameters()}
     kept: dict[int, int] = {}
@@ -138,57 +213,61 @@ def saved(arm: Arm, noisy: flow.Noisy, text: Text) -> int:
         return tensor
 
     with saved_tensors_hooks(note, lambda tensor: tensor):
-        arm.loss(noisy, text)
+        guess = arm.guess()  # held: what is freed would be counted twice
+    del guess
     return sum(kept.values())
 
 
+def measure(case: Case, rounds: int, compiles: bool) -> dict[str, Any]:
+    """Time all arms of a case; returns seconds, bytes kept, and the ratios of its pairs."""
+    given = feed(case)
+    arms, pairs = (routes if case.routes else classes)(case, given, compiles)
+    found: dict[str, Any] = {"batch": case.batch}
+    if not case.routes:
+        with torch.no_grad():
+            mine, other = (arms[name].guess() for name in pairs["float32"])
+        found["outputs differ by"] = float((mine - other).abs().max())
+        torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+    seconds = in_turn({name: partial(step, arm, given.noisy) for name, arm in arms.items()}, rounds)
+    kept = {name: saved(arm) for name, arm in arms.items()}
+    ratios = {}
+    for name, (one, other_one) in pairs.items():
+        turns = zip(seconds[one], seconds[other_one], strict=True)
+        ratios[name] = {
+            "time": statistics.median(a / b for a, b in turns),
+            "saved": kept[one] / kept[other_one],
+        }
+    return found | {"seconds": seconds, "saved": kept, "ratios": ratios}
+
+
 def main() -> None:
-    """Time every arm in turn and print the table."""
+    """Time every case with every number of threads, print the tables, write them down."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--case", choices=CASES, default="classes")
+    parser.add_argument("--case", choices=CASES, nargs="+", default=["padded", "whole"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--batch", type=int)
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
-    case = CASES[arguments.case]
-    batch = arguments.batch or case.batch
 
-    torch.manual_seed(0)
-    image = torch.rand(batch, 3, case.side, case.side) * 2 - 1
-    noisy = flow.corrupt(image, torch.rand(batch), torch.randn_like(image))
-    mask = torch.arange(WORDS)[None] < torch.randint(5, WORDS, (batch, 1))
-    text = Text(torch.randn(batch, WORDS, TEXT_WIDTH), mask)
-    arms = case.arms()
-    seconds: dict[str, list[float]] = {name: [] for name in arms}
-    for turn in range(arguments.rounds + 2):
-        for name, arm in arms.items():
-            began = time.perf_counter()
-            arm.loss(noisy, text).backward()
-            if turn >= 2:  # the first two compile and warm up
-                seconds[name].append(time.perf_counter() - began)
-    activations = {name: saved(arm, noisy, text) for name, arm in arms.items()}
-
-    reference = next(iter(arms))
-    first, most = statistics.median(seconds[reference]), activations[reference]
-    print(f"{platform.machine()}, {torch.get_num_threads()} threads, batch {batch}")
-    for name, times in seconds.items():
-        median = statistics.median(times)
-        print(
-            f"{name:32} {batch / median:7.1f} img/s   x {first / median:.2f}"
-            f"   {activations[name] / 2**20:7.1f} MiB kept   x {activations[name] / most:.2f}"
-        )
-    if arguments.json:
-        facts = {
-            "case": arguments.case,
-            "machine": platform.machine(),
-            "capability": torch.backends.cpu.get_cpu_capability(),
-            "threads": torch.get_num_threads(),
-            "torch": torch.__version__,
-            "batch": batch,
-            "seconds": seconds,
-            "saved": activations,
-        }
-        arguments.json.write_text(json.dumps(facts, indent=1) + "\n")
+    cases: dict[str, Any] = {}
+    for threads in arguments.threads:
+        torch.set_num_threads(threads)
+        for name in arguments.case:
+            case = CASES[name]
+            case = case._replace(batch=arguments.batch or case.batch)
+            found = measure(case, arguments.rounds, not arguments.eager)
+            cases[f"{name}, {threads} threads"] = found
+            print(f"{name}, {threads} threads, batch {case.batch}")
+            for arm, times in found["seconds"].items():
+                print(
+                    f"  {arm:32} {case.batch / statistics.median(times):8.1f} img/s"
+                    f" {found['saved'][arm] / 2**20:9.1f} MiB kept"
+                )
+            for pair, ratio in found["ratios"].items():
+                print(f"  {pair:32} time x {ratio['time']:.2f}   kept x {ratio['saved']:.2f}")
+    write(arguments.json, {"cases": cases})
 
 
 if __name__ == "__main__":

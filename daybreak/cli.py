@@ -521,7 +521,8 @@ def plan(
         bool, typer.Option("--measure", help="Take 20 real steps of each stage here first.")
     ] = False,
     fit: Annotated[
-        Path | None, typer.Option(help="Write the recipe here, with the largest passes that fit.")
+        Path | None,
+        typer.Option(help="Write the recipe here, with a mesh and the largest passes that fit."),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
     set_: Annotated[
@@ -553,7 +554,10 @@ def plan(
             Console().print(table)
     paper.check_memory(wanted, made)
     if fit:
-        fit.write_text(config.dump(wanted), encoding="utf-8")
+        try:
+            fit.write_text(config.dump(wanted), encoding="utf-8")
+        except OSError as error:
+            raise BadStorage(f"cannot write {fit}: {error.strerror}") from error
 
 
 @app.command()

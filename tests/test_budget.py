@@ -13,7 +13,7 @@ import torch
 from typer.testing import CliRunner
 
 from daybreak import cli, config
-from daybreak.failure import BadRecipe
+from daybreak.failure import BadRecipe, BadStorage
 from daybreak.train import budget, flops, hardware, measure, memory, plan
 from daybreak.train.budget import Budget
 from daybreak.train.hardware import Cluster
@@ -30,6 +30,7 @@ PUBLISHED: dict[str, Any] = {
     "lpips": {},
     "dino": {},
     "muon": {},
+    "parallel": {"dp_replicate": 4},
     "stage": [
         {"resolution": 512, "steps": 100_000, "batch": 1024, "lr": 1e-4},
         {"resolution": 1024, "steps": 20_000, "batch": 512, "lr": 1e-4, "without": ["repa"]},
@@ -221,6 +222,19 @@ def test_a_fitted_recipe_takes_the_largest_passes_that_fit(published: config.Rec
         budget.check_memory(larger, budget.plan(larger, cluster))
 
 
+def test_a_plan_has_the_mesh_that_the_run_would_have(published: config.Recipe) -> None:
+    assert budget.plan(published, Cluster(32, H200)).mesh == Mesh(4, 8)
+    assert budget.plan(published, Cluster(8, H200)).mesh == Mesh(4, 2)
+    whole = config.parse(PUBLISHED | {"parallel": {}}, "whole")
+    assert budget.plan(whole, Cluster(32, H200)).mesh == Mesh(1, 32)
+
+
+def test_a_mesh_that_cannot_be_is_refused_and_fitted(published: config.Recipe) -> None:
+    with pytest.raises(BadRecipe, match=r"--set parallel\.dp_replicate=1 "):
+        budget.plan(published, Cluster(2, H200))
+    assert budget.plan(budget.fitted(published, Cluster(2, H200)), Cluster(2, H200)).mesh.shard == 2
+
+
 def test_a_prepared_dataset_says_how_often_it_is_seen(
     tiny: Path, prepared: Callable[..., Path]
 ) -> None:
@@ -292,6 +306,11 @@ def test_plan_writes_the_fitted_recipe_where_it_is_asked_to(tiny: Path, tmp_path
     place = tmp_path / "fitted.toml"
     asked(tiny, "--gpus", "4xH100", "--fit", place)
     assert config.load(place).micro == 2
+
+
+def test_a_recipe_that_cannot_be_written_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadStorage, match="cannot write"):
+        asked(tiny, "--gpus", "4xH100", "--fit", tmp_path / "nowhere" / "fitted.toml")
 
 
 def test_plan_gives_json(tiny: Path) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]  # public all the same
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -12,7 +13,7 @@ from daybreak.model import dit, text, text_to_image, tread
 from daybreak.model.text import Text
 from daybreak.objective.objective import Objective
 from daybreak.optim import muon
-from daybreak.train import flops, networks
+from daybreak.train import flops, networks, parallel
 from daybreak.train.dice import Dice
 
 TINY = dit.Config(patch=8, bottleneck=0, width=32, depth=2, heads=2)
@@ -76,6 +77,18 @@ def test_the_denoiser_takes_as_many_flops_as_the_counter_counts(
 def test_words_that_do_not_learn_save_one_product() -> None:
     saved = flops.denoiser(TINY, 16, 24, 40, None, True) - flops.denoiser(TINY, 16, 24, 40)
     assert saved == 2 * 24 * 40 * TINY.width
+
+
+def test_recomputed_blocks_go_forth_twice() -> None:
+    model = dit.DiT(TINY, 40)
+    alone = parallel.World(0, 1, torch.device("cpu"), None, HashStore())
+    parallel.prepare(model, model.blocks, alone, parallel.Config(recompute=True))
+    words = Text(torch.rand(2, 24, 40, requires_grad=True), torch.ones(2, 24, dtype=torch.bool))
+    side = 4 * TINY.patch
+    with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
+        model(torch.rand(2, 3, side, side), torch.rand(2), words).x.sum().backward()
+    counted = 2 * flops.denoiser(TINY, 16, 24, 40, words_learn=True, recompute=True)
+    assert counted == pytest.approx(counter.get_total_flops(), rel=0.05)
 
 
 def with_teachers(toys: dict[str, Path]) -> config.Recipe:

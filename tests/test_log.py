@@ -80,6 +80,33 @@ def test_a_half_written_line_does_not_survive(tmp_path: Path) -> None:
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4, 5]
 
 
+def test_a_line_says_what_is_reached_of_the_machine_and_what_it_costs(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with Log(tmp_path, 4, stream=stream, every=0, peak=1e15, price=36.0) as log:
+        for step in (1, 2):
+            time.sleep(0.05)
+            values = {"loss": 1.0, "waited": 0.01}
+            log.step(step, values, images=8, flops=2e13, spent=100.0 * step)
+    first, second = lines(tmp_path)
+    assert 1e14 < second["flops_per_second"] < 4e14
+    assert second["share_of_peak"] == second["flops_per_second"] / 1e15
+    assert 0.05 < second["waiting"] < 0.2
+    assert (first["dollars"], second["dollars"]) == (1.0, 2.0)
+    assert 0.5 * 36 * 0.1 / 3600 < second["dollars_to_go"] < 4 * 36 * 0.1 / 3600
+    shown = stream.getvalue().splitlines()[-1]
+    for words in (" TFLOP/s (", " %)   waits ", "$2.00, $0.00 to go"):
+        assert words in shown
+
+
+def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    train(tmp_path, 0, 2, stream)
+    unknown = {"flops_per_second", "share_of_peak", "dollars", "dollars_to_go"}
+    assert not unknown & lines(tmp_path)[-1].keys()
+    assert "FLOP/s" not in stream.getvalue()
+    assert "$" not in stream.getvalue()
+
+
 def test_what_is_not_finite_is_null(tmp_path: Path) -> None:
     stream = io.StringIO()
     with Log(tmp_path, 2, stream=stream, every=0) as log:

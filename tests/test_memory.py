@@ -84,6 +84,27 @@ def test_a_pass_keeps_as_much_as_autograd_says(
     assert 4 * paper.each + paper.once == pytest.approx(measured, rel=0.05)
 
 
+@pytest.mark.parametrize("which", ["none of them", "tread"])
+def test_recomputed_blocks_keep_what_goes_into_them_and_one_is_at_work(
+    toys: dict[str, Path], which: str
+) -> None:
+    table = SMALL | ingredients(toys)[which]
+    plain = config.parse(table, "plain")
+    again = config.parse(table | {"parallel": {"recompute": True}}, "again")
+    stage, dtype = plain.stage[0], torch.bfloat16
+    before, after = (memory.activations(r, stage, dtype, "cpu") for r in (plain, again))
+    one = memory.asked(plain.dit, 64, plain.text.max_tokens, dtype, "cpu")
+    route = flops.route(plain, stage)
+    counts = {64: 4} if route is None else {64: 2, 32: 2}
+    blocks = sum(
+        count * memory.asked(plain.dit, n, plain.text.max_tokens, dtype, "cpu").each
+        for n, count in counts.items()
+    )
+    inputs = sum(count * n * 2 * plain.dit.width for n, count in counts.items())
+    assert before.each - after.each == pytest.approx(blocks - inputs - one.each)
+    assert after.once < before.once
+
+
 def walk(size: dit.Config, dtype: torch.dtype, n: int, compiled: bool) -> int:
     """What the denoiser keeps of three pictures of n tokens with 40 words of 256 numbers."""
     model = dit.DiT(size, 256, compute=dtype)

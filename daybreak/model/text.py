@@ -1,13 +1,13 @@
 """Words for the denoiser: a tokenizer and a transformer encoder.
 
 Two kinds, one interface. Without `encoder` a small LFM2 is built from random weights, its tokenizer
-learned from the captions, and it trains together with the denoiser. Its short convolutions let each
-word see the two before it from the first step, so that "circle" soon knows that it is the red one;
-a T5, whose attention begins blind to order, had not learned that after 78,000 pictures. With
-`encoder` (a hub id or a local folder) a language model of `transformers` is used frozen: the
-encoder of a T5, FLAN-T5 or T5Gemma, a decoder such as Qwen3, the words' half of Qwen3-VL, BERT and
-its kin. Both are saved in the format of `transformers`, so an exported pipeline needs nothing of
-ours.
+learned from the captions, and it trains together with the denoiser. Its convolutions let each word
+see the five before it from the first step, so that "circle" soon knows that it is the red one, and
+"left" what it is said of; a T5, whose attention begins blind to order, had not learned that after
+78,000 pictures. With `encoder` (a hub id or a local folder) a language model of `transformers` is
+used frozen: the encoder of a T5, FLAN-T5 or T5Gemma, a decoder such as Qwen3, the words' half of
+Qwen3-VL, BERT and its kin. Both are saved in the format of `transformers`, so an exported pipeline
+needs nothing of ours.
 
 An empty prompt is the unconditional one: it still holds the template or an end-of-text token, so
 there is always a word to attend to. Padding stands on the right, is masked, and is only as long as
@@ -34,6 +34,7 @@ from torch.func import functional_call
 from daybreak.failure import BadRecipe
 from daybreak.model import hub
 
+REACH = 6  # words a convolution sees: from the circle "to the left of a" to the blue of a square
 WORD = 0.5  # standard deviation of the numbers in a new word vector
 LENGTH_STEP = 8  # token counts are rounded up to multiples of it: few shapes, few compilations
 
@@ -135,7 +136,7 @@ def new_encoder(config: Config, vocabulary: int) -> nn.Module:
             layer_types=(["conv", "full_attention"] * config.depth)[: config.depth],
             num_attention_heads=config.heads,
             num_key_value_heads=config.heads,
-            conv_L_cache=6,
+            conv_L_cache=REACH,
             max_position_embeddings=config.max_tokens,
             initializer_range=config.width**-0.5,
             use_cache=False,

@@ -171,7 +171,7 @@ def plan(
     check_shares(recipe, number)
     cached = cached or has_words(recipe)
     taken = real_steps(recipe, cluster) if measured else ()
-    mesh, dtype = memory.mesh_for(number), precision(recipe, cluster)
+    mesh, dtype = mesh_of(recipe, number), precision(recipe, cluster)
     source = "as given"
     if share is None:
         share, source = (CPU_SHARE, CPU_SOURCE) if device.name == "cpu" else (GPU_SHARE, GPU_SOURCE)
@@ -248,6 +248,23 @@ def check_shares(recipe: Recipe, count: int) -> None:
         )
 
 
+def mesh_of(recipe: Recipe, count: int) -> Mesh:
+    """The mesh that a run on so many devices would have, by its [parallel].
+
+    Errors  BadRecipe if they do not make one.
+    """
+    replicate = recipe.parallel.dp_replicate
+    shard = recipe.parallel.dp_shard or count // replicate
+    if replicate * shard != count:
+        best = memory.mesh_for(count)
+        raise BadRecipe(
+            f"parallel.dp_replicate = {replicate} with dp_shard = {recipe.parallel.dp_shard} does "
+            f"not make {count} devices: --set parallel.dp_replicate={best.replicate} "
+            "--set parallel.dp_shard=0 does, and so does --fit"
+        )
+    return Mesh(replicate, shard)
+
+
 def passes(recipe: Recipe, stage: Stage, count: int) -> int:
     """Pictures that one device takes at once."""
     mine = stage.batch // count
@@ -307,8 +324,14 @@ def check_memory(recipe: Recipe, made: Plan) -> None:
 
 
 def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
-    """The recipe with the largest passes that fit. Errors: BadRecipe if none does."""
+    """The recipe with a mesh for these devices, and the largest passes that fit them.
+
+    Errors  BadRecipe if none does.
+    """
     check_shares(recipe, cluster.number)
+    mesh = memory.mesh_for(cluster.number)
+    spread = {"dp_replicate": mesh.replicate, "dp_shard": 0}
+    recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=spread)})
     pictures = largest_pass(recipe, cluster)
     if pictures is None:
         check_memory(recipe, plan(recipe, cluster))
@@ -318,7 +341,7 @@ def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
 def largest_pass(recipe: Recipe, cluster: Cluster) -> int | None:
     """Pictures that a device can take at once, of those numbers that divide every share."""
     count, device = cluster
-    mesh, dtype = memory.mesh_for(count), precision(recipe, cluster)
+    mesh, dtype = mesh_of(recipe, count), precision(recipe, cluster)
     common = math.gcd(*(stage.batch // count for stage in recipe.stage))
     for pictures in range(common, 0, -1):
         if common % pictures == 0 and all(

@@ -44,8 +44,10 @@ def work(recipe: Recipe, stage: Stage, cached: bool = False) -> Work:
     """
     n, words = tokens(recipe, stage), recipe.text.max_tokens
     encoder, learns = text_encoder(recipe), recipe.text.encoder is None
+    again = recipe.parallel.recompute
+    walk = route(recipe, stage)
     picture = {
-        "denoiser": denoiser(recipe.dit, n, words, encoder.width, route(recipe, stage), learns),
+        "denoiser": denoiser(recipe.dit, n, words, encoder.width, walk, learns, again),
         "text encoder": encoder.forward(words) * (3 if learns else 0 if cached else 1),
         **terms(recipe, stage),
     }
@@ -66,8 +68,9 @@ def denoiser(
     context: int,
     route: tread.Config | None = None,
     words_learn: bool = False,
+    recompute: bool = False,
 ) -> float:
-    """FLOPs of the denoiser for one picture, there and back."""
+    """FLOPs of the denoiser for one picture, there and back; with `recompute` blocks go twice."""
     h, pixels, b = size.width, CHANNELS * size.patch**2, size.bottleneck
     routed = route.stop - route.start if route else 0
     walking = routed * block(size, visible(route, n), l)
@@ -77,7 +80,7 @@ def denoiser(
     words = linear(l, context, h, back=2 if words_learn else 1)
     last = linear(n, h, pixels) + linear(1, h, 2 * h)
     fusion = linear(n, 2 * h, h) if route and route.kind == "sprint" else 0
-    return 3 * blocks + patches + time + words + last + fusion
+    return (4 if recompute else 3) * blocks + patches + time + words + last + fusion
 
 
 def block(size: dit.Config, n: int, l: int) -> float:  # noqa: E741

@@ -78,12 +78,12 @@ def parse(text: str, dtype: torch.dtype) -> Cluster:
         raise BadRecipe(f"--gpus {text}: write how many and which, for example 32xH200")
     if name.lower() == "cpu":
         return Cluster(count, processor(dtype))
-    known = {_plain(known): device for known, device in DEVICES.items()}
+    names = {_plain(device.name): device for device in DEVICES.values()}
     wanted = _plain(name)
-    device = known.get(wanted) or known.get(f"rtx{wanted}")
+    device = names.get(wanted) or names.get(f"rtx{wanted}")
     if device is None:
-        close = difflib.get_close_matches(wanted, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {known[close[0]].name}?" if close else ""
+        close = difflib.get_close_matches(wanted, names, n=1, cutoff=0.4)
+        hint = f"; did you mean {names[close[0]].name}?" if close else ""
         raise BadRecipe(
             f"--gpus {text}: no figures are known for {name!r}{hint} "
             f"(there are {', '.join(DEVICES)} and cpu)"
@@ -97,10 +97,15 @@ def here(dtype: torch.dtype) -> Cluster:
         return Cluster(1, processor(dtype))
     title = torch.cuda.get_device_name(0)
     memory = float(torch.cuda.get_device_properties(0).total_memory)
-    found = next((d for d in DEVICES.values() if _plain(d.name) in _plain(title)), None)
+    found = known(title)
     if found is None:
         found = Device(title, speed(dtype, "cuda"), memory, 32 * GB, None, None)
     return Cluster(torch.cuda.device_count(), found._replace(memory=memory))
+
+
+def known(title: str) -> Device | None:
+    """Return what the table knows of a GPU, by the name its driver gives it."""
+    return next((d for d in DEVICES.values() if _plain(d.name) in _plain(title)), None)
 
 
 def processor(dtype: torch.dtype) -> Device:

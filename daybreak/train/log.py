@@ -7,8 +7,10 @@ On a terminal progress is a live bar, elsewhere a plain line every ten seconds. 
 the training: a closed pipe ends the show, a full disk delays the lines until there is room again.
 
 Letters  step counts from 1 to `steps`; `start` is the last step already done.
-Units    images_per_second over the last seconds; seconds of training, without the pauses between
-         runs; memory_mib is the most this process has held, in MiB.
+Units    images_per_second, flops_per_second (of all devices), its share of their peak and waiting,
+         the share of time spent waiting for data, over the last seconds; seconds of training,
+         without the pauses between runs; dollars of all devices; memory_mib is the most this
+         process has held, in MiB.
 """
 
 import contextlib
@@ -21,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self, TextIO
+from typing import Any, NamedTuple, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -31,7 +33,17 @@ REFRESH = 0.1  # seconds between pictures of the bar
 WINDOW = 30.0  # seconds over which the speed is taken
 SMOOTHING = 0.98  # of the loss that is shown; the file has the true one
 MIB = 2**20
-FACTS = ("loss", "speed", "elapsed", "left", "memory")
+FACTS = ("loss", "speed", "work", "waiting", "elapsed", "left", "memory")
+WORK = {"PFLOP/s": 1e15, "TFLOP/s": 1e12, "GFLOP/s": 1e9}
+
+
+class Mark(NamedTuple):
+    """A moment, and what had been done by then."""
+
+    time: float
+    images: int
+    flops: float = 0.0
+    waited: float = 0.0
 
 
 class Log:
@@ -42,7 +54,8 @@ class Log:
             log.note("checkpoint-1000 saved")
 
     Everything happens inside the calls: no thread, no timer. Without a folder nothing happens at
-    all: of several ranks one keeps the log.
+    all: of several ranks one keeps the log. `peak` is what all devices can do at most, in FLOP/s,
+    and `price` what all of them cost, in dollars an hour; what is not known is not written.
     """
 
     def __init__(
@@ -52,8 +65,10 @@ class Log:
         start: int = 0,
         stream: TextIO | None = None,
         every: float = EVERY,
+        peak: float | None = None,
+        price: float | None = None,
     ) -> None:
-        self.steps = steps
+        self.steps, self.peak, self.price = steps, peak, price
         self.start = start
         self.every = every
         self.stream = stream or sys.stdout
@@ -71,7 +86,8 @@ class Log:
         self.warned = False
 
         self.began = self.printed = time.monotonic()
-        self.recent = deque([(self.began, self.images)])
+        self.recent = deque([Mark(self.began, self.images)])
+        self.spent = 0.0
         self.loss = 0.0
         self.weight = 0.0
         console = _Console(file=self.stream, highlight=False)
@@ -99,25 +115,39 @@ class Log:
             with contextlib.suppress(OSError, ValueError):
                 self.progress.stop()  # also gives back stdout, which the bar had borrowed
 
-    def step(self, step: int, values: Mapping[str, float], images: int) -> None:
-        """Record a step that is done: its numbers, and how many images it took.
+    def step(
+        self,
+        step: int,
+        values: Mapping[str, float],
+        images: int,
+        flops: float = 0.0,
+        spent: float = 0.0,
+    ) -> None:
+        """Record a step that is done: its numbers, its images, its FLOPs if they were counted.
 
-        The line holds `step`, all of `values`, then `images` (since step 1), `images_per_second`,
-        `seconds` and `memory_mib`. A number that is not finite is null: JSON knows no other.
+        `spent` is how many seconds have to be paid for so far. The line holds `step`, all of
+        `values`, `images` (since step 1), what was reached of late, then `seconds`, `memory_mib`
+        and, where they have a price, `dollars` and `dollars_to_go`. A number that is not finite is
+        null: JSON knows no other.
         """
         now = time.monotonic()
         self.images += images
-        self.recent.append((now, self.images))
-        while len(self.recent) > 2 and now - self.recent[1][0] > WINDOW:
+        self.spent = spent
+        last = self.recent[-1]
+        self.recent.append(
+            Mark(now, self.images, last.flops + flops, last.waited + values.get("waited", 0.0))
+        )
+        while len(self.recent) > 2 and now - self.recent[1].time > WINDOW:
             self.recent.popleft()
 
         finite = {name: _finite(value) for name, value in values.items()}
-        line = {"step": step, **finite} | {
-            "images": self.images,
-            "images_per_second": round(self._speed(), 2),
+        line = {"step": step, **finite, "images": self.images, **self._reached()} | {
             "seconds": round(self.seconds + now - self.began, 3),
             "memory_mib": peak_memory() // MIB,
         }
+        if self.price is not None:
+            left = self.price * self._left(step) / 3600
+            line |= {"dollars": self.price * spent / 3600, "dollars_to_go": left}
         self._write(json.dumps(line).encode() + b"\n")
 
         loss = finite.get("loss")
@@ -148,28 +178,47 @@ class Log:
             digits = len(str(self.steps))
             place = f"step {step:{digits}}/{self.steps}"
             self._show(
-                lambda: print(place, *facts.values(), sep="   ", file=self.stream, flush=True)
+                lambda: print(
+                    place, *filter(None, facts.values()), sep="   ", file=self.stream, flush=True
+                )
             )
 
     def _facts(self, step: int, now: float) -> dict[str, Any]:
-        passed = len(self.recent) - 1
-        left = (self.steps - step) * (now - self.recent[0][0]) / passed if passed else math.nan
+        begun = len(self.recent) > 1
+        reached, left = self._reached(), self._left(step) if begun else math.nan
         loss = f"{self.loss / self.weight:.4f}" if self.weight else "-"
-        speed = f"{self._speed():.1f}" if passed else "-"
-        elapsed = self.seconds + now - self.began
+        speed = f"{reached['images_per_second']:.1f}" if begun else "-"
+        remaining = f"left {_clock(left)}"
+        if self.price is not None and begun:
+            paid, due = (self.price * seconds / 3600 for seconds in (self.spent, left))
+            remaining += f"   ${paid:,.2f}, ${due:,.2f} to go"
         values = (
             f"loss {loss:>7}",
             f"{speed:>7} img/s",
-            f"elapsed {_clock(elapsed)}",
-            f"left {_clock(left)}",
+            _work(reached),
+            f"waits {100 * reached['waiting']:.0f} %",
+            f"elapsed {_clock(self.seconds + now - self.began)}",
+            remaining,
             f"{memory() // MIB:6,} MiB",
         )
         return dict(zip(FACTS, values, strict=True))
 
-    def _speed(self) -> float:
-        """Images per second over the window, or since the start while there is no more."""
-        (then, before), (now, after) = self.recent[0], self.recent[-1]
-        return (after - before) / max(now - then, 1e-9)
+    def _reached(self) -> dict[str, float]:
+        """What was done in a second of the window, or since the start while there is no more."""
+        first, last = self.recent[0], self.recent[-1]
+        passed = max(last.time - first.time, 1e-9)
+        found = {"images_per_second": round((last.images - first.images) / passed, 2)}
+        flops = (last.flops - first.flops) / passed
+        if flops:
+            found["flops_per_second"] = flops
+            if self.peak:
+                found["share_of_peak"] = flops / self.peak
+        return found | {"waiting": round((last.waited - first.waited) / passed, 4)}
+
+    def _left(self, step: int) -> float:
+        """Seconds that the steps to come will take, at the pace of the window."""
+        first, last = self.recent[0], self.recent[-1]
+        return (self.steps - step) * (last.time - first.time) / max(len(self.recent) - 1, 1)
 
     def _write(self, line: bytes) -> None:
         """Append, or keep for the next time; a line half written is taken back."""
@@ -271,6 +320,16 @@ def _silence(stream: TextIO) -> None:
 
 def _finite(value: float) -> float | None:
     return value if math.isfinite(value) else None
+
+
+def _work(reached: Mapping[str, float]) -> str:
+    """FLOP/s in a unit that leaves few digits, and their share of the peak, if counted."""
+    flops = reached.get("flops_per_second", 0.0)
+    if not flops:
+        return ""
+    unit = next((unit for unit, size in WORK.items() if flops >= size), "GFLOP/s")
+    share = f" ({100 * reached['share_of_peak']:.0f} %)" if "share_of_peak" in reached else ""
+    return f"{flops / WORK[unit]:.3g} {unit}{share}"
 
 
 def _clock(seconds: float) -> str:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from daybreak import config
 from daybreak.data import batches
-from daybreak.failure import BadStorage
+from daybreak.failure import BadRecipe, BadStorage
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
@@ -33,6 +33,7 @@ from daybreak.train import (
     evaluations,
     flops,
     grids,
+    hardware,
     health,
     parallel,
     runs,
@@ -70,7 +71,7 @@ class Run(NamedTuple):
     guard: health.Guard
     pace: health.Pace
     spent: Ledger
-    flops: list[float]  # of a step, by stage; counted only for a budget
+    flops: list[float]  # of a step, by stage; 0 where a network is of unknown size
     saver: Saver
     status: Status
     stop: Stop
@@ -154,16 +155,13 @@ def _train(
             f"checkpoint-{start} was saved by {before} processes and goes on with {here.size}: the "
             "same batches, equal to rounding and not to the last bit"
         )
+    peak, price = _rates(recipe, here)
     with (
         Saver(recipe, folder, here, model, tell, start or None) as saver,
-        Log(folder if here.first else None, recipe.steps, start) as log,
+        Log(folder if here.first else None, recipe.steps, start, peak=peak, price=price) as log,
         Watchdog(here, recipe.health.step_timeout, status.hang) as watchdog,
     ):
         guard.tell = saver.tell = log.note
-        counted = [
-            flops.of_step(recipe, stage, known is not None) if recipe.budget else 0.0
-            for stage in recipe.stage
-        ]
         run = Run(
             recipe,
             folder,
@@ -175,7 +173,7 @@ def _train(
             guard,
             health.Pace(here.device),
             Ledger(folder / "run.json", recipe.budget, writes=here.first),
-            counted,
+            _counted(recipe, known is not None),
             saver,
             status,
             stop,
@@ -188,6 +186,30 @@ def _train(
             f"trained {outcome.step} steps in {time.monotonic() - began:.0f} s: {folder / 'latest'}"
         )
     return outcome
+
+
+def _counted(recipe: config.Recipe, cached: bool) -> list[float]:
+    """FLOPs of a step of each stage. Errors: BadRecipe if a budget of them cannot be kept."""
+    try:
+        return [flops.of_step(recipe, stage, cached) for stage in recipe.stage]
+    except BadRecipe:
+        if recipe.budget and recipe.budget.flops:
+            raise
+        return [0.0] * len(recipe.stage)
+
+
+def _rates(recipe: config.Recipe, here: World) -> tuple[float | None, float | None]:
+    """What all devices can do in a second, and cost in an hour, as far as that is known."""
+    device = (
+        hardware.known(torch.cuda.get_device_name(here.device))
+        if here.device.type == "cuda"
+        else None
+    )
+    peak = device.flops * here.size if device else None
+    price = device.price * here.size if device and device.price else None
+    if recipe.budget and recipe.budget.price:
+        price = recipe.budget.price
+    return peak, price
 
 
 def _open(
@@ -222,7 +244,7 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
         if now == 1:
             run.guard.new_stage()
         rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
-        code = _step(run, stage, batch, done, rate * factor)
+        code = _step(run, number, batch, done, rate * factor)
         run.spent.step(run.flops[number])
         factor, over = _budget(run)
         run.watchdog.beat(done)
@@ -277,9 +299,9 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
         before, seen = before + stage.count, seen + stage.count * stage.batch
 
 
-def _step(run: Run, stage: config.Stage, batch: batches.Batch, step: int, rate: float) -> int:
+def _step(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -> int:
     """Take one step, or pass it over; returns the exit code of a rank that was asked to stop."""
-    began, here = time.monotonic(), run.here
+    began, here, stage = time.monotonic(), run.here, run.recipe.stage[number]
     sums = _gradient(run, stage, batch, step)
     trained = [*run.state.model.parameters(), *run.objective.learned.parameters()]
     norm = parallel.clip(trained, run.recipe.clip)
@@ -310,7 +332,7 @@ def _step(run: Run, stage: config.Stage, batch: batches.Batch, step: int, rate: 
         values["skipped"] = 1
     for complaint in batch.complaints:
         _say(run, complaint)
-    run.log.step(step, values, images=stage.batch)
+    run.log.step(step, values, stage.batch, run.flops[number], run.spent.spent)
     return int(table[:, -1].max())
 
 

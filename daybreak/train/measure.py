@@ -35,7 +35,7 @@ def steps(recipe: Recipe, count: int) -> tuple[float, ...]:
     from daybreak.train import loop  # half of the program, and a plan without measuring needs none
 
     with tempfile.TemporaryDirectory(prefix="daybreak-measure-") as folder:
-        short = _shortened(recipe, count, Path(folder))
+        short = shortened(recipe, count, Path(folder))
         with contextlib.redirect_stdout(sys.stderr):
             outcome = loop.train(short)
         if outcome.code:
@@ -65,7 +65,7 @@ def noise(side: int, seed: int) -> npt.NDArray[np.uint8]:
     return images.fit(coarse.astype(np.uint8), side, side)
 
 
-def _shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
+def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
     """The same steps, fewer of them, and nothing between them."""
     stages = [
         stage.model_copy(

@@ -114,10 +114,16 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
     text = flops.text_encoder(recipe)
     routed = route.stop - route.start if route else 0
     total = Saved(outside(size, n, l, text.width, c) + FULL * CHANNELS * stage.resolution**2, 0)
+    at_work = Saved(0, 0)
     for tokens, count in ((n, size.depth - routed), (flops.visible(route, n), routed)):
         if count:
-            block = compiled if recipe.compile else asked
-            total += block(size, tokens, l, dtype, kind).times(count)
+            whole = (compiled if recipe.compile else asked)(size, tokens, l, dtype, kind)
+            if recipe.parallel.recompute:  # what goes into each, and all of the one at work
+                total += Saved(c * tokens * size.width, 0).times(count)
+                at_work = max(at_work, whole, key=lambda block: block.each)
+            else:
+                total += whole.times(count)
+    total += at_work
     if route:
         total += Saved(c * n * size.width, 0)  # the tokens, put back together
     if recipe.text.encoder is None:

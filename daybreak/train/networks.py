@@ -70,6 +70,7 @@ def _t5(layers: int, width: int, queries: int, mlp: int) -> Network:
 NETWORKS = {
     "google/t5gemma-2b-2b-ul2": Network(26, 2304, 2048, 1024, 9216, True, vocabulary=256_000),
     "Qwen/Qwen3-VL-Embedding-2B": Network(28, 2048, 2048, 1024, 6144, True, vocabulary=151_936),
+    "Qwen/Qwen3-1.7B": Network(28, 2048, 2048, 1024, 6144, True, vocabulary=151_936),
     "Qwen/Qwen3-0.6B": Network(28, 1024, 2048, 1024, 3072, True, vocabulary=151_936),
     "google/flan-t5-small": _t5(8, 512, 384, 1024),
     "google/flan-t5-base": _t5(12, 768, 768, 2048),

@@ -1,0 +1,173 @@
+"""Where the time of a recipe's step goes, and how much of the machine it reaches.
+
+    python benchmarks/recipe.py [quickstart] [--set KEY=VALUE] [--batch N] [--json FILE]
+
+Real steps of each stage, taken apart: pictures, words, denoiser, what the other terms of the loss
+ask of their teachers, the way back, each optimiser, the average. Between two parts the device is
+waited for, which a run does not do. FLOPs are counted from shapes as `daybreak plan` does; the peak
+is the datasheet's, or on a processor that of a large product. Pictures that are not here are
+replaced by noise.
+"""
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+from torch import nn
+from turns import now, write
+
+from daybreak import config
+from daybreak.data import batches
+from daybreak.model.text_to_image import TextToImage
+from daybreak.objective.objective import Objective
+from daybreak.optim import groups
+from daybreak.optim.ema import Ema
+from daybreak.train import building, flops, hardware, measure, parallel, runs
+from daybreak.train.checkpoint import State
+from daybreak.train.dice import Dice
+
+SETTLE = 4  # steps of a stage that do not count: they compile
+Parts = dict[str, float]
+
+
+class Clock:
+    """Seconds of one step by part."""
+
+    def __init__(self) -> None:
+        self.parts: defaultdict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time what is inside."""
+        began = now()
+        yield
+        self.parts[name] += now() - began
+
+    def watch(self, module: nn.Module, name: str) -> None:
+        """Time every call of a network, too."""
+        began: list[float] = []
+        module.register_forward_pre_hook(lambda *_: began.append(now()))
+        module.register_forward_hook(lambda *_: self._add(name, now() - began.pop()))
+
+    def _add(self, name: str, seconds: float) -> None:
+        self.parts[name] += seconds
+
+    def take(self) -> Parts:
+        """Return the parts of the step that is over, and begin the next."""
+        taken = dict(self.parts)
+        self.parts.clear()
+        return taken
+
+
+def step(
+    recipe: config.Recipe,
+    stage: config.Stage,
+    number: int,
+    stream: Iterator[batches.Batch],
+    objective: Objective,
+    state: State,
+    ema: Ema[TextToImage],
+    clock: Clock,
+) -> Parts:
+    """Take one step as the loop does; returns the seconds of its parts."""
+    model, began = state.model, now()
+    with clock.part("pictures"):
+        batch = next(stream)
+    count = len(batch.image)
+    size = recipe.micro or count
+    for first in range(0, count, size):
+        image, captions = batch.image[first : first + size], batch.captions[first : first + size]
+        dice = Dice(recipe.seed, number, batch.first + first, len(image), image.device)
+        with clock.part("forward"):
+            loss, _ = objective(
+                model, state.average, image, captions, dice, stage.without, stage.shift
+            )
+        with clock.part("backward"):
+            (loss * (len(image) / count)).backward()
+    with clock.part("clipping"):
+        parallel.clip([*model.parameters(), *objective.learned.parameters()], recipe.clip)
+    groups.set_rate(state.optimizers, stage.lr)
+    for name, (optimizer, _) in state.optimizers.items():
+        with clock.part(name):
+            optimizer.step()
+            optimizer.zero_grad()
+    with clock.part("average"):
+        ema.update(model, number)
+    whole, parts = now() - began, clock.take()
+    parts["terms and noise"] = parts.pop("forward") - parts["text, forward"] - parts["denoiser"]
+    parts["the rest"] = whole - sum(parts.values())
+    return parts
+
+
+def main() -> None:
+    """Take the steps of every stage, print where their time goes, write it down."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("recipe", nargs="?", default="quickstart")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
+    parser.add_argument("--batch", type=int, help="pictures of a step, on this device")
+    parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+
+    recipe = config.load(arguments.recipe, tuple(arguments.set))
+    with tempfile.TemporaryDirectory(prefix="daybreak-benchmark-") as folder:
+        recipe = measure.shortened(recipe, 1, Path(folder))
+        rows = measured(recipe, arguments.batch, arguments.steps)
+    write(arguments.json, {"recipe": arguments.recipe, "stages": rows})
+
+
+def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[str, Any]]:
+    """Measure every stage of a recipe; prints a table of each."""
+    source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
+    dtype, rows, number = runs.precision(recipe), [], 0
+    clock, cluster = Clock(), hardware.here(dtype)
+    with parallel.world(recipe.parallel) as here:
+        objective, state, ema = building.build(recipe, source, here, None, dtype, None, print)
+        clock.watch(state.model.text, "text, forward")
+        clock.watch(state.model.dit, "denoiser")
+        for stage in recipe.stage:
+            stage = stage.model_copy(update={"batch": batch or stage.batch})
+            stream = batches.stream(
+                source, recipe.data, recipe.seed, stage.resolution, stage.batch,
+                first=0, count=SETTLE + steps, device=here.device,
+            )  # fmt: skip
+            taken = []
+            for _ in range(SETTLE + steps):
+                number += 1
+                taken.append(step(recipe, stage, number, stream, objective, state, ema, clock))
+            parts = {
+                name: statistics.median(parts[name] for parts in taken[SETTLE:])
+                for name in taken[0]
+            }
+            whole = statistics.median(sum(parts.values()) for parts in taken[SETTLE:])
+            reached = flops.of_step(recipe, stage) / whole
+            share = reached / cluster.device.flops
+            rows.append(
+                {
+                    "resolution": stage.resolution,
+                    "batch": stage.batch,
+                    "seconds": whole,
+                    "parts": parts,
+                    "flops_per_second": reached,
+                    "peak": cluster.device.flops,
+                }
+            )
+            print(
+                f"{stage.resolution} px, batch {stage.batch}: {stage.batch / whole:.1f} img/s, "
+                f"{reached / 1e12:.3f} TFLOP/s, {share:.1%} of {cluster.device.name}'s peak"
+            )
+            for name, seconds in sorted(parts.items(), key=lambda row: -row[1]):
+                print(f"  {name:18} {1000 * seconds:10.2f} ms {seconds / whole:7.1%}")
+    return rows
+
+
+if __name__ == "__main__":
+    main()

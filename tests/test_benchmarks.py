@@ -1,0 +1,84 @@
+"""The benchmarks run at tiny size, and write down what they have measured."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
+
+
+@pytest.fixture
+def measured(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, request: pytest.FixtureRequest
+) -> dict[str, Any]:
+    name, *arguments = request.param
+    file = tmp_path / "found.json"
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    monkeypatch.setattr(sys, "argv", [name, *arguments, "--json", str(file)])
+    runpy.run_path(str(BENCHMARKS / name), run_name="__main__")
+    found: dict[str, Any] = json.loads(file.read_text())
+    assert found["threads"] > 0
+    assert found["processor"]
+    return found
+
+
+SMALL = ["--set", "dit.width=32", "--set", "dit.heads=2", "--set", "dit.depth=1"]
+STEP = ["step.py", "--eager", "--batch", "1", "--rounds", "1", "--threads", "1"]
+
+
+@pytest.mark.parametrize("measured", [[*STEP, "--case", "padded", "small"]], indirect=True)
+def test_step_gives_a_ratio_for_every_pair_of_every_case(measured: dict[str, Any]) -> None:
+    assert set(measured["cases"]) == {"padded, 1 threads", "small, 1 threads"}
+    for case in measured["cases"].values():
+        assert case["outputs differ by"] < 1e-4
+        assert set(case["ratios"]) == {"float32", "bfloat16"}
+        assert all(ratio["time"] > 0 and ratio["saved"] > 0 for ratio in case["ratios"].values())
+
+
+@pytest.mark.parametrize("measured", [[*STEP, "--case", "routes"]], indirect=True)
+def test_a_routed_step_keeps_less_than_a_dense_one(measured: dict[str, Any]) -> None:
+    ratio = measured["cases"]["routes, 1 threads"]["ratios"]["float32"]
+    assert ratio["saved"] < 0.8
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        [
+            "sampler.py",
+            "--steps",
+            "2",
+            "--guidance",
+            "1",
+            "3",
+            "--batch",
+            "2",
+            "--rounds",
+            "1",
+            *SMALL,
+        ]
+    ],
+    indirect=True,
+)
+def test_sampler_times_every_scale_of_guidance(measured: dict[str, Any]) -> None:
+    assert [(row["steps"], row["guidance"]) for row in measured["rows"]] == [(2, 1.0), (2, 3.0)]
+    for row in measured["rows"]:
+        assert len(row["speeds"]) == 4
+        assert all(speed > 0 for speed in row["speeds"].values())
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [["recipe.py", "quickstart", "--batch", "2", "--steps", "2", "--set", "compile=false", *SMALL]],
+    indirect=True,
+)
+def test_recipe_takes_a_step_apart_without_losing_time(measured: dict[str, Any]) -> None:
+    for stage in measured["stages"]:
+        parts = stage["parts"]
+        assert {"pictures", "text, forward", "denoiser", "backward", "muon", "adamw"} <= set(parts)
+        assert stage["flops_per_second"] > 0
+        assert abs(parts["the rest"]) < 0.2 * stage["seconds"]
