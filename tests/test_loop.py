@@ -247,7 +247,7 @@ def test_it_learns_eight_pictures_and_draws_them_when_asked(tiny: Path, pictures
     recipe = config.load(
         tiny,
         (
-            "stage.0.steps=300",
+            "stage.0.steps=400",
             "stage.0.batch=16",
             "sample.every=1000",
             "save_every=1000",
