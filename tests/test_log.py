@@ -98,6 +98,20 @@ def test_a_line_says_what_is_reached_of_the_machine_and_what_it_costs(tmp_path: 
         assert words in shown
 
 
+def test_what_is_left_of_the_budget_is_left_where_that_is_less(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with Log(tmp_path, 1_000_000, stream=stream, every=0, price=3600.0, limit=100.0) as log:
+        log.step(1, {"loss": 1.0}, 8, spent=40.0)
+        time.sleep(0.01)
+        log.step(2, {"loss": 1.0}, 8, spent=41.0)
+        log.step(3, {"loss": 1.0}, 8, spent=101.0)
+    lines = stream.getvalue().splitlines()
+    assert "left 0:00:59" in lines[1]
+    assert "left 0:00:00" in lines[2]
+    rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert rows[1]["dollars_to_go"] == 59.0
+
+
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     stream = io.StringIO()
     train(tmp_path, 0, 2, stream)

@@ -55,7 +55,8 @@ class Log:
 
     Everything happens inside the calls: no thread, no timer. Without a folder nothing happens at
     all: of several ranks one keeps the log. `peak` is what all devices can do at most, in FLOP/s,
-    and `price` what all of them cost, in dollars an hour; what is not known is not written.
+    and `price` what all of them cost, in dollars an hour; what is not known is not written. `limit`
+    is how many seconds may be spent.
     """
 
     def __init__(
@@ -67,8 +68,10 @@ class Log:
         every: float = EVERY,
         peak: float | None = None,
         price: float | None = None,
+        limit: float | None = None,
     ) -> None:
         self.steps, self.peak, self.price = steps, peak, price
+        self.limit = math.inf if limit is None else limit
         self.start = start
         self.every = every
         self.stream = stream or sys.stdout
@@ -216,9 +219,10 @@ class Log:
         return found | {"waiting": round((last.waited - first.waited) / passed, 4)}
 
     def _left(self, step: int) -> float:
-        """Seconds that the steps to come will take, at the pace of the window."""
+        """Seconds that the steps to come will take, at the pace of the window, or may take."""
         first, last = self.recent[0], self.recent[-1]
-        return (self.steps - step) * (last.time - first.time) / max(len(self.recent) - 1, 1)
+        need = (self.steps - step) * (last.time - first.time) / max(len(self.recent) - 1, 1)
+        return min(need, max(0.0, self.limit - self.spent))
 
     def _write(self, line: bytes) -> None:
         """Append, or keep for the next time; a line half written is taken back."""

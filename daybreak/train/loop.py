@@ -158,7 +158,14 @@ def _train(
     peak, price = _rates(recipe, here)
     with (
         Saver(recipe, folder, here, model, tell, start or None) as saver,
-        Log(folder if here.first else None, recipe.steps, start, peak=peak, price=price) as log,
+        Log(
+            folder if here.first else None,
+            recipe.steps,
+            start,
+            peak=peak,
+            price=price,
+            limit=recipe.budget.limit if recipe.budget else None,
+        ) as log,
         Watchdog(here, recipe.health.step_timeout, status.hang) as watchdog,
     ):
         guard.tell = saver.tell = log.note
