@@ -323,7 +323,9 @@ def test_a_worker_that_is_silent_is_waited_for_and_not_for_ever(
 
 
 def test_bytes_become_the_same_floats_with_numpy_as_with_torch() -> None:
-    pixels = torch.arange(256, dtype=torch.uint8).repeat(2 * 3 * 8 * 8).view(4, 64, 32, 12)[..., :3]
+    pixels = (
+        torch.arange(256, dtype=torch.uint8).repeat(2 * 3 * 8 * 8).view(4, 64, 32, 12)[..., 3:6]
+    )
     floats = batches.to_unit(pixels)
     assert torch.equal(floats, pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1))
     assert floats.is_contiguous()
