@@ -82,3 +82,13 @@ def test_recipe_takes_a_step_apart_without_losing_time(measured: dict[str, Any])
         assert {"pictures", "text, forward", "denoiser", "backward", "muon", "adamw"} <= set(parts)
         assert stage["flops_per_second"] > 0
         assert abs(parts["the rest"]) < 0.2 * stage["seconds"]
+
+
+@pytest.mark.parametrize(
+    "measured", [["prepare.py", "--source", "scenes:400", "--kills", "1"]], indirect=True
+)
+def test_prepare_is_killed_and_leaves_the_same_manifest(measured: dict[str, Any]) -> None:
+    assert measured["pictures"] == 400
+    assert measured["killed"] == 1
+    assert measured["same manifest"]
+    assert measured["peak_mib"]["all"] >= measured["peak_mib"]["tenth"] > 0
