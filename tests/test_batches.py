@@ -329,4 +329,4 @@ def test_bytes_become_the_same_floats_with_numpy_as_with_torch() -> None:
     floats = batches.to_unit(pixels)
     assert torch.equal(floats, pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1))
     assert floats.is_contiguous()
-    assert (floats.min(), floats.max()) == (-1, 1)
+    assert (float(floats.min()), float(floats.max())) == (-1, 1)
