@@ -257,6 +257,24 @@ def test_datasets_opens_the_result_and_the_manifest_describes_it(tmp_path: Path)
     assert manifest["licences"] == {"": 20}
 
 
+def test_a_licence_column_that_nobody_has_is_refused_and_one_that_some_have_is_not(
+    tmp_path: Path,
+) -> None:
+    bare, stated = folder(tmp_path / "bare", 2), tmp_path / "stated"
+    stated.mkdir()
+    for number in (5, 6):
+        (stated / f"{number}.png").write_bytes(encoded(drawing(number)))
+    rows = [{"file_name": f"{n}.png", "text": f"number {n}", "rights": "CC0"} for n in (5, 6)]
+    (stated / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    sources, out = [str(bare), str(stated)], tmp_path / "out"
+    wrong = SMALL.model_copy(update={"licence_column": "rihgts"})
+    with pytest.raises(BadData, match=r"--licence-column rihgts: none of .* they have .*`text`"):
+        prepare.prepare(sources, out, wrong)
+    assert not out.exists()
+    right = SMALL.model_copy(update={"licence_column": "rights"})
+    assert prepare.prepare(sources, out, right)["licences"] == {"": 2, "CC0": 2}
+
+
 def test_all_layouts_give_the_same_pictures(tmp_path: Path) -> None:
     pictures = [encoded(drawing(number)) for number in range(10)]
     captions = [f"drawing number {number}" for number in range(10)]

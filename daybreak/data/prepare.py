@@ -162,13 +162,19 @@ def settled(config: Config, found: Sequence[Source]) -> Config:
     8 and 32, rounded down to a power of two: patches of 32 at 512 px, as PRX has. Scenes are PNG:
     their checker counts on the exact colours.
 
-    Errors  BadData for a source whose first pictures have none of the captions asked for;
-            BadRecipe for settings that contradict one another.
+    Errors  BadData for a source whose first pictures have none of the captions asked for, or if
+            no source has the licence column; BadRecipe for settings that contradict one another.
     """
-    seen, large_enough = 0, Counter[int]()
-    for height, width in itertools.chain.from_iterable(_sizes(one, config) for one in found):
+    seen, large_enough, there = 0, Counter[int](), dict[str, None]()
+    for height, width in itertools.chain.from_iterable(_sizes(one, config, there) for one in found):
         seen += 1
         large_enough.update(side for side in SIDES if _fills(height, width, side, config))
+    if config.licence_column and config.licence_column not in there:
+        listed = ", ".join(f"`{name}`" for name in there) or "no column"
+        raise BadData(
+            f"--licence-column {config.licence_column}: none of the first pictures has it; they "
+            f"have {listed}: name the one that holds licences, or leave the option out"
+        )
     fitting = [side for side in SIDES if large_enough[side] >= ENOUGH * seen]
     resolution = config.resolution or max(fitting, default=SIDES[0])
     unit = config.unit or _unit(resolution)
@@ -186,8 +192,8 @@ def settled(config: Config, found: Sequence[Source]) -> Config:
     return config.model_copy(update=settings)
 
 
-def _sizes(source: Source, config: Config) -> Iterator[tuple[int, int]]:
-    """Heights and widths of the first pictures of a source.
+def _sizes(source: Source, config: Config, columns: dict[str, None]) -> Iterator[tuple[int, int]]:
+    """Heights and widths of the first pictures of a source, whose columns are added to `columns`.
 
     Errors  BadData if none of them has a caption of those asked for.
     """
@@ -196,6 +202,7 @@ def _sizes(source: Source, config: Config) -> Iterator[tuple[int, int]]:
     there, seen = dict[str, None](), 0
     for record in itertools.islice(pictures, PEEKED):
         there |= dict.fromkeys(record.columns)
+        columns.update(there)
         seen += 1
         with contextlib.suppress(Refused):
             yield images.size(record.data, record.where)
