@@ -4,8 +4,9 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from daybreak.model import dit
+from daybreak.model import dit, tread
 from daybreak.model.text import Text
+from daybreak.train.dice import Dice
 
 SMALL = dit.Config(patch=4, bottleneck=24, width=64, depth=3, heads=4, mlp=3.5)
 
@@ -135,6 +136,22 @@ def test_blocks_compile_without_graph_breaks() -> None:
     for block in model.blocks:
         block.compile(fullgraph=True, backend="aot_eager")
     torch.testing.assert_close(model(x_t, t, text).x, expected)
+
+
+@pytest.mark.parametrize("routed", [False, True], ids=["every token", "routed"])
+def test_the_whole_network_is_one_graph(routed: bool) -> None:
+    model = randomised(SMALL)
+    x_t, t, text = inputs()
+    config = tread.Config(start=1, stop=2)
+    route = tread.draw(config, x_t, SMALL.patch, Dice(0, 0, 0, 2)) if routed else None
+    expected = model(x_t, t, text, route, (1,))
+
+    found = torch._dynamo.explain(model)(x_t, t, text, route, (1,))
+    assert (found.graph_count, found.graph_break_count) == (1, 0), found.break_reasons
+    whole = torch.compile(model, fullgraph=True, backend="aot_eager")
+    guess = whole(x_t, t, text, route, (1,))
+    torch.testing.assert_close(guess.x, expected.x)
+    torch.testing.assert_close(guess.tapped[0].tokens, expected.tapped[0].tokens)
 
 
 def test_the_published_model_has_its_published_size() -> None:
