@@ -506,7 +506,8 @@ def plan(
         str | None, typer.Option(help="32xH200, RTX4090 or cpu; this machine if left out.")
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="What do 1500usd, 24h, 4e20flop or 200k-images buy?")
+        str | None,
+        typer.Option(help="What do 1500usd, 24h, 4e20flop or 200k-images buy? Else [budget]'s."),
     ] = None,
     price: Annotated[
         float | None, typer.Option(min=0, help="Dollars for a device and hour.")
@@ -522,7 +523,10 @@ def plan(
     ] = False,
     fit: Annotated[
         Path | None,
-        typer.Option(help="Write the recipe here, with a mesh and the largest passes that fit."),
+        typer.Option(
+            help="Write the recipe here, with a mesh, the largest passes that fit, and blocks "
+            "recomputed if none would."
+        ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
     set_: Annotated[
@@ -542,11 +546,11 @@ def plan(
     from daybreak.train import plan as view
 
     wanted = config.load(recipe, tuple(set_ or ()), tuple(without or ()))
-    given = paper.parse(budget) if budget else None
+    given = (paper.parse(budget),) if budget else paper.granted(wanted)
     cluster = paper.cluster(wanted, gpus)
     wanted = paper.fitted(wanted, cluster) if fit else wanted
     made = paper.plan(wanted, cluster, price, share, measure, cached_text)
-    times = paper.bought(made, given) if given else None
+    times = min((paper.bought(made, one) for one in given), default=None)
     if json:
         print(dumps(view.facts(wanted, made, times), indent=1))
     else:

@@ -222,6 +222,30 @@ def test_a_fitted_recipe_takes_the_largest_passes_that_fit(published: config.Rec
         budget.check_memory(larger, budget.plan(larger, cluster))
 
 
+def test_where_blocks_fit_only_if_recomputed_that_is_said_and_fitted(tmp_path: Path) -> None:
+    plain, again = (
+        config.parse(
+            PUBLISHED | {"micro": 1, "parallel": {"dp_replicate": 4, "recompute": recompute}},
+            "single",
+        )
+        for recompute in (False, True)
+    )
+    needs = [
+        sum(budget.plan(recipe, Cluster(32, H200)).fullest.values()) for recipe in (plain, again)
+    ]
+    between = Cluster(32, H200._replace(memory=sum(needs) / 2 / budget.FILL))
+
+    with pytest.raises(BadRecipe, match=r"--set parallel\.recompute=true --set micro=\d+ would"):
+        budget.check_memory(plain, budget.plan(plain, between))
+    fitted = budget.fitted(plain, between)
+    budget.check_memory(fitted, budget.plan(fitted, between))
+    (tmp_path / "fitted.toml").write_text(config.dump(fitted))
+    loaded = config.load(tmp_path / "fitted.toml")
+    assert loaded == fitted
+    assert loaded.parallel.recompute
+    assert not budget.fitted(plain, Cluster(32, H200)).parallel.recompute
+
+
 def test_a_plan_has_the_mesh_that_the_run_would_have(published: config.Recipe) -> None:
     assert budget.plan(published, Cluster(32, H200)).mesh == Mesh(4, 8)
     assert budget.plan(published, Cluster(8, H200)).mesh == Mesh(4, 2)
@@ -300,6 +324,21 @@ def test_plan_prints_tables_and_writes_nothing(tiny: Path) -> None:
     for word in ("denoiser", "muon", "activations", "optimiser", "fits", "assumed", "buys"):
         assert word in printed, word
     assert list(tiny.parent.iterdir()) == [tiny]
+
+
+def test_the_budget_of_a_recipe_counts_where_no_other_is_given(tiny: Path) -> None:
+    def buys(*arguments: str) -> float:
+        return float(json.loads(asked(tiny, "--gpus", "H100", "--json", *arguments))["budget_buys"])
+
+    whole = json.loads(asked(tiny, "--gpus", "H100", "--json"))
+    assert "budget_buys" not in whole
+    seconds, flops = whole["seconds"] / 2, sum(whole["flops"].values()) / 4
+    clock = ("--set", f"budget.seconds={seconds}")
+    assert buys(*clock) == pytest.approx(0.5)
+    assert buys(*clock, "--set", f"budget.flops={flops}") == pytest.approx(0.25)
+    price = ("--set", f"budget.dollars={seconds}", "--set", "budget.price=3600.0")
+    assert buys(*price) == pytest.approx(0.5), "a price for all devices, that of the recipe"
+    assert buys(*clock, "--budget", "1h") == pytest.approx(3600 / whole["seconds"])
 
 
 def test_plan_writes_the_fitted_recipe_where_it_is_asked_to(tiny: Path, tmp_path: Path) -> None:

@@ -146,6 +146,15 @@ def parse(text: str) -> Budget:
     return Budget(kind, float(found[1]) * size)
 
 
+def granted(recipe: Recipe) -> tuple[Budget, ...]:
+    """What the recipe's own [budget] lets a run spend: by the clock or its price, and in FLOPs."""
+    if recipe.budget is None:
+        return ()
+    clock, count = recipe.budget.limit, recipe.budget.flops
+    found = [] if clock is None else [Budget("seconds", clock)]
+    return tuple(found if count is None else [*found, Budget("flops", count)])
+
+
 def cluster(recipe: Recipe, gpus: str | None) -> Cluster:
     """The devices that are asked for, or those of this machine. Errors: BadRecipe."""
     dtype = runs.precision(recipe)
@@ -308,9 +317,10 @@ def check_memory(recipe: Recipe, made: Plan) -> None:
         return
     count, device = made.cluster
     remedy = f"no pass is small enough on {made.cluster}"
-    smaller = largest_pass(recipe, made.cluster)
-    if smaller:
+    if smaller := largest_pass(recipe, made.cluster):
         remedy = f"--set micro={smaller} would fit"
+    elif smaller := largest_pass(recomputing(recipe), made.cluster):
+        remedy = f"--set parallel.recompute=true --set micro={smaller} would fit"
     else:
         for other in sorted(hardware.DEVICES.values(), key=lambda device: device.memory):
             fitting = largest_pass(recipe, Cluster(count, other))
@@ -326,6 +336,8 @@ def check_memory(recipe: Recipe, made: Plan) -> None:
 def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
     """The recipe with a mesh for these devices, and the largest passes that fit them.
 
+    Where none fits, blocks are recomputed, which costs a third of their time more.
+
     Errors  BadRecipe if none does.
     """
     check_shares(recipe, cluster.number)
@@ -334,8 +346,17 @@ def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
     recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=spread)})
     pictures = largest_pass(recipe, cluster)
     if pictures is None:
+        recipe = recomputing(recipe)
+        pictures = largest_pass(recipe, cluster)
+    if pictures is None:
         check_memory(recipe, plan(recipe, cluster))
     return recipe.model_copy(update={"micro": pictures})
+
+
+def recomputing(recipe: Recipe) -> Recipe:
+    """The recipe with blocks that forget what is inside them and compute it again."""
+    parallel = recipe.parallel.model_copy(update={"recompute": True})
+    return recipe.model_copy(update={"parallel": parallel})
 
 
 def largest_pass(recipe: Recipe, cluster: Cluster) -> int | None:
