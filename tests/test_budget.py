@@ -295,6 +295,12 @@ def test_what_a_run_may_spend_does_not_cut_its_measuring_short(tiny: Path) -> No
     assert measure.steps(recipe, 1)[0] > 0
 
 
+def test_nothing_is_evaluated_while_steps_are_measured(tiny: Path, tmp_path: Path) -> None:
+    recipe = config.load(tiny, ("evaluate={every=5}",))
+    assert recipe.evaluate is not None
+    assert measure.shortened(recipe, 1, tmp_path).evaluate is None
+
+
 @pytest.mark.slow
 def test_data_that_is_not_there_is_replaced_for_measuring(tiny: Path) -> None:
     recipe = config.load(tiny, ('data.source="nowhere"',), ("scenes",))

@@ -99,6 +99,7 @@ def test_the_networks_of_the_published_recipe_have_their_published_sizes() -> No
     assert teacher.forward(256) == pytest.approx(164e9, rel=0.01)
     assert teacher.weights == pytest.approx(300e6, rel=0.02)
     assert known["facebook/dinov2-with-registers-base"].weights == pytest.approx(86e6, rel=0.02)
+    assert known["Qwen/Qwen3-1.7B"].weights == pytest.approx(1.72e9, rel=0.01)
 
 
 @pytest.mark.parametrize("text", ["{}", "rubbish", '{"hidden_size": 3}'])
