@@ -175,6 +175,17 @@ def test_the_training_set_has_every_form_of_caption_in_a_useful_share() -> None:
     assert max(len(sample.caption.split()) for sample in drawn) <= 14
 
 
+def test_the_first_scenes_may_leave_nothing_out_and_are_otherwise_the_same() -> None:
+    usual, complete = Config(canvas="32"), Config(canvas="32", complete=300)
+    for index in range(600):
+        one, other = (scenes.sample(config, 1, index) for config in (usual, complete))
+        assert one.scene == other.scene
+        if index >= 300:
+            assert one.caption == other.caption
+        else:
+            assert all(wanted.colour for wanted in parse(other.caption).objects)
+
+
 def test_a_relation_is_only_put_into_words_where_it_is_plain() -> None:
     config = Config(canvas="64-large")
     for index in range(2_000):

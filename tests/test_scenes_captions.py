@@ -24,7 +24,7 @@ def test_ten_thousand_captions_say_what_was_meant_and_nothing_else(canvas: str) 
     config = scenes.Config.model_validate({"canvas": canvas, "under_specified": 0.4})
     for index in range(10_000):
         scene = scenes.scene(config, 3, index)
-        caption = scenes.caption(config, scene)
+        caption = scenes.caption(config, scene, index)
         (read,) = readings(caption)
         assert any(
             read == scenes.describe(scene, colours, sizes, related)

@@ -134,7 +134,8 @@ class Scenes:
     def captions(self) -> Iterator[str]:
         """Yield the captions of the first 20,000 scenes."""
         for index in range(20_000):
-            yield scenes.caption(self.config, scenes.scene(self.config, self.seed, index))
+            drawn = scenes.scene(self.config, self.seed, index)
+            yield scenes.caption(self.config, drawn, index)
 
 
 class Folder:

@@ -75,7 +75,8 @@ class Config(BaseModel):
     """Section `[scenes]` of a recipe.
 
     `under_specified` is the share of captions that leave out an attribute. Where things have sizes
-    most of these leave out the size, as most of the evaluation's prompts do.
+    most of these leave out the size, as most of the evaluation's prompts do. The first `complete`
+    scenes of the training set leave out nothing: such captions teach order sooner (docs/LOG.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -85,6 +86,7 @@ class Config(BaseModel):
         default_factory=lambda known: (1, CANVASES[known["canvas"]].most)
     )
     under_specified: float = Field(default=0.25, ge=0.0, le=1.0)
+    complete: int = Field(default=0, ge=0)
     held_out: tuple[Split, ...] = SPLITS
 
     @model_validator(mode="after")
@@ -161,7 +163,7 @@ ANY = Demand()
 def sample(config: Config, seed: int, index: int) -> Sample:
     """Sample number `index` of the training set of `seed`; there is no last one."""
     drawn = scene(config, seed, index)
-    return Sample(render(drawn), caption(config, drawn), drawn)
+    return Sample(render(drawn), caption(config, drawn, index), drawn)
 
 
 def scene(config: Config, seed: int, index: int, demand: Demand = ANY) -> Scene:
@@ -380,16 +382,16 @@ def describe(
     return Specification(objects[::-1], OPPOSITE[word])
 
 
-def caption(config: Config, scene: Scene) -> str:
-    """The words of a scene: chosen by its own dice, so one scene has one caption.
+def caption(config: Config, scene: Scene, index: int) -> str:
+    """The words of scene number `index`: chosen by its own dice, so one scene has one caption.
 
-    A share `under_specified` leaves something out: the colour, where that is all there is, else
-    the size, the colour, or both. Two things that stand in a relation are described by it in three
-    of four cases.
+    From number `complete` on a share `under_specified` leaves something out: the colour, where that
+    is all there is, else the size, the colour, or both. Two things that stand in a relation are
+    described by it in three of four cases.
     """
     dice = scene.dice
     colours = sizes = True
-    if dice.omit < config.under_specified:
+    if index >= config.complete and dice.omit < config.under_specified:
         banded = len(CANVASES[scene.canvas].bands) == 2
         sizes = dice.which >= 0.85
         colours = banded and dice.which < 0.6
