@@ -340,6 +340,8 @@ def evaluate(
         tuple(set_ or ()),
     )
     scored = scoring.score(folder, wanted, out or folder / "evaluation", _counter)
+    if scored is None:  # of several processes one speaks
+        return
     for head, lines in filter(lambda table: table[1], scored.tables):
         rows = Table(*head, box=None)
         for line in lines:

@@ -20,7 +20,9 @@ from daybreak.train.scoring import Scored, Wanted
 
 
 def score(folder: Path, out: Path, **given: Any) -> Scored:
-    return scoring.score(folder, Wanted(**given), out, lambda verb: lambda done, of: None)
+    scored = scoring.score(folder, Wanted(**given), out, lambda verb: lambda done, of: None)
+    assert scored is not None
+    return scored
 
 
 def kept(scored: Scored) -> dict[str, Any]:

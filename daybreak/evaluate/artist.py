@@ -178,7 +178,8 @@ def pipeline(
         "precision": str(dtype).removeprefix("torch."),
     }
     unit = math.gcd(first.width, UNIT)
-    return Artist(draw, first.width, unit, _digest(folder), facts)
+    draws = shared(draw) if dist.is_initialized() else draw
+    return Artist(draws, first.width, unit, _digest(folder), facts)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:

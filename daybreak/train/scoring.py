@@ -10,13 +10,19 @@
 What needs weights or files that are not there is refused before the first picture is drawn. Where
 no seed is given it follows from the sha256 of the weights: what is asked is then settled by a
 finished model, and no recipe can have been tuned to it.
+
+Under torchrun the first process asks, judges and writes, as one process would, and all of them
+draw: each its part of every batch of prompts (evaluate/artist).
 """
 
 import platform
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from daybreak import config
@@ -39,7 +45,9 @@ from daybreak.evaluate.suite import Progress, Result
 from daybreak.failure import BadRecipe
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective import repa
-from daybreak.train import evaluations, runs
+from daybreak.train import checkpoint, evaluations, parallel, runs
+from daybreak.train.checkpoint import Checkpoint
+from daybreak.train.parallel import World, together
 
 SUITES = ("scenes", "validation", "distribution", "prompts", "geneval", "coco30k")
 CONTROLS = "against gaming"  # key of the controls that draw pictures of their own
@@ -84,14 +92,68 @@ class Scored(NamedTuple):
     tables: tuple[tuple[tuple[str, ...], list[tuple[str, ...]]], ...]
 
 
-def score(folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Progress]) -> Scored:
+class Asked(NamedTuple):
+    """Pictures that all processes are to draw together."""
+
+    prompts: list[str]
+    seeds: list[int]
+    height: int
+    width: int
+
+
+def score(
+    folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Progress]
+) -> Scored | None:
     """Evaluate a run or a folder of diffusers; the result is also written to OUT/SUITE.json.
 
+    Of several processes the first returns it, the others None.
+
     Errors  BadRecipe, BadData, NoCheckpoint and BadStorage, before pictures are drawn where that
-            can be known.
+            can be known; LostPeer if a process is lost.
     """
     if wanted.suite not in SUITES:
         raise BadRecipe(f"there is no suite {wanted.suite!r}: there are {', '.join(SUITES)}")
+    with parallel.world(parallel.Config()) as here:
+        if here.first:  # a failure ends the others too, and so does the result
+            return together(here, lambda: _score(here, folder, wanted, out, progress))[0]
+        _help(here, folder, wanted)
+        return None
+
+
+def _help(here: World, folder: Path, wanted: Wanted) -> None:
+    """Draw what the first process asks for, until it has a result. Errors: those of the first."""
+    said = _hear(here)
+    if isinstance(said, Scored):  # read from a file, without a picture
+        return
+    draw = opened(folder, wanted, said).artist.draw
+    while isinstance(said := _hear(here), Asked):
+        draw(*said)
+
+
+def _hear(here: World) -> Any:
+    """What the first process says: which checkpoint, if any; what to draw; what came of it."""
+    said: list[Any] = together(here, lambda: None)
+    return said[0]
+
+
+def _asking(here: World, artist: Artist) -> Artist:
+    """The artist, with all other processes to help him."""
+    if here.size == 1:
+        return artist
+
+    def draw(
+        prompts: Sequence[str], seeds: Sequence[int], height: int, width: int
+    ) -> npt.NDArray[np.uint8]:
+        together(here, lambda: Asked(list(prompts), list(seeds), height, width))
+        return artist.draw(prompts, seeds, height, width)
+
+    return artist._replace(draw=draw)
+
+
+def _score(
+    here: World, folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Progress]
+) -> Scored:
+    """What one process does; of several the first."""
     path = out / f"{wanted.suite}.json"
     if wanted.suite == "geneval" and wanted.results is not None:
         result = geneval.read(wanted.results)
@@ -99,7 +161,10 @@ def score(folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Pro
         return Scored(path, result, (_table(result),))
     asked = _asked(wanted)
     clip = None if wanted.clip is None else clip_score.load(wanted.clip, runs.device())
-    model = opened(folder, wanted)
+    chosen = None if artist.is_pipeline(folder) else _chosen(folder, wanted)
+    model = opened(folder, wanted, chosen)
+    together(here, lambda: chosen)
+    model = model._replace(artist=_asking(here, model.artist))
     seed = int(model.artist.digest[:8], 16) if wanted.seed is None else wanted.seed
     tell = progress("drawn")
     if wanted.suite == "scenes":
@@ -133,12 +198,20 @@ def score(folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Pro
     return Scored(path, result, _tables(wanted.suite, result))
 
 
-def opened(folder: Path, wanted: Wanted) -> Model:
-    """Load a run's averaged weights, or a pipeline.
+def _chosen(folder: Path, wanted: Wanted) -> Checkpoint:
+    """The checkpoint of a run that is asked for, every hash of it verified."""
+    if wanted.best:
+        return evaluations.best(folder)
+    runs.recorded(folder)  # is it a run at all?
+    return checkpoint.required(folder, lambda line: print(line, file=sys.stderr))
+
+
+def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
+    """Load the averaged weights of a run's checkpoint; without one, a pipeline.
 
     Errors  BadRecipe for what does not go together; NoCheckpoint if it is neither.
     """
-    if artist.is_pipeline(folder):
+    if chosen is None:
         if wanted.sets or wanted.best:
             raise BadRecipe(
                 f"{folder} is a pipeline of diffusers: --set and --best are for run folders"
@@ -147,7 +220,6 @@ def opened(folder: Path, wanted: Wanted) -> Model:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         side = None if wanted.suite == "coco30k" else wanted.resolution
         return Model(artist.pipeline(folder, side, wanted.steps, wanted.guidance, device, dtype))
-    chosen = evaluations.best(folder) if wanted.best else None
     recipe, found, network = runs.trained(folder, chosen=chosen)
     given = {"sample.steps": wanted.steps, "sample.guidance": wanted.guidance}
     named = [f"{key}={value}" for key, value in given.items() if value is not None]

@@ -162,7 +162,27 @@ class Place:
         given = ["train", str(self.recipe), *arguments]
         for one in sets:
             given += ["--set", one]
-        shared = (meeting(ranks) if ranks > 1 else {}) | dict(environment or {})
+        return self._start(given, ranks, fault, faulty, environment or {})
+
+    def verb(
+        self,
+        *arguments: str,
+        ranks: int = 1,
+        fault: Fault | None = None,
+        faulty: int | None = None,
+    ) -> Ended:
+        """Carry out another verb of `daybreak`."""
+        return self._start(list(arguments), ranks, fault, faulty, {}).end()
+
+    def _start(
+        self,
+        given: list[str],
+        ranks: int,
+        fault: Fault | None,
+        faulty: int | None,
+        environment: Mapping[str, str],
+    ) -> Job:
+        shared = (meeting(ranks) if ranks > 1 else {}) | dict(environment)
         log = self.folder / f"log-{next(self.starts)}"
         started = []
         for rank in range(ranks):
@@ -170,11 +190,6 @@ class Place:
             hurt = fault if faulty in (None, rank) else None
             started.append(_started(given, shared | own, log, hurt))
         return Job(started, log)
-
-    def verb(self, *arguments: str, fault: Fault | None = None) -> Ended:
-        """Carry out another verb of `daybreak`."""
-        log = self.folder / f"log-{next(self.starts)}"
-        return Job([_started(list(arguments), {}, log, fault)], log).end()
 
     def finish(self, *sets: str, ranks: int = 1, **options: Any) -> Ended:
         """Start the run and wait for its end, which must be a good one."""
