@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -28,11 +28,19 @@ def spin() -> None:
         pass
 
 
+def slow(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
+    """Compile nothing, at leisure."""
+    time.sleep(2 * LIMIT)
+    return graph.forward
+
+
 def main(how: str, out: Path) -> None:
     """Let the last rank hang after a few steps."""
+    if compiles := how == "compiles":  # what the compiler needs is loaded before time counts
+        torch.compile(torch.cos, backend="eager")(torch.ones(1))
     with (
         parallel.world(parallel.Config(start_timeout=60)) as here,
-        Watchdog(here, LIMIT, (out / f"rank-{here.rank}").write_text) as watchdog,
+        Watchdog(here, LIMIT, (out / f"rank-{here.rank}").write_text, compiles) as watchdog,
     ):
         for step in range(1, 4):
             parallel.gather(here, torch.ones(1))
@@ -43,6 +51,12 @@ def main(how: str, out: Path) -> None:
             watchdog.beat(4)
             time.sleep(0.5 * LIMIT)
             return
+        if compiles:
+            if here.rank == here.size - 1:
+                torch.compile(torch.sin, backend=slow)(torch.ones(1))
+            parallel.gather(here, torch.ones(1))
+            watchdog.beat(4)
+            time.sleep(0.5 * LIMIT)
         if here.rank == here.size - 1:
             if how == "stops":
                 os.kill(os.getpid(), signal.SIGSTOP)
@@ -113,3 +127,11 @@ def test_what_may_take_long_is_waited_for(tmp_path: Path) -> None:
         _, said = alone.communicate(timeout=60)
     assert alone.returncode == 0, said
     assert not list(tmp_path.iterdir())
+
+
+def test_ranks_wait_for_one_that_compiles_and_not_for_what_it_does_after(tmp_path: Path) -> None:
+    with ranks(2, "compiles", tmp_path) as started:
+        said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [LostPeer.code] * 2
+    assert all("for a step after 4 to be done" in text for text in said)
+    assert "in spin" in said[1]

@@ -166,7 +166,7 @@ def _train(
             price=price,
             limit=recipe.budget.limit if recipe.budget else None,
         ) as log,
-        Watchdog(here, recipe.health.step_timeout, status.hang) as watchdog,
+        Watchdog(here, recipe.health.step_timeout, status.hang, recipe.compile) as watchdog,
     ):
         guard.tell = saver.tell = log.note
         run = Run(

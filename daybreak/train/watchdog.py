@@ -5,6 +5,9 @@ seconds since the last step. When they are too many it prints what every thread 
 doing, and all ranks do so at about the same time: the one whose stack is not in a collective is
 the one that the others wait for. A rank that does not even answer is named.
 
+A shape that is new in the middle of a run is compiled then, and all others wait for that as well. A
+step in which some rank compiles is given the time of the first one.
+
 Limits  a hang that never lets go of Python's lock (in C code) stops this thread too; the other
         ranks then name that rank.
 """
@@ -26,7 +29,7 @@ import torch.distributed as dist
 from daybreak.failure import LostPeer
 from daybreak.train.parallel import World, answer
 
-FIRST = 5  # times the limit for what happens once: compilation, first pictures
+FIRST = 5  # times the limit for what happens seldom: compilation, first pictures
 USUAL = 10  # times the median of the last steps
 ANSWER = 5.0  # seconds in which the other ranks say that they noticed too
 
@@ -40,6 +43,7 @@ class Watchdog:
                 with watchdog.patience(600): save
 
     `leave` hears the sentence last, from the thread: to write down why the run has ended.
+    `compiled` says that the run compiles parts of itself.
     """
 
     def __init__(
@@ -47,6 +51,7 @@ class Watchdog:
         here: World,
         limit: float,
         leave: Callable[[str], object],
+        compiled: bool = False,
         stream: TextIO | None = None,
     ) -> None:
         self.here, self.limit, self.leave = here, limit, leave
@@ -58,11 +63,17 @@ class Watchdog:
         self.durations: deque[float] = deque(maxlen=20)
         self.last = time.monotonic()
         self.allowed = FIRST * limit
+        self.compiled = compiled
+        self.compiling, self.said = False, False  # in this step; whether the others can know
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
         """Begin to count."""
+        if self.compiled:
+            from torch._dynamo.callback import on_compile_start
+
+            on_compile_start(self._compiles)
         self.last = time.monotonic()
         self.thread.start()
         return self
@@ -71,6 +82,10 @@ class Watchdog:
         """Stop counting."""
         self.done.set()
         self.thread.join()
+        if self.compiled:
+            from torch._dynamo.callback import callback_handler
+
+            callback_handler.remove_start_callback(self._compiles)
 
     def beat(self, step: int) -> None:
         """Say that a step is done."""
@@ -78,7 +93,7 @@ class Watchdog:
         if self.step is not None:
             self.durations.append(now - self.last)
         self.allowed = max(self.limit, USUAL * statistics.median(self.durations or [0.0]))
-        self.step, self.last = step, now
+        self.step, self.last, self.compiling = step, now, False
 
     @contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
@@ -88,12 +103,35 @@ class Watchdog:
         yield
         self.allowed, self.last = before, time.monotonic()
 
+    def _compiles(self, _: object) -> None:
+        """Hear that something is being compiled."""
+        self.compiling = True
+
     def _watch(self) -> None:
         while not self.done.wait(min(1.0, self.limit / 10)):
             answer(self.here._replace(store=self.store))
+            self._say_compiling()
             waited = time.monotonic() - self.last
-            if waited > self.allowed:
+            if waited > self.allowed and not (
+                waited <= FIRST * self.limit and self._somebody_compiles()
+            ):
                 self._end(waited)
+
+    def _say_compiling(self) -> None:
+        """Let the others know whether something is compiled in this step."""
+        if self.compiling != self.said:
+            note = f"rank {self.here.rank} compiles"
+            with suppress(dist.DistError):
+                if self.compiling:
+                    self.store.set(note, "")
+                else:
+                    self.store.delete_key(note)
+            self.said = self.compiling
+
+    def _somebody_compiles(self) -> bool:
+        with suppress(dist.DistError):
+            return any(self.store.check([f"{name} compiles"]) for name in self.names)
+        return False
 
     def _end(self, waited: float) -> None:
         """Print the stacks, wait for the others to do so, and leave."""
