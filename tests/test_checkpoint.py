@@ -359,6 +359,7 @@ def test_in_the_background_the_weights_of_that_step_are_saved(
     saver.save(6, parts.state)
     saver.finish()
     assert saver.newest == 6
+    assert saver.took > 0
     checkpoint.load(checkpoint.Checkpoint(run / "checkpoint-5", 5), loaded.state)
     assert all(torch.equal(value, wanted[name]) for name, value in loaded.tensors().items())
     assert checkpoint.verify(run / "checkpoint-5") is None

@@ -407,7 +407,7 @@ def _save(run: Run, step: int, wait: bool) -> None:
         run.saver.save(step, run.state, run.guard.state)
         if wait:
             run.saver.finish()
-    run.spent.saved(time.monotonic() - began)
+    run.spent.saved(max(time.monotonic() - began, run.saver.took))  # the last one is waited for
     run.spent.write()
 
 

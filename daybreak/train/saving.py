@@ -82,6 +82,7 @@ class Saver:
         self.pending: Future[None] | None = None
         self.step = 0  # of the save under way
         self.failed: list[BadStorage] = []  # saves in a row
+        self.took = 0.0  # seconds that the last one was written for, in the background too
 
     def __enter__(self) -> Self:
         """Be ready."""
@@ -138,6 +139,7 @@ class Saver:
             raise self.failed[-1]
 
     def _write(self, step: int, tensors: Tensors, guard: dict[str, Any]) -> None:
+        began = time.monotonic()
         for pause in (*PAUSES, None):
             try:
                 self._commit(step, tensors, guard)
@@ -146,6 +148,7 @@ class Saver:
                     raise
                 time.sleep(pause)
             else:
+                self.took = time.monotonic() - began
                 return
 
     def _commit(self, step: int, tensors: Tensors, guard: dict[str, Any]) -> None:
