@@ -300,11 +300,15 @@ def test_P10_ten_kills_leave_nothing_that_is_in_the_way(
 
 
 def started(job: Job, place: Place) -> float:
-    """Kill a run just after a step; returns the seconds that it took to begin."""
-    before = place.step
-    began = time.monotonic()
-    wait(lambda: place.step > max(before - 5, 0) or job.ranks[0].exitcode is not None)
-    seconds = time.monotonic() - began
+    """Kill a run some steps after it began; returns the seconds until the first one was done."""
+    saved = max(place.checkpoints(), default=0)
+
+    def stepping() -> bool:
+        return job.log.exists() and "first step after" in job.log.read_text(errors="replace")
+
+    wait(lambda: stepping() or job.ranks[0].exitcode is not None)
+    seconds = time.monotonic() - job.began
+    place.wait(job, min(saved + 6, 25))
     job.kill()
     job.end()
     return seconds
