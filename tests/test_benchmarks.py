@@ -85,6 +85,22 @@ def test_recipe_takes_a_step_apart_without_losing_time(measured: dict[str, Any])
 
 
 @pytest.mark.parametrize(
+    "measured",
+    [["parallel.py", "--batch", "2", "--rounds", "1", "--set", "compile=false", *SMALL]],
+    indirect=True,
+)
+def test_parallel_sets_steps_and_saves_against_one_another(measured: dict[str, Any]) -> None:
+    assert set(measured["ratios"]) == {
+        "step, FSDP2 over a mesh of one",
+        "step, FSDP2 over a mesh of one: processor",
+        "save, in the background: blocks",
+        "save, in the background: costs in all",
+    }
+    assert measured["ratios"]["save, in the background: blocks"] < 1
+    assert all(len(times) == 1 for times in measured["seconds"].values())
+
+
+@pytest.mark.parametrize(
     "measured", [["prepare.py", "--source", "scenes:400", "--kills", "1"]], indirect=True
 )
 def test_prepare_is_killed_and_leaves_the_same_manifest(measured: dict[str, Any]) -> None:
