@@ -11,6 +11,7 @@ as anywhere else.
 Source  kellerjordan.github.io/posts/muon; scale 0.2 sqrt(max(rows, columns)): arXiv 2502.16982.
 """
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import AdamW, Optimizer
@@ -52,10 +53,12 @@ def optimizers(
     muon: MuonConfig | None,
     adamw: AdamWConfig,
     learned: nn.Module | None = None,
+    precision: torch.dtype = torch.bfloat16,
 ) -> dict[str, tuple[Optimizer, float]]:
     """Share the trained weights out; without `muon` AdamW has them all.
 
     `learned` is what terms of the loss train beside the model; it goes to AdamW, after the rest.
+    `precision` is the one in which Muon makes its matrices orthogonal.
 
     Returns, by name, each optimiser and the factor that multiplies the stage's learning rate.
     """
@@ -82,7 +85,13 @@ def optimizers(
         from daybreak.optim.muon import Muon
 
         shared["muon"] = (
-            Muon(matrices, lr=0.0, momentum=muon.momentum, weight_decay=muon.weight_decay),
+            Muon(
+                matrices,
+                lr=0.0,
+                momentum=muon.momentum,
+                weight_decay=muon.weight_decay,
+                precision=precision,
+            ),
             muon.rate,
         )
     return shared

@@ -60,7 +60,7 @@ def build(
         parallel.prepare(twin.text, (), here, follows)
     for term in objective.learned.children():
         parallel.prepare(term, (), here, recipe.parallel)
-    optimizers = groups.optimizers(model, recipe.muon, recipe.adamw, objective.learned)
+    optimizers = groups.optimizers(model, recipe.muon, recipe.adamw, objective.learned, dtype)
     ema = Ema(twin, recipe.ema)
     return objective, State(model, ema.model, optimizers, objective.learned), ema
 
