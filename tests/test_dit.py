@@ -97,17 +97,6 @@ def test_compiled_or_not_gelu_is_the_same_function() -> None:
     assert compiled(x.bfloat16()).dtype == torch.bfloat16
 
 
-def test_compiled_or_not_turning_is_the_same_function() -> None:
-    torch.manual_seed(0)
-    x, angles = torch.randn(2, 3, 15, 16, requires_grad=True), dit.rope(3, 5, 16)
-    compiled = torch.compile(dit.rotate, backend="eager")
-    both = compiled(x, angles), dit.rotate(x, angles)
-    torch.testing.assert_close(*both, atol=1e-6, rtol=1e-6)
-    there = torch.randn(2, 3, 15, 16)
-    gradients = [torch.autograd.grad(turned, x, there)[0] for turned in both]
-    torch.testing.assert_close(*gradients)
-
-
 def test_turning_keeps_lengths_and_depends_on_differences_of_position() -> None:
     angles = dit.rope(3, 5, 16)
     torch.manual_seed(0)

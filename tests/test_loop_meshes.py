@@ -53,6 +53,7 @@ def test_two_replicas_of_two_shards_take_the_steps_of_one(made: Callable[..., Pl
     agree(made(*FEW, HYBRID, "health.check_every=2", ranks=4), made(*FEW))
 
 
+@pytest.mark.slow
 def test_replicas_of_shards_go_on_bit_for_bit_and_on_other_meshes(
     made: Callable[..., Place], tmp_path: Path
 ) -> None:
@@ -80,6 +81,7 @@ def test_compiled_blocks_take_the_same_steps_in_shards(
     agree(made(*few, "compile=true", ranks=2), made(*few, ranks=2))
 
 
+@pytest.mark.slow
 def test_after_a_spike_all_ranks_return_to_the_checkpoint(made: Callable[..., Place]) -> None:
     sets = ("stage.0.steps=20", "health.spike=rollback")
     spike = Spoil("spike", call=18)
@@ -101,6 +103,7 @@ def test_a_budget_of_arithmetic_ends_on_all_ranks_after_the_same_step(
     np.testing.assert_allclose(values(place, "loss"), values(alone, "loss")[:5], rtol=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("old", "steps"), [(0, 1), (1, 8)])
 def test_a_budget_of_time_goes_by_the_first_ranks_clock(
     place: Place, made: Callable[..., Place], old: int, steps: int

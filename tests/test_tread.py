@@ -170,18 +170,20 @@ def test_recomputed_blocks_see_the_same_tokens() -> None:
 def test_one_graph_holds_the_network_with_and_without_a_route() -> None:
     model, (x_t, t, text) = randomised(depth=2), inputs()
     first = tread.Config(stop=2)
-    whole = torch.compile(model, fullgraph=True, backend="eager")
-    for route, taps in ((drawn(first, x_t), (0, 1)), (None, ())):
-        torch._dynamo.utils.counters.clear()
-        expected = model(x_t, t, text, route, taps)
-        guess = whole(x_t, t, text, route, taps)
-        torch.testing.assert_close(guess.x, expected.x)
-        assert len(guess.tapped) == len(taps)
-        assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+    for route in (drawn(first, x_t), None):
+        torch._dynamo.reset()
+        report = torch._dynamo.explain(model)(x_t, t, text, route)
+        assert report.graph_count == 1
+        assert report.graph_break_count == 0, report.break_reasons
+    torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    for step in (2, 3):
-        whole(x_t, t, text, drawn(first, x_t, step), (0, 1))
-    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 0  # a new draw, no new graph
+    whole = torch.compile(model, fullgraph=True, backend="eager")
+    for step in (1, 2, 3):  # a new draw, no new graph
+        route = drawn(first, x_t, step)
+        torch.testing.assert_close(
+            whole(x_t, t, text, route).x, model(x_t, t, text, route).x, atol=1e-5, rtol=1e-4
+        )
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
 
 
 @pytest.mark.slow
