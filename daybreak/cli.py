@@ -677,7 +677,8 @@ def _plain_failures() -> Iterator[None]:
     except OSError as error:
         if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
             raise
-        print(f"daybreak: cannot write {error.filename}: {error.strerror}", file=sys.stderr)
+        what = error.filename or "what it says"
+        print(f"daybreak: cannot write {what}: {error.strerror}", file=sys.stderr)
         raise SystemExit(BadStorage.code) from None
 
 

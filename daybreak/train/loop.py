@@ -103,19 +103,23 @@ def train(
         source.plan(stage.resolution, stage.batch, first=0)
     changes = runs.changes(folder, recipe, source.files, changed)
     sizes = [stage.batch for stage in recipe.stage]
-    with Status(folder, tell) as status:
-        if status.rank == 0 and folder.is_dir():
-            status.take()
-        with parallel.world(recipe.parallel, sizes) as here, Stop() as stop, building.room(recipe):
-            building.check_pairs(recipe, here)
-            tell = tell if here.first else _silent
-            found = checkpoint.to_continue(folder, here, tell)
-            if found and (why := _is_over(found, recipe, folder, here)):
-                tell(f"{folder} {why}: {found.step} steps of {recipe.steps}")
-                return Outcome(found.step, 0)
-            for change in changes:
-                tell(f"goes on changed: {change}")
-            return _train(recipe, folder, source, here, found, status, stop, tell, began, changes)
+    with (
+        Status(folder, tell) as status,
+        parallel.world(recipe.parallel, sizes) as here,
+        Stop() as stop,
+        building.room(recipe),
+    ):
+        begun = here.first and folder.is_dir()
+        parallel.together(here, lambda: status.take() if begun else None)
+        building.check_pairs(recipe, here)
+        tell = tell if here.first else _silent
+        found = checkpoint.to_continue(folder, here, tell)
+        if found and (why := _is_over(found, recipe, folder, here)):
+            tell(f"{folder} {why}: {found.step} steps of {recipe.steps}")
+            return Outcome(found.step, 0)
+        for change in changes:
+            tell(f"goes on changed: {change}")
+        return _train(recipe, folder, source, here, found, status, stop, tell, began, changes)
 
 
 def _train(

@@ -187,8 +187,8 @@ def test_C4_a_disk_that_is_full_ends_the_run_at_the_third_save(
     small_disk: Path, five: Five
 ) -> None:
     place = five().copy(small_disk / "job")
-    job = place.begin(ranks=RANKS, fault=Calling("daybreak.train.runs", "check_space", fill))
-    ended = job.end()
+    full = Calling("daybreak.train.runs", "check_space", fill)
+    ended = place.begin(ranks=RANKS, fault=full, faulty=0).end()
     assert set(ended.codes) == {BadStorage.code}, ended.said
     assert place.checkpoints() == [5]
     assert newest(place.run)[0] == 5
