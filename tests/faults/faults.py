@@ -381,11 +381,11 @@ class Pipe:
 
 def fill() -> None:
     """Fill the disk that the output of this process goes to, but for a few pages."""
-    with (Path("/proc/self/fd/1").readlink().parent / "ballast").open("wb") as file:
+    ballast = Path("/proc/self/fd/1").readlink().parent / "ballast"
+    with ballast.open("wb", buffering=0) as file:
         try:
             while True:
                 file.write(bytes(4096))
-                file.flush()
         except OSError:
             file.truncate(file.tell() - 20 * 4096)
 

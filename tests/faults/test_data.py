@@ -76,7 +76,7 @@ def test_D1_prepare_leaves_out_what_cannot_be_read_and_says_why(tmp_path: Path) 
     manifest = test_prepare.run(tmp_path / "out", source)
     listed = test_prepare.lines(tmp_path / "out" / "rejected.jsonl")
     assert [row["where"] for row in listed] == [f"{n:05d}.png" for n in range(7, 500, 100)]
-    assert manifest["counts"]["rejected"] == {"damaged": 4, "format": 1}
+    assert manifest["counts"]["rejected"] == {"damaged": 3, "format": 2}
     assert manifest["counts"]["kept"] == 495
 
 
