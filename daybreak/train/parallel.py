@@ -22,8 +22,10 @@ Source   FSDP2: docs.pytorch.org, torch.distributed.fsdp.fully_shard; HSDP: arXi
 import os
 import socket
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
@@ -248,6 +250,16 @@ def together(here: World, work: Callable[[], Found]) -> list[Found]:
     return [found for found, _ in rows]
 
 
+def fulfil(pending: Future[Found], work: Callable[[], Found]) -> None:
+    """Do some work and keep what comes of it, also where that is no Exception."""
+    try:
+        found = work()
+    except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it again
+        pending.set_exception(error)
+    else:
+        pending.set_result(found)
+
+
 def answer(here: World) -> None:
     """Say that this rank is there, if somebody asks; for a thread that is never in a collective."""
     with suppress(dist.DistError):
@@ -320,8 +332,7 @@ def _meet(rank: int, size: int, seconds: float) -> Store:
     try:
         if not opens:
             _knock(host, port, until)
-        wait = timedelta(seconds=seconds)
-        base = TCPStore(host, port, size, opens, wait, wait_for_workers=False)
+        base = _connected(host, port, size, opens, until)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"daybreak/{attempt}", base)
         store.set(names[rank], socket.gethostname())
@@ -348,6 +359,25 @@ def _knock(host: str, port: int, until: float) -> None:
             if time.monotonic() > until:
                 raise
             time.sleep(0.1)
+
+
+def _connected(host: str, port: int, size: int, opens: bool, until: float) -> Store:
+    """Open the store there, or connect to it. Errors: OSError or DistError.
+
+    In a thread, for torch waits for ever where somebody listens who is no store.
+    """
+    found: Future[Store] = Future()
+    left = max(0.1, until - time.monotonic())
+    wait = timedelta(seconds=left)
+
+    def connect() -> Store:
+        return TCPStore(host, port, size, opens, wait, wait_for_workers=False)
+
+    threading.Thread(target=fulfil, args=(found, connect), name="meet", daemon=True).start()
+    try:
+        return found.result(left)
+    except TimeoutError as error:
+        raise TimeoutError("whoever listens there does not answer") from error
 
 
 def _missing(store: Store, names: Sequence[str]) -> list[str]:

@@ -39,7 +39,7 @@ from daybreak.failure import BadStorage, NotFinite
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import checkpoint, runs
 from daybreak.train.checkpoint import SCHEMA, State
-from daybreak.train.parallel import World, together
+from daybreak.train.parallel import World, fulfil, together
 
 PAUSES = (0.5, 2.0)  # seconds before what failed is tried again
 FAILURES = 3  # saves in a row
@@ -104,9 +104,7 @@ class Saver:
         if self.stage is not None:
             tensors = self.stage(tensors)
         self.pending, self.step = Future(), step
-        work = partial(
-            _settle, self.pending, partial(self._write, step, tensors, dict(guard or {}))
-        )
+        work = partial(fulfil, self.pending, partial(self._write, step, tensors, dict(guard or {})))
         if self.recipe.save_async:
             threading.Thread(target=work, name="save", daemon=True).start()
         else:
@@ -264,16 +262,6 @@ class Saver:
                 free = shutil.disk_usage(self.run).free / 2**20
                 room = f"; it needs {needed:.1f} MiB, {free:.1f} MiB are free there"
             raise kind(f"cannot write {target}: {reason}{room}") from error
-
-
-def _settle(pending: "Future[None]", work: Callable[[], None]) -> None:
-    """Do some work and keep what came of it, also where that is no Exception."""
-    try:
-        work()
-    except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it again
-        pending.set_exception(error)
-    else:
-        pending.set_result(None)
 
 
 def _stager(device: torch.device) -> Callable[[Tensors], Tensors]:

@@ -1,8 +1,8 @@
 """Runs that are started, hurt and started again; what the rows of the fault matrix have in common.
 
 A job is `daybreak train` in processes of its own: one, or several ranks with the environment that
-torchrun gives them. They are forked from a server that has torch in memory already, which saves
-seconds each, and are otherwise like any other: they can be killed, stopped and starved. `torchrun`
+torchrun gives them. They are forked from a server that has the libraries in memory already, which
+saves seconds each, and are otherwise like any other: they can be killed, stopped and starved. `torchrun`
 itself is started where the row is about it.
 
 A fault (faults.py) is a function that a process calls before it begins.
@@ -30,7 +30,19 @@ import pytest
 from tests.faults.faults import Fault
 
 WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(["daybreak.cli", "daybreak.train.loop"])
+WARM.set_forkserver_preload(
+    [
+        "daybreak.cli",
+        "daybreak.train.loop",
+        "torch._dynamo",
+        "torch.distributed.checkpoint.hf_storage",
+        "torch.distributed.checkpoint.state_dict_loader",
+        "torch.distributed.checkpoint.state_dict_saver",
+        "torch.distributed.fsdp",
+        "torch.distributed.tensor",
+        "transformers.models.lfm2.modeling_lfm2",
+    ]
+)
 
 RECIPE = """
 out = "{out}"
