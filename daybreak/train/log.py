@@ -253,6 +253,14 @@ class Log:
             _silence(self.stream)
 
 
+def say(text: str) -> None:
+    """Print a line, if somebody reads: training goes on without."""
+    try:
+        print(text, flush=True)
+    except (OSError, ValueError):
+        _silence(sys.stdout)
+
+
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Pass the error on, to `_show`: rich's own answer is to leave the program."""

@@ -41,7 +41,7 @@ from daybreak.train import (
 from daybreak.train.checkpoint import Checkpoint, State
 from daybreak.train.dice import Dice
 from daybreak.train.ledger import Ledger
-from daybreak.train.log import Log
+from daybreak.train.log import Log, say
 from daybreak.train.parallel import World
 from daybreak.train.saving import Saver
 from daybreak.train.status import Status
@@ -87,7 +87,7 @@ class Run(NamedTuple):
 
 
 def train(
-    recipe: config.Recipe, tell: Callable[[str], None] = print, changed: bool = False
+    recipe: config.Recipe, tell: Callable[[str], None] = say, changed: bool = False
 ) -> Outcome:
     """Train a recipe in its run folder, from the newest good checkpoint there or from nothing.
 
@@ -354,7 +354,7 @@ def _say(run: Run, line: str) -> None:
     if run.here.first:
         run.log.note(line)
     else:
-        print(f"rank {run.here.rank}: {line}", flush=True)
+        say(f"rank {run.here.rank}: {line}")
 
 
 def _gradient(

@@ -136,15 +136,17 @@ class Watchdog:
     def _end(self, waited: float) -> None:
         """Print the stacks, wait for the others to do so, and leave."""
         rank = self.here.rank
-        print(f"rank {rank}: no step for {waited:.0f} s; its threads:", file=self.stream)
-        self.stream.flush()
-        faulthandler.dump_traceback(self.stream)
+        with suppress(OSError, ValueError):  # nobody has to listen
+            print(f"rank {rank}: no step for {waited:.0f} s; its threads:", file=self.stream)
+            self.stream.flush()
+            faulthandler.dump_traceback(self.stream)
         after = "the first step" if self.step is None else f"a step after {self.step}"
         sentence = f"rank {rank} of {self.here.size} waited {waited:.0f} s for {after} to be done"
         silent = self._silent()
         if silent:
             sentence += f"; {', '.join(silent)} does not answer"
-        print(f"daybreak: {sentence}; the stacks above say where", file=self.stream, flush=True)
+        with suppress(OSError, ValueError):
+            print(f"daybreak: {sentence}; the stacks above say where", file=self.stream, flush=True)
         with suppress(Exception):
             self.leave(sentence)
         os._exit(LostPeer.code)

@@ -2,8 +2,8 @@
 
 A job is `daybreak train` in processes of its own: one, or several ranks with the environment that
 torchrun gives them. They are forked from a server that has the libraries in memory already, which
-saves seconds each, and are otherwise like any other: they can be killed, stopped and starved. `torchrun`
-itself is started where the row is about it.
+saves seconds each, and are otherwise like any other: they can be killed, stopped and starved.
+`torchrun` itself is started where the row is about it.
 
 A fault (faults.py) is a function that a process calls before it begins.
 """

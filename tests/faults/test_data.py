@@ -6,6 +6,7 @@ name, so that the matrix is whole here.
 
 import os
 import random
+import shutil
 import signal
 import tarfile
 import time
@@ -245,8 +246,10 @@ def test_D8_a_read_that_never_ends_is_shown_and_ends_the_run(
     if how == "sleep":
         hung = Calling("daybreak.data.scenes", "sample", Sleep(200, 0))
     else:
-        place.of(many_pictures)
-        hung = Calling("daybreak.train.runs", "check_space", Pipe(many_pictures / "07.png"))
+        pictures = tmp_path / "pictures"
+        shutil.copytree(many_pictures, pictures)
+        place.of(pictures)
+        hung = Calling("daybreak.train.runs", "check_space", Pipe(pictures / "07.png"))
     began = time.monotonic()
     ended = place.begin("health.step_timeout=3", ranks=RANKS, fault=hung, faulty=RANKS - 1).end()
     assert time.monotonic() - began < 40

@@ -246,7 +246,7 @@ def test_P6_ranks_that_do_not_meet_say_who_is_missing(place: Place, how: str) ->
         port = other.getsockname()[1] if how == "port taken" else free_port()
         environment = {"WORLD_SIZE": "3", "MASTER_PORT": str(port)}
         if how == "wrong address":
-            environment["MASTER_ADDR"] = "127.0.0.2"
+            environment["MASTER_ADDR"] = "192.0.2.1"  # kept for examples: nobody is there
         began = time.monotonic()
         ended = place.begin("parallel.start_timeout=8", ranks=2, environment=environment).end()
     assert time.monotonic() - began < 20
@@ -254,7 +254,7 @@ def test_P6_ranks_that_do_not_meet_say_who_is_missing(place: Place, how: str) ->
     assert {
         "port taken": "address already in use",
         "a rank is missing": "rank 2 of 3 did not come",
-        "wrong address": "cannot meet the others at 127.0.0.2",
+        "wrong address": "cannot meet the others at 192.0.2.1",
     }[how] in ended.said
 
 
