@@ -208,6 +208,22 @@ def test_a_closed_pipe_does_not_stop_the_steps(tmp_path: Path) -> None:
     assert len(lines(tmp_path)) == 200
 
 
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+def test_what_nobody_reads_is_said_in_vain(unbuffered: str) -> None:
+    script = "from daybreak.train.log import say; say('so'); say('it'); say('goes'); exit(5)"
+    process = subprocess.Popen(
+        [sys.executable, "-c", script],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+    )
+    assert process.stdout is not None
+    process.stdout.close()
+    _, errors = process.communicate(timeout=60)
+    assert errors == b""
+    assert process.returncode == 5
+
+
 @pytest.mark.parametrize("hang_up", [False, True])
 def test_on_a_terminal_there_is_a_bar_that_may_vanish(tmp_path: Path, hang_up: bool) -> None:
     ours, theirs = pty.openpty()

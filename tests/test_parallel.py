@@ -323,8 +323,9 @@ def free_port() -> int:
         (0, False, "^rank 1, rank 2 of 3 did not come within 1 s: "),
         (1, False, "^rank 1 cannot meet the others at 127.0.0.1:.*: check MASTER_ADDR"),
         (0, True, "^rank 0 cannot meet the others at .*address already in use.*: check"),
+        (1, True, "^rank 1 cannot meet the others at .*whoever listens there does not answer"),
     ],
-    ids=["nobody comes", "nobody is there", "the port is taken"],
+    ids=["nobody comes", "nobody is there", "the port is taken", "somebody else is there"],
 )
 def test_ranks_that_do_not_meet_say_so_in_time(
     monkeypatch: pytest.MonkeyPatch, rank: int, taken: bool, sentence: str
