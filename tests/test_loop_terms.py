@@ -10,10 +10,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from daybreak import config
+from daybreak.data import batches
 from daybreak.failure import BadRecipe
-from daybreak.train import checkpoint, loop
+from daybreak.train import building, checkpoint, loop, parallel, runs
+from daybreak.train.dice import Dice
 
 TERMS = """
 [tread]
@@ -180,3 +183,55 @@ def test_a_section_left_out_leaves_the_stages_too(full: Path) -> None:
     assert [stage.without for stage in recipe.stage] == [(), ("tread",)]
     with pytest.raises(BadRecipe, match=r"stage\.0\.without names repa, but there is no section"):
         config.load(full, ('stage.0.without=["repa"]',), ("repa",))
+
+
+class Nowhere(Dice):
+    """Dice whose numbers lie on torch's device without memory, for which there is no generator."""
+
+    def __init__(self, seed: int, step: int, first: int, count: int) -> None:
+        super().__init__(seed, step, first, count)
+
+    def normal(self, *shape: int) -> torch.Tensor:
+        return super().normal(*shape).to("meta")
+
+    def uniform(self, *shape: int) -> torch.Tensor:
+        return super().uniform(*shape).to("meta")
+
+    def share(self, fraction: float) -> torch.Tensor:
+        return super().share(fraction).to("meta")
+
+
+def test_a_step_keeps_to_its_device_and_never_waits_for_it(
+    full: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There most operations fail that also read the processor's memory, and all that ask for a
+    number: what a GPU would be waited for. transformers' LFM2 asks once whether words are padded.
+    """
+    asked: list[str] = []
+    answer = torch.Tensor.__bool__
+
+    def note(tensor: torch.Tensor) -> bool:
+        if tensor.is_meta:
+            asked.append(sys._getframe(1).f_code.co_name)
+        return tensor.is_meta or answer(tensor)
+
+    monkeypatch.setattr(torch.Tensor, "__bool__", note)
+    monkeypatch.setattr(runs, "device", lambda: torch.device("meta"))
+    recipe = config.load(full, ("compile=false",))
+    source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
+    here = parallel.World(0, 1, torch.device("meta"), None, HashStore())
+    objective, state, ema = building.build(recipe, source, here, None, torch.bfloat16, None, print)
+    learning = [*state.model.parameters(), *objective.learned.parameters()]
+    image = torch.zeros(8, 3, 32, 32, device="meta")
+    dice = Nowhere(recipe.seed, 1, 0, 8)
+    loss, parts = objective(state.model, state.average, image, ["a red circle"] * 8, dice)
+    assert set(parts) == set(WEIGHTS)
+    loss.backward()
+    assert all(weight.grad is not None and weight.grad.is_meta for weight in learning)
+    assert parallel.clip(learning, recipe.clip).is_meta
+    for optimizer, _ in state.optimizers.values():
+        for group in optimizer.param_groups:
+            group["fused"] = False  # which this device has not
+        optimizer.step()
+    ema.update(state.model, 1)
+    assert asked == ["create_recurrent_attention_mask"]
