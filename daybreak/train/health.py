@@ -240,9 +240,9 @@ class Pace:
         self.steps, waited, self.waited = 0, self.waited / steps, 0.0
         if here.mesh is None:
             return []
-        row = torch.tensor([waited, _probe(self.device), passed / steps], device=self.device)
+        row = torch.tensor([waited, _probe(self.device), passed / steps])
         self.since = time.monotonic()
-        table = gather(here, row).cpu()
+        table = gather(here, row)
         waits, probes, whole = table.T.tolist()
         wait, probe, step = (statistics.median(column) for column in (waits, probes, whole))
         said = []

@@ -467,7 +467,7 @@ def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
 
 def _heard(here: World, code: int) -> int:
     """Return the exit code with which some rank was asked to stop, or 0; on all ranks alike."""
-    return int(parallel.gather(here, torch.tensor([code], device=here.device)).max())
+    return int(parallel.gather(here, torch.tensor([code])).max())
 
 
 def _budget(run: Run) -> tuple[float, bool]:
@@ -477,7 +477,7 @@ def _budget(run: Run) -> tuple[float, bool]:
     """
     if run.recipe.budget is None:
         return 1.0, False
-    mine = torch.tensor([run.spent.factor, run.spent.over], device=run.here.device).double()
+    mine = torch.tensor([run.spent.factor, run.spent.over], dtype=torch.float64)
     factor, over = parallel.gather(run.here, mine)[0].tolist()
     return factor, bool(over)
 

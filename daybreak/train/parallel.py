@@ -219,7 +219,8 @@ def gather(here: World, row: Shaped[Tensor, " n"]) -> Shaped[Tensor, "r n"]:
     """Return the row of numbers that every rank has given, in the order of the ranks.
 
     Means, maxima and "any of them" follow from it, the same on all ranks to the last bit: a loss,
-    whether it is finite, whether somebody was asked to stop.
+    whether it is finite, whether somebody was asked to stop. A row in the processor's memory
+    travels from there, and no rank waits for its device.
     """
     if here.mesh is None:
         return row[None]
