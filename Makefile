@@ -13,7 +13,7 @@ READY := $(VENV)/.ready
 RUN ?= runs/quickstart
 
 # One thread for each of the two processes, and no network.
-TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2
+TEST := OMP_NUM_THREADS=1 HF_HUB_OFFLINE=1 $(BIN)/python -m pytest -n 2 --dist loadgroup
 
 .PHONY: setup quickstart test test-slow test-faults lint format clean
 
@@ -33,7 +33,7 @@ quickstart: $(READY)
 	$(BIN)/daybreak export $(RUN)
 
 test: $(READY)
-	$(TEST) --ignore=tests/faults $(ARGS)
+	$(TEST) $(ARGS)
 
 test-slow: $(READY)
 	$(TEST) -m 'slow and not gpu' $(ARGS)

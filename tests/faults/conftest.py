@@ -1,7 +1,7 @@
 """The fault matrix: real faults, and what a run does about them (docs/reliability.md).
 
 make test-faults        every row
-make test               the rows and cases without the mark `fault`, which are a minute
+make test               the rows and cases without the mark `fault`, a minute in one process
 """
 
 from collections.abc import Callable
@@ -12,6 +12,13 @@ import pytest
 from PIL import Image
 
 from tests.faults.jobs import Place
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the rows one after the other, in one process: they share what takes long to make."""
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.xdist_group("faults"))
 
 
 @pytest.fixture

@@ -61,6 +61,7 @@ def test_D1_samples_that_cannot_be_read_are_replaced_and_counted(
     assert sum(line.get("substituted", 0) for line in place.lines()) == len(bad)
 
 
+@fault
 def test_D1_too_many_end_the_run_with_ten_of_them(place: Place, prepared: Write) -> None:
     more = on(place, prepared(rows(96, range(0, 96, 3))))
     ended = place.begin(*more, ranks=RANKS).end()

@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 
 from daybreak.failure import LostPeer, NotFinite
 from tests.faults.faults import Flip, Spoil
-from tests.faults.jobs import Place, few, ranks_of_the_matrix, tensors
+from tests.faults.jobs import Place, ranks_of_the_matrix, tensors
 
 Unbroken = Callable[..., Place]
 RANKS = ranks_of_the_matrix()
@@ -56,7 +56,8 @@ def test_N1_all_ranks_skip_what_one_cannot_use(
     assert all(one == bits[0] for one in bits), "nothing of the bad gradient is left"
 
 
-@pytest.mark.parametrize("how", few(["loss", "input", "gradient"], 1))
+@pytest.mark.fault
+@pytest.mark.parametrize("how", ["loss", "input", "gradient"])
 def test_N1_three_in_a_row_end_the_run(place: Place, how: str) -> None:
     fault = Spoil(how, call=12, count=3)
     ended = place.begin(TWENTY, ranks=RANKS, fault=fault, faulty=RANKS - 1).end()
