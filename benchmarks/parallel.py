@@ -85,7 +85,9 @@ def step(arm: Arm, recipe: config.Recipe, batch: batches.Batch) -> None:
             state.model, state.average, image, captions, dice, stage.without, stage.shift
         )
         (loss * (len(image) / count)).backward()
-    norm = parallel.clip([*state.model.parameters(), *objective.learned.parameters()], recipe.clip)
+    norm = parallel.clip(
+        here, [*state.model.parameters(), *objective.learned.parameters()], recipe.clip
+    )
     parallel.gather(here, norm[None])
     groups.set_rate(state.optimizers, recipe.stage[0].lr)
     for optimizer, _ in state.optimizers.values():

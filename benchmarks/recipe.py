@@ -33,6 +33,7 @@ from daybreak.optim.ema import Ema
 from daybreak.train import building, flops, hardware, measure, parallel, runs
 from daybreak.train.checkpoint import State
 from daybreak.train.dice import Dice
+from daybreak.train.parallel import World
 
 SETTLE = 4  # steps of a stage that do not count: they compile
 Parts = dict[str, float]
@@ -68,6 +69,7 @@ class Clock:
 
 
 def step(
+    here: World,
     recipe: config.Recipe,
     stage: config.Stage,
     number: int,
@@ -93,7 +95,7 @@ def step(
         with clock.part("backward"):
             (loss * (len(image) / count)).backward()
     with clock.part("clipping"):
-        parallel.clip([*model.parameters(), *objective.learned.parameters()], recipe.clip)
+        parallel.clip(here, [*model.parameters(), *objective.learned.parameters()], recipe.clip)
     groups.set_rate(state.optimizers, stage.lr)
     for name, (optimizer, _) in state.optimizers.items():
         with clock.part(name):
@@ -142,7 +144,9 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
             taken = []
             for _ in range(SETTLE + steps):
                 number += 1
-                taken.append(step(recipe, stage, number, stream, objective, state, ema, clock))
+                taken.append(
+                    step(here, recipe, stage, number, stream, objective, state, ema, clock)
+                )
             parts = {
                 name: statistics.median(parts[name] for parts in taken[SETTLE:])
                 for name in taken[0]

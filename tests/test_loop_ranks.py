@@ -20,6 +20,7 @@ from safetensors import safe_open
 from daybreak import config
 from daybreak.failure import BadRecipe
 from daybreak.train import building, checkpoint, loop, parallel, runs
+from tests import test_text
 
 QUIET = ("sample.every=1000", "stage.0.batch=24")
 
@@ -127,6 +128,19 @@ def test_what_several_have_saved_one_can_draw_from(alone: Path, pair: Path) -> N
     assert checkpoint.required(pair, print).sharded
     for mine, other in zip(*(model.weights().values() for model in models), strict=True):
         assert (mine - other).norm() <= 1e-3 * other.norm()
+
+
+def test_a_frozen_encoder_stays_whole_beside_what_is_cut_up(recipe: Path) -> None:
+    tower = recipe.parent / "tower"
+    test_text.saved(test_text.flan_t5, tower)
+    sets = (f"text.encoder={tower.as_posix()}", "stage.0.steps=4")
+    one, two = recipe.parent / "frozen-1", recipe.parent / "frozen-2"
+    for ranks, out in ((1, one), (2, two)):
+        finish(ranks, recipe, out, *sets)
+    np.testing.assert_allclose(losses(two), losses(one), rtol=1e-5)
+    averages = [runs.trained(run)[2].dit.state_dict() for run in (one, two)]
+    for name, weight in averages[0].items():
+        torch.testing.assert_close(averages[1][name], weight, rtol=1e-3, atol=1e-4)
 
 
 def test_killed_without_warning_it_continues_bit_for_bit(recipe: Path, pair: Path) -> None:

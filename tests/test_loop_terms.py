@@ -228,7 +228,7 @@ def test_a_step_keeps_to_its_device_and_never_waits_for_it(
     assert set(parts) == set(WEIGHTS)
     loss.backward()
     assert all(weight.grad is not None and weight.grad.is_meta for weight in learning)
-    assert parallel.clip(learning, recipe.clip).is_meta
+    assert parallel.clip(here, learning, recipe.clip).is_meta
     for optimizer, _ in state.optimizers.values():
         for group in optimizer.param_groups:
             group["fused"] = False  # which this device has not

@@ -115,7 +115,7 @@ def take_steps(here: World, config: Config, micro: int = 0, spoken: bool = False
                 loss.backward()
                 total += loss.detach()
         seen = collectives.seen
-        norm = parallel.clip(model.parameters(), 1.0)
+        norm = parallel.clip(here, model.parameters(), 1.0)
         for optimizer, _ in optimizers.values():
             optimizer.step()
             optimizer.zero_grad()

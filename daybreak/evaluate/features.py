@@ -293,7 +293,7 @@ def kept(place: Path, number: int) -> Features | None:
 
 def keep(place: Path, features: Features) -> None:
     """Put features into a cache, whole or not at all. Errors: BadStorage."""
-    staged = place.with_suffix(f".{os.getpid()}")
+    staged = place.with_suffix(f".{os.environ.get('RANK', '0')}-{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         save_file({"features": features}, staged)

@@ -19,6 +19,7 @@ Source   encoder: LFM2, arXiv 2511.23404, convolution and attention by turns; to
 """
 
 import html
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -36,7 +37,8 @@ from daybreak.model import hub
 
 REACH = 6  # words a convolution sees: from the circle "to the left of a" to the blue of a square
 WORD = 0.5  # standard deviation of the numbers in a new word vector
-LENGTH_STEP = 8  # token counts are rounded up to multiples of it: few shapes, few compilations
+LENGTH_STEP = 8  # token counts are multiples of it
+LENGTHS = 8  # so many of them, no more: each is a variant of every block to compile
 
 
 class Config(BaseModel):
@@ -56,6 +58,11 @@ class Config(BaseModel):
     depth: int = Field(default=2, gt=0)
     heads: int = Field(default=4, gt=0)
     vocabulary: int = Field(default=2048, ge=300)
+
+    @property
+    def length_step(self) -> int:
+        """Token counts are rounded up to multiples of it."""
+        return LENGTH_STEP * math.ceil(self.max_tokens / (LENGTH_STEP * LENGTHS))
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Config":
@@ -186,7 +193,7 @@ class TextEncoder(nn.Module):
         tokens = self.tokenizer(
             [clean(caption) for caption in captions],
             padding="longest",
-            pad_to_multiple_of=min(LENGTH_STEP, limit),
+            pad_to_multiple_of=self.config.length_step,
             padding_side="right",
             max_length=limit,
             truncation=True,

@@ -36,7 +36,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from daybreak.failure import BadData, BadRecipe, BadStorage
-from daybreak.model.text import LENGTH_STEP, Config, Text, TextEncoder, clean
+from daybreak.model.text import Config, Text, TextEncoder, clean
 
 SCHEMA = 1
 SHARD_BYTES = 2**30
@@ -71,7 +71,7 @@ class Reader:
 
     def __init__(self, folders: Sequence[Path], config: Config) -> None:
         """Map the shards. Errors: BadData if one is not as its manifest says."""
-        self.step = min(LENGTH_STEP, config.max_tokens)
+        self.step = config.length_step
         self.shards: list[Tensor] = []
         digests = [np.empty(0, f"S{DIGITS}")]
         entries = [np.empty((0, 3), np.int64)]  # shard, start, end

@@ -51,18 +51,20 @@ def build(
     compute: torch.dtype = torch.float32,
     route: tread.Config | None = None,
     known: text.Known | None = None,
+    frozen: text.TextEncoder | None = None,
 ) -> TextToImage:
     """Build the model with random weights that depend on the seed alone.
 
     The tokenizer is that of the encoder that trains with the model; a frozen one has its own, and
-    may find captions already `known`. Some kinds of route have weights too.
+    may find captions already `known`. `frozen` is one that is there already, to be shared. Some
+    kinds of route have weights too.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = (
             text.scratch(text_config, tokenizer, compute)
             if text_config.encoder is None
-            else text.pretrained(text_config, compute, known)
+            else frozen or text.pretrained(text_config, compute, known)
         )
         torch.manual_seed(seed)
         denoiser = dit.DiT(dit_config, encoder.width, compute=compute, route=route)

@@ -12,6 +12,7 @@ Units    pictures [-1, 1]. ImageNet's means are known here and nowhere else.
 Source   DINOv2: arXiv 2304.07193; registers: arXiv 2309.16588; DINOv3: arXiv 2508.10104.
 """
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -36,8 +37,15 @@ def resize(image: Float[Tensor, "b c h w"], height: int, width: int) -> Float[Te
 
 def standardise(image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
     """Bring pictures in [-1, 1] to the mean and deviation that ImageNet's networks learned with."""
-    mean, deviation = (image.new_tensor(values).view(3, 1, 1) for values in (MEAN, DEVIATION))
+    mean, deviation = _statistics(image.device, image.dtype)
     return ((image + 1) / 2 - mean) / deviation
+
+
+@cache
+def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """ImageNet's mean and deviation, brought to a device once: a step would wait for that."""
+    mean, deviation = torch.tensor((MEAN, DEVIATION), device=device, dtype=dtype)[..., None, None]
+    return mean, deviation
 
 
 class Teacher:

@@ -46,6 +46,9 @@ class Ema(Generic[Model]):
             decay = min(decay, (1 + count) / (10 + count))
         elif count == 1:
             decay = 0.0
-        mine: list[Tensor] = list(self.model.parameters())
-        theirs = [parameter.detach() for parameter in model.parameters()]
+        mine, theirs = list[Tensor](), list[Tensor]()
+        for here, there in zip(self.model.parameters(), model.parameters(), strict=True):
+            if there.requires_grad:  # what is frozen is the same in both
+                mine.append(here)
+                theirs.append(there.detach())
         torch._foreach_lerp_(mine, theirs, 1 - decay)

@@ -21,7 +21,7 @@ from daybreak.train import parallel, runs
 from daybreak.train.checkpoint import Checkpoint, State
 from daybreak.train.parallel import World
 
-VARIANTS = 64  # of a block that may be compiled
+VARIANTS = 256  # of a block that may be compiled
 
 
 def build(
@@ -45,12 +45,10 @@ def build(
             if found
             else text.learn_tokenizer(source.captions(), recipe.text)
         )
-    model, twin = (
-        text_to_image.build(
-            recipe.dit, recipe.text, tokenizer, recipe.seed, dtype, recipe.tread, known
-        ).to(here.device)
-        for _ in range(2)
-    )
+    of = (recipe.dit, recipe.text, tokenizer, recipe.seed, dtype, recipe.tread, known)
+    model = text_to_image.build(*of).to(here.device)
+    shared = None if model.text.trained else model.text
+    twin = text_to_image.build(*of, shared).to(here.device)
     follows = parallel.Config(reshard_after_forward=True)
     compiled = _compiles(recipe, tell)
     parallel.prepare(model.dit, model.dit.blocks, here, recipe.parallel, dtype, compiled)
@@ -102,5 +100,7 @@ def _compiles(recipe: config.Recipe, tell: Callable[[str], None]) -> bool:
         tell("no C++ compiler with Python headers: torch.compile is off, training is slower")
         return False
     # Each number of image tokens, and of words, is a variant; past the limit they run uncompiled.
+    # The other limit is on all blocks together, which share their code.
     torch._dynamo.config.recompile_limit = VARIANTS
+    torch._dynamo.config.accumulated_recompile_limit = VARIANTS * recipe.dit.depth
     return True

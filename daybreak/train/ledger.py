@@ -82,7 +82,9 @@ class Ledger:
         writes: bool = True,
     ) -> None:
         self.file, self.config, self.clock, self.writes = file, config, clock, writes
-        before = self._read().get("ledger", {})
+        # Others need not see the file yet, which the first rank has just written: over a network
+        # a folder that was not there stays so for a while.
+        before = self._read().get("ledger", {}) if writes else {}
         self.seconds, self.flops = before.get("seconds", 0.0), before.get("flops", 0.0)
         self.sessions = before.get("sessions", 0) + 1
         self.closing = CLOSING

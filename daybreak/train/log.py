@@ -56,7 +56,8 @@ class Log:
     Everything happens inside the calls: no thread, no timer. Without a folder nothing happens at
     all: of several ranks one keeps the log. `peak` is what all devices can do at most, in FLOP/s,
     and `price` what all of them cost, in dollars an hour; what is not known is not written. `limit`
-    is how many seconds may be spent.
+    is how many seconds may be spent. `held` counts the bytes of an accelerator, whose memory is
+    then told instead of this process's.
     """
 
     def __init__(
@@ -69,9 +70,11 @@ class Log:
         peak: float | None = None,
         price: float | None = None,
         limit: float | None = None,
+        held: Callable[[], int] | None = None,
     ) -> None:
         self.steps, self.peak, self.price = steps, peak, price
         self.limit = math.inf if limit is None else limit
+        self.peak_memory, self.memory = held or peak_memory, held or memory
         self.start = start
         self.every = every
         self.stream = stream or sys.stdout
@@ -146,7 +149,7 @@ class Log:
         finite = {name: _finite(value) for name, value in values.items()}
         line = {"step": step, **finite, "images": self.images, **self._reached()} | {
             "seconds": round(self.seconds + now - self.began, 3),
-            "memory_mib": peak_memory() // MIB,
+            "memory_mib": self.peak_memory() // MIB,
         }
         if self.price is not None:
             left = self.price * self._left(step) / 3600
@@ -202,7 +205,7 @@ class Log:
             f"waits {100 * reached['waiting']:.0f} %",
             f"elapsed {_clock(self.seconds + now - self.began)}",
             remaining,
-            f"{memory() // MIB:6,} MiB",
+            f"{self.memory() // MIB:6,} MiB",
         )
         return dict(zip(FACTS, values, strict=True))
 

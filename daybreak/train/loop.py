@@ -169,6 +169,7 @@ def _train(
             peak=peak,
             price=price,
             limit=recipe.budget.limit if recipe.budget else None,
+            held=torch.cuda.max_memory_allocated if here.device.type == "cuda" else None,
         ) as log,
         Watchdog(here, recipe.health.step_timeout, status.hang, recipe.compile) as watchdog,
     ):
@@ -254,6 +255,8 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
         stage, done = recipe.stage[number], done + 1
         if now == 1:
             run.guard.new_stage()
+            if number and stage.resolution != recipe.stage[number - 1].resolution:
+                torch._dynamo.reset()  # its variants come in the place of those before
         rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
         code = _step(run, number, batch, done, rate * factor)
         run.spent.step(run.flops[number])
@@ -315,7 +318,7 @@ def _step(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -
     began, here, stage = time.monotonic(), run.here, run.recipe.stage[number]
     sums = _gradient(run, stage, batch, step)
     trained = [*run.state.model.parameters(), *run.objective.learned.parameters()]
-    norm = parallel.clip(trained, run.recipe.clip)
+    norm = parallel.clip(here, trained, run.recipe.clip)
     counts = norm.new_tensor([batch.substituted, run.stop.code])
     row = torch.stack([sums["loss"], norm, *(sums[name] for name in sums if name != "loss")])
     table = parallel.gather(here, torch.cat([row, counts])).cpu()

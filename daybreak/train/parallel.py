@@ -9,7 +9,7 @@ global batch is shared out evenly, so the steps are the same for any number of r
         prepare(model.dit, model.dit.blocks, here, config, compute)      in place; average alike
         first, count = share(here, batch)                                this rank's samples
         accumulate((model.dit,), config, last)                           before each micro-batch
-        norm = clip(parameters, limit)                                   of the whole gradient
+        norm = clip(here, parameters, limit)                             of the whole gradient
         rows = gather(here, row)                                         everybody's numbers
         found = together(here, work)                                     beside the steps
 
@@ -203,14 +203,20 @@ def accumulate(modules: Iterable[nn.Module], config: Config, last: bool) -> None
             module.set_reshard_after_backward(last or config.reshard_after_forward)
 
 
-def clip(parameters: Iterable[nn.Parameter], limit: float) -> Float[Tensor, ""]:
-    """Shorten the gradient to `limit`, if it is longer; return its norm, equal on all ranks."""
+def clip(here: World, parameters: Iterable[nn.Parameter], limit: float) -> Float[Tensor, ""]:
+    """Shorten the gradient to `limit`, if it is longer; return its norm, equal on all ranks.
+
+    Replicas take the first one's norm: each adds it up by itself, and in another order it could
+    differ in its last bit, and then all weights would.
+    """
     from torch.distributed.tensor import DTensor
 
     learning = [parameter for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm([p.grad for p in learning if p.grad is not None])
     if isinstance(norm, DTensor):
         norm = norm.full_tensor()
+    if here.mesh is not None and here.mesh.ndim > 1:
+        dist.broadcast(norm, 0)
     clip_grads_with_norm_(learning, limit, norm)
     return norm
 
@@ -315,6 +321,7 @@ def _device() -> torch.device:
             f"--nproc-per-node {there}"
         )
     torch.cuda.set_device(number)
+    torch.set_float32_matmul_precision("high")  # TF32: more bits than bfloat16, ten times as fast
     return torch.device("cuda", number)
 
 

@@ -137,6 +137,8 @@ class Saver:
             raise self.failed[-1]
 
     def _write(self, step: int, tensors: Tensors, guard: dict[str, Any]) -> None:
+        if self.here.device.type == "cuda":  # in a thread, else it is the first one
+            torch.cuda.set_device(self.here.device)
         began = time.monotonic()
         for pause in (*PAUSES, None):
             try:
@@ -157,6 +159,7 @@ class Saver:
             parts = together(self.here, lambda: self._part(target, staged, tensors))
             files = {name: entry for part in parts for name, entry in part.items()}
             together(self.here, lambda: self._seal(target, staged, step, files))
+            self._prune(step)
         finally:
             if self.here.first:
                 shutil.rmtree(staged, ignore_errors=True)
@@ -228,23 +231,32 @@ class Saver:
             staged.rename(target)
             disk.sync(self.run)
             _point(self.run / "latest", target.name)
-        self._prune(step)
 
     def _prune(self, step: int) -> None:
         """Let old checkpoints go: of those that are good the newest `keep` stay.
 
-        A damaged one is no reason to remove a good one. Milestones stay for ever.
+        A damaged one is no reason to remove a good one, and all ranks share the hashing. Milestones
+        stay for ever.
         """
-        there, every, good = checkpoint.found(self.run), self.recipe.keep_every, 0
+        here, every, good = self.here, self.recipe.keep_every, 0
+        there = together(here, lambda: checkpoint.found(self.run) if here.first else [])[0]
         others = [old for old in there if not every or old.step % every]
         if len(others) <= self.recipe.keep:
             return
         for old in others:
             if good >= self.recipe.keep:
-                checkpoint.remove(old.folder)
-            elif old.step == step or (wrong := checkpoint.verify(old.folder)) is None:
+                if here.first:
+                    checkpoint.remove(old.folder)
+                continue
+            said = (
+                together(here, partial(checkpoint.verify, old.folder, here.rank, here.size))
+                if old.step != step
+                else []
+            )
+            wrong = next((complaint for complaint in said if complaint), None)
+            if wrong is None:
                 good += 1
-            else:
+            elif here.first:
                 self.tell(f"{old.folder} is damaged and does not count: {wrong}")
                 checkpoint.reject(old)
 
