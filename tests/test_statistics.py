@@ -12,6 +12,7 @@ from scipy import stats
 from daybreak.evaluate.statistics import (
     Paired,
     Reached,
+    Verdict,
     cluster_bootstrap,
     difference,
     holm,
@@ -189,10 +190,30 @@ def test_a_gain_that_few_seeds_show_is_no_improvement() -> None:
 
 
 def test_a_gain_within_the_margin_is_not_resolved() -> None:
-    comparison = paired([1.3, 1.2, 1.4, 1.3, 1.2], [1.0] * 5)
-    assert verdict(comparison, margin=0.1).word == "better"
-    assert verdict(comparison, margin=0.26).word == "not resolved"
-    assert "no difference beyond 0.5" in verdict(comparison, margin=0.5).sentence
+    def asked(margin: float) -> Verdict:
+        return verdict(paired([1.3, 1.2, 1.4, 1.3, 1.2], [1.0] * 5, margin=margin))
+
+    assert asked(0.1).word == "better"
+    assert asked(0.26).word == "not resolved"
+    assert "no difference beyond 0.5" in asked(0.5).sentence
+
+
+def test_a_gain_of_just_the_margin_is_rarely_called_better() -> None:
+    rng = np.random.default_rng(5)
+    pairs = [paired(rng.normal(1.1, 0.02, 5), [1.0] * 5, margin=0.1) for _ in range(300)]
+    words = [verdict(pair).word for pair in pairs]
+    assert words.count("better") / 300 == pytest.approx(1 / 32, abs=0.025)
+    assert words.count("worse") == 0
+
+
+@pytest.mark.parametrize(("n", "share"), [(5, 0.91), (8, 0.94), (20, 0.95)])
+def test_intervals_of_few_seeds_cover_what_they_say(n: int, share: float) -> None:
+    rng = np.random.default_rng(n)
+    covered = 0
+    for _ in range(800):
+        low, high = cluster_bootstrap(rng.normal(0, 1, n), range(n), resamples=2000)
+        covered += low < 0 < high
+    assert covered / 800 == pytest.approx(share, abs=0.03)
 
 
 def test_a_p_adjusted_for_several_comparisons_decides() -> None:

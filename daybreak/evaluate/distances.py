@@ -13,8 +13,10 @@ is unbiased at any number and may be below zero. With this width of kernel, cmmd
 squared distance of the mean features and sees nothing else: it is never reported alone.
 
 Intervals are of 95 % and say how much other pictures of the same model would change the value;
-the reference is what it is. Values do not depend on the order of pictures. Distances between all
-pairs are never held at once: the memory needed is a few copies of the features.
+the reference is what it is. Those of recall and coverage, which are shares of the reference, say
+how much other pictures of the reference would. Values do not depend on the order of pictures.
+Distances between all pairs are never held at once: the memory needed is a few copies of the
+features.
 
 Shapes  features (n, f) of the model, (m, f) of the reference; any float, computed in float64.
 Errors  BadData for too few pictures; ValueError for features that do not fit or are not finite.

@@ -20,9 +20,10 @@ All p-values are exact or of Student's t. Those of `paired` are one-sided, one f
 since five seeds cannot give a two-sided p below 0.05: of comparisons without any difference, up to
 one in twenty is called better and as many worse.
 
-Source  Wilson 1927; Newcombe 1998; clustering of evaluations: Miller, "Adding error bars to evals",
-        arXiv 2411.00640; paired seeds and P(A > B): Bouthillier et al., arXiv 2103.03098; sign
-        flips: Fisher 1935; McNemar 1947; Holm 1979.
+Source  Wilson 1927; Newcombe 1998; expanded percentiles: Hesterberg, arXiv 1411.5279; clustering of
+        evaluations: Miller, "Adding error bars to evals", arXiv 2411.00640; paired seeds and
+        P(A > B): Bouthillier et al., arXiv 2103.03098; sign flips: Fisher 1935; McNemar 1947;
+        Holm 1979.
 """
 
 import math
@@ -86,6 +87,10 @@ def cluster_bootstrap(
     vary and adds no width. Where every value is the same the interval is a point: a perfect score
     is read with Wilson's interval beside it.
 
+    Means of few values drawn again vary too little. The quantiles are therefore taken further out,
+    where Student's t, and a deviation of n - 1 instead of n, would have them: of normal values five
+    are then covered in 91 % of all cases instead of 85, eight in 94 instead of 87.
+
     Shapes  values, clusters and strata have one entry per image.
     Errors  ValueError if they differ in length or are empty.
     """
@@ -97,18 +102,22 @@ def cluster_bootstrap(
         )
     generator = np.random.Generator(np.random.Philox(key=seed))
     numbers = np.asarray(values, dtype=np.float64)
-    means = np.zeros(resamples)
+    means, free = np.zeros(resamples), 0
     names = sorted(set(strata), key=repr)
     for name in names:
         chosen = [i for i, stratum in enumerate(strata) if stratum == name]
         keys = {key: k for k, key in enumerate(dict.fromkeys(clusters[i] for i in chosen))}
         place = np.array([keys[clusters[i]] for i in chosen])
         sums, sizes = np.bincount(place, weights=numbers[chosen]), np.bincount(place)
+        free += len(keys) - 1
         for start in range(0, resamples, CHUNK):
             rows = min(CHUNK, resamples - start)
             drawn = generator.multinomial(len(keys), np.full(len(keys), 1 / len(keys)), rows)
             means[start : start + rows] += (drawn @ sums) / (drawn @ sizes) / len(names)
-    low, high = np.quantile(means, [0.025, 0.975])
+    if not free:
+        return float(means[0]), float(means[0])
+    out = stats.t.ppf(0.975, free) * math.sqrt((free + len(names)) / free)
+    low, high = np.quantile(means, stats.norm.cdf([-out, out]))
     return float(low), float(high)
 
 
@@ -121,11 +130,12 @@ class Paired(NamedTuple):
     gain: float  # mean of the differences
     low: float
     high: float
-    p_better: float  # of a gain this large if there were none
+    p_better: float  # of a gain this large if there were none, or none beyond the margin
     p_worse: float
     wins: float  # share of seeds in which the candidate is better; a tie is half a win
     sd: float  # of the differences; 0 for a single seed
     n: int  # seeds
+    margin: float = 0.0  # the smallest gain worth having, written down before the runs
 
     @property
     def p(self) -> float:
@@ -152,8 +162,11 @@ def paired(
     candidate: Sequence[float] | npt.NDArray[np.float64],
     baseline: Sequence[float] | npt.NDArray[np.float64],
     lower_is_better: bool = False,
+    margin: float = 0.0,
 ) -> Paired:
     """Compare results of the same seeds, in the same order.
+
+    The p of either direction is that of a gain, or a loss, beyond the `margin`.
 
     Errors  ValueError unless equally many, one at least, all finite.
     """
@@ -173,11 +186,12 @@ def paired(
         gain=float(differences.mean()),
         low=low,
         high=high,
-        p_better=sign_flip(differences),
-        p_worse=sign_flip(-differences),
+        p_better=sign_flip(differences - margin),
+        p_worse=sign_flip(-differences - margin),
         wins=float((np.sign(differences) / 2 + 0.5).mean()),
         sd=float(differences.std(ddof=1)) if n > 1 else 0.0,
         n=n,
+        margin=margin,
     )
 
 
@@ -207,14 +221,14 @@ def _signed_sums(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return sums
 
 
-def verdict(comparison: Paired, margin: float = 0.0, p: float | None = None) -> Verdict:
+def verdict(comparison: Paired, p: float | None = None) -> Verdict:
     """Better or worse only if the exact test and the interval agree.
 
-    `margin` is the smallest gain worth having, written down before the runs; `p` stands for the
-    comparison's own where it was one of several (`holm`). What most seeds do not show is called by
-    its name: with enough of them a gain far smaller than their noise can be proven.
+    `p` stands for the comparison's own where it was one of several (`holm`). What most seeds do not
+    show is called by its name: with enough of them a gain far smaller than their noise can be
+    proven.
     """
-    gain, low, high, *_, wins, sd, n = comparison
+    gain, low, high, *_, wins, sd, n, margin = comparison
     p = comparison.p if p is None else p
     seen = (
         f"the mean difference over {n} {'seed' if n == 1 else 'seeds'} is {gain:+.4g} "
@@ -262,7 +276,10 @@ def mcnemar(candidate: Sequence[bool], baseline: Sequence[bool]) -> McNemar:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjust p-values of several comparisons: any below 0.05 is then wrong with 5 % in all."""
+    """Adjust p-values of several comparisons: any below 0.05 is then wrong with 5 % in all.
+
+    Of `Paired.p`, which is that of the direction seen, with 5 % for each direction.
+    """
     order = sorted(range(len(p)), key=lambda i: p[i])
     adjusted, largest = [0.0] * len(p), 0.0
     for rank, i in enumerate(order):

@@ -64,8 +64,8 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
         """Draw one picture per prompt.
 
         `guide` is "classifier-free" (against `negative_prompt`) or "self"; `apg` holds eta,
-        momentum and norm. From one generator come first the noise, then the route, then what
-        `stochastic` steps draw.
+        momentum and norm, of which those left out are the recipe's, or 0, -0.5 and none. From one
+        generator come first the noise, then the route, then what `stochastic` steps draw.
 
         Errors  ValueError for sides that patches do not fill, or "self" without a trained route.
         """
@@ -75,10 +75,13 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
             "guidance": guidance_scale,
             "guide": guide,
             "interval": interval,
-            "apg": apg and {"eta": 0.0, "momentum": 0.0, "norm": None, **apg},
         }
         given = {name: value for name, value in given.items() if value is not None}
-        how = Sampling(**{**self.scheduler.config["_sampling"], **given})
+        trained = self.scheduler.config["_sampling"]
+        if apg is not None:
+            usual = trained.get("apg") or {"eta": 0.0, "momentum": -0.5, "norm": None}
+            given["apg"] = {**usual, **apg}
+        how = Sampling(**{**trained, **given})
         if how.guide not in ("classifier-free", "self"):
             raise ValueError(f'guide = {how.guide!r} is neither "classifier-free" nor "self"')
         if how.guide == "self" and how.route is None:

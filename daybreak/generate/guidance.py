@@ -8,9 +8,9 @@ was trained with (self-guidance).
 
 With `apg` (adaptive projected guidance) the difference first remembers those of earlier steps, is
 shortened to a longest length, and loses its part along x_strong, which is what makes colours
-glaring; scale then multiplies what is left.
+glaring; scale then multiplies what is left. What is remembered is m, before it is shortened.
 
-    d     <- (strong - weak) + momentum d,     d <- d min(1, norm / rms(d))
+    m     <- (strong - weak) + momentum m,     d = m min(1, norm / rms(m))
     x_hat  = strong + (scale - 1) (d - (1 - eta) <d, strong> strong / |strong|^2)
 
 Source  classifier-free guidance: arXiv 2207.12598; an interval: arXiv 2404.07724; self-guidance by

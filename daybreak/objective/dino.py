@@ -3,8 +3,9 @@
     d(x, y) = mean over patches of  1 - cos(f(x), f(y))
 
 LPIPS judges texture; this judges what is where. The teacher looks at the whole picture, on the
-denoiser's own grid of tokens, halved where that would be finer than `patches`: a picture of any
-proportions keeps them, and up to `patches` tokens REPA has the same view and shares its work.
+denoiser's own grid of tokens, made coarser where that would be finer than about `patches`: a
+picture of any proportions keeps them, to a few per cent, and up to `patches` tokens REPA has the
+same view and shares its work.
 
 Letters  b pictures, n patches, d width of a feature.
 Source   PixelGen, arXiv 2602.02493 (gate: its t > 0.3 is t < 0.7 here); PRX part 3 (no gate).

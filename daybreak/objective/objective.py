@@ -136,7 +136,7 @@ class Objective:
         if "contrastive" in active:
             captioned = torch.tensor([caption != "" for caption in captions])
             captioned = captioned.to(image.device, non_blocking=True)
-            parts["contrastive"] = contrastive.term(v_hat, v, captioned)
+            parts["contrastive"] = contrastive.term(v_hat, v, captioned) / share
 
         loss = parts["flow"] + sum(self.weights[name] * parts[name] for name in active)
         return loss, {name: part.detach() for name, part in parts.items()}

@@ -197,7 +197,9 @@ def compare(arms: Sequence[Arm], outcomes: Sequence[Outcome], question: Question
     baseline, *candidates = rows
     whole = [row for row in candidates if not _diverged(baseline) and not _diverged(row)]
     pairs = {
-        row.arm.name: statistics.paired(_values(row), _values(baseline), question.lower)
+        row.arm.name: statistics.paired(
+            _values(row), _values(baseline), question.lower, question.margin
+        )
         for row in whole
     }
     adjusted = dict(zip(pairs, statistics.holm([p.p for p in pairs.values()]), strict=True))
@@ -207,7 +209,7 @@ def compare(arms: Sequence[Arm], outcomes: Sequence[Outcome], question: Question
         if name not in pairs:
             versus.append(Versus(row, _no_verdict(row, baseline)))
             continue
-        verdict = statistics.verdict(pairs[name], question.margin, adjusted[name])
+        verdict = statistics.verdict(pairs[name], adjusted[name])
         tests = [_mcnemar(*pair) for pair in zip(row.outcomes, baseline.outcomes, strict=True)]
         race = None
         if question.target is not None:

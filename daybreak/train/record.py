@@ -70,9 +70,10 @@ def _spent(row: Row) -> list[str]:
     pictures = runs.pictures_seen(recipe, recipe.steps)
     cells = [row.arm.name, str(n), f"{recipe.steps:,}", f"{pictures:,}", f"{seconds:,.0f}"]
     if row.reached:
-        met = [one.cost for one in row.reached if one.met]
-        mean = f"{sum(met) / len(met):,.4g} " if met else ""
-        cells.append(f"{mean}({len(met)} of {n})")
+        met = sum(one.met for one in row.reached)
+        mean = sum(one.cost for one in row.reached) / n
+        least = "" if met == n else "more than "  # a run that never did counts to its end
+        cells.append(f"{least}{mean:,.4g} ({met} of {n})")
     return cells
 
 
