@@ -124,6 +124,24 @@ def test_training_reads_what_is_known_and_encodes_the_rest(tmp_path: Path) -> No
     assert not torch.allclose(other(new).tokens, plain(new).tokens, atol=1e-2)
 
 
+def test_what_is_expected_is_in_memory_when_it_is_asked_for(tmp_path: Path) -> None:
+    encoder = loaded(saved(tmp_path / "encoder"))
+    text_cache.write(tmp_path, encoder, CAPTIONS)
+    reader = opened(tmp_path, encoder)
+    exact = reader.tokens(CAPTIONS[:6])
+    assert exact is not None
+    reader.expect(CAPTIONS[:4])
+    reader.expect(["never seen", *CAPTIONS[4:6]])  # nothing to read ahead: it will be encoded
+    for shard in reader.shards:
+        shard[:] = 0  # as slow as it may be, nobody looks there any more
+    found = reader.tokens(CAPTIONS[:4])
+    assert found is not None
+    torch.testing.assert_close(found.tokens, exact.tokens[:4, : found.tokens.shape[1]])
+    late = reader.tokens(CAPTIONS[4:6])
+    assert late is not None
+    assert not late.tokens.any()
+
+
 def test_only_new_captions_are_encoded(tmp_path: Path) -> None:
     encoder = loaded(saved(tmp_path / "encoder"))
     asked: list[str] = []
@@ -340,9 +358,9 @@ def test_the_verb_encodes_as_a_recipe_asks(
     cli.prepare([str(dataset)], cache_text=str(tiny))
     known = encoded.known(recipe, torch.float32, lambda line: None)
     assert known is not None
-    found, exact = known(["red"]), text.pretrained(recipe.text)(["red"])
+    found, exact = known.tokens(["red"]), text.pretrained(recipe.text)(["red"])
     assert found is None  # it is not among the captions
-    found, exact = known(["a red circle"]), text.pretrained(recipe.text)(["a red circle"])
+    found, exact = known.tokens(["a red circle"]), text.pretrained(recipe.text)(["a red circle"])
     assert found is not None
     torch.testing.assert_close(found.tokens[found.mask], exact.tokens[exact.mask])
     assert exact.mask.sum() > 4  # the template is in it

@@ -334,6 +334,16 @@ def to_unit(pixels: Tensor) -> Float[Tensor, "b c h w"]:
     return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
 
 
+def _told(
+    arriving: Generator[Stacked], expect: Callable[[list[str]], object]
+) -> Generator[Stacked]:
+    """Say which captions come, in the thread that receives them."""
+    for stacked in arriving:
+        if not isinstance(stacked, BadData):
+            expect(stacked[1])
+        yield stacked
+
+
 def _as_floats(arriving: Generator[Stacked]) -> Generator[Stacked]:
     """Turn pictures into floats in the thread that receives them."""
     for stacked in arriving:
@@ -353,11 +363,13 @@ def stream(
     rank: int = 0,
     world: int = 1,
     late: Callable[[float], object] = lambda _: None,
+    expect: Callable[[list[str]], object] = lambda _: None,
 ) -> Generator[Batch]:
     """Yield this rank's slice of `count` global batches of a stage, of which `done` were had.
 
     `first` is the global index of the stage's first sample; `late` hears now and then how many
-    seconds a batch has been waited for.
+    seconds a batch has been waited for, and `expect`, in a thread of its own, the captions of those
+    that come next.
 
     On a CPU the next batches are floats before they are asked for. Elsewhere they are received
     ahead as pinned bytes, and become floats on the device in the caller's thread: that only queues
@@ -385,7 +397,8 @@ def stream(
         pin_memory=torch.device(device).type == "cuda",
     )
     here = torch.device(device).type == "cpu"
-    arriving = _as_floats(_arriving(loader)) if here else _arriving(loader)
+    arriving = _told(_arriving(loader), expect)
+    arriving = _as_floats(arriving) if here else arriving
     failed, told = 0, dict[str, None]()
     for number, stacked in enumerate(ahead(arriving, READY, late), start=done):
         if isinstance(stacked, BadData):

@@ -22,6 +22,7 @@ Units    the precision of the encoder. Reading takes 48 bytes of memory for each
 
 import hashlib
 import json
+from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import accumulate, chain, islice
@@ -41,6 +42,7 @@ from daybreak.model.text import Config, Text, TextEncoder, clean
 SCHEMA = 1
 SHARD_BYTES = 2**30
 BATCH, AHEAD = 32, 4096  # captions encoded together, out of so many sorted by length
+SOON = 6  # batches whose words are held before they are asked for
 DIGITS = 24  # 96 bits: among a billion captions two are alike with a chance of 1e-11
 OURS = {"encoder", "width", "depth", "heads", "vocabulary"}  # settings a frozen encoder has not
 
@@ -82,26 +84,45 @@ class Reader:
             entries.append(np.stack([np.full_like(ends, len(self.shards)), starts, ends], axis=1))
             digests.append(shard["digests"].numpy().view(f"S{DIGITS}")[:, 0])
             self.shards.append(shard["tokens"])
+        self.soon: deque[dict[bytes, Tensor]] = deque(maxlen=SOON)
         order = np.argsort(np.concatenate(digests))
         self.digests: npt.NDArray[np.bytes_] = np.concatenate(digests)[order]
         self.entries = np.concatenate(entries)[order]
+
+    def expect(self, captions: Sequence[str]) -> None:
+        """Read from the disk what a batch will soon ask for; for a thread that is ahead of it."""
+        wanted = [_digest(caption) for caption in captions]
+        words = self._words(wanted)
+        if words is not None:
+            self.soon.append(
+                {digest: one.clone() for digest, one in zip(wanted, words, strict=True)}
+            )
 
     def tokens(self, captions: Sequence[str]) -> Text | None:
         """What the encoder would give for these captions; None if one of them is not held.
 
         The words are the encoder's, and so is the length; padding is zero.
         """
-        wanted = np.array([_digest(caption) for caption in captions])
-        found = np.searchsorted(self.digests, wanted)
-        if (self.digests.take(found, mode="clip") != wanted).any():
+        wanted = [_digest(caption) for caption in captions]
+        words = self._words(wanted)
+        if words is None:
             return None
-        words = [self.shards[shard][start:end] for shard, start, end in self.entries[found]]
+        here = ChainMap(*tuple(self.soon))
+        words = [here.get(digest, one) for digest, one in zip(wanted, words, strict=True)]
         lengths = torch.tensor([len(one) for one in words])
         length = -(-int(lengths.max()) // self.step) * self.step
         tokens = words[0].new_zeros(len(words), length, words[0].shape[1])
         for row, one in zip(tokens, words, strict=True):
             row[: len(one)] = one
         return Text(tokens, torch.arange(length) < lengths[:, None])
+
+    def _words(self, wanted: Sequence[bytes]) -> list[Tensor] | None:
+        """Where the words of these captions are mapped; nothing is read yet."""
+        digests = np.array(wanted)
+        found = np.searchsorted(self.digests, digests)
+        if (self.digests.take(found, mode="clip") != digests).any():
+            return None
+        return [self.shards[shard][start:end] for shard, start, end in self.entries[found]]
 
 
 def reader(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> Reader | None:

@@ -37,7 +37,7 @@ def fill(
 
 def known(
     recipe: config.Recipe, dtype: torch.dtype, tell: Callable[[str], None]
-) -> text.Known | None:
+) -> text_cache.Reader | None:
     """What a run need not encode; None if nothing was encoded for its encoder."""
     if recipe.text.encoder is None:
         return None
@@ -45,7 +45,7 @@ def known(
     reader = text_cache.reader(folders, recipe.text, dtype)
     if reader is not None:
         tell(f"{len(reader.digests):,} captions are already encoded")
-        return reader.tokens
+        return reader
     for folder in folders:
         if (folder / "text").is_dir():
             tell(

@@ -72,6 +72,7 @@ class Run(NamedTuple):
     pace: health.Pace
     spent: Ledger
     flops: list[float]  # of a step, by stage; 0 where a network is of unknown size
+    expect: Callable[[list[str]], object]  # hears which captions come next
     saver: Saver
     status: Status
     stop: Stop
@@ -137,7 +138,9 @@ def _train(
     """Build everything, put it back as it was, and take the steps that are left."""
     dtype, start = runs.precision(recipe), found.step if found else 0
     known = encoded.known(recipe, dtype, tell)
-    objective, state, ema = building.build(recipe, source, here, found, dtype, known, tell)
+    objective, state, ema = building.build(
+        recipe, source, here, found, dtype, known.tokens if known else None, tell
+    )
     model = state.model
     runs.check_space(folder, checkpoint.size(model), recipe.keep)
     if found:
@@ -186,6 +189,7 @@ def _train(
             health.Pace(here.device),
             Ledger(folder / "run.json", recipe.budget, writes=here.first),
             _counted(recipe, known is not None),
+            known.expect if known else _silent,
             saver,
             status,
             stop,
@@ -307,6 +311,7 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
                 rank=run.here.rank,
                 world=run.here.size,
                 late=lambda waited: _say(run, run.pace.late(waited)),
+                expect=run.expect,
             )
             for now, batch in enumerate(run.pace.timed(stream), start=had + 1):
                 yield number, now, batch
@@ -494,5 +499,5 @@ def _is_over(found: Checkpoint, recipe: config.Recipe, folder: Path, here: World
     return "has spent its budget" if spent[0] else ""
 
 
-def _silent(_: str) -> None:
-    """Of several ranks one speaks."""
+def _silent(_: object) -> None:
+    """Of several ranks one speaks; where nothing is known beforehand nobody expects it."""
