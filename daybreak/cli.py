@@ -454,7 +454,7 @@ def export(
 
     from daybreak import config
     from daybreak.generate import pipeline
-    from daybreak.train import evaluations, runs
+    from daybreak.train import evaluations, runs, scoring
 
     chosen = evaluations.best(run) if best else None
     recipe, found, model = runs.trained(run, torch.float32, chosen)
@@ -467,7 +467,8 @@ def export(
     )
     prompts = recipe.sample.prompts or ("",)
     data = ", ".join(folder for folder, _ in recipe.data.folders)
-    card = pipeline.Card(run.name, prompts[0], data, facts, config.dump(recipe))
+    taught = tuple(sorted(scoring.taught(recipe)))
+    card = pipeline.Card(run.name, prompts[0], data, facts, config.dump(recipe), taught)
     side = recipe.stage[-1].resolution
     place = out or run / "pipeline"
     folder = pipeline.export(model, place, side, recipe.sample, recipe.flow, card, recipe.tread)

@@ -50,10 +50,11 @@ def test_what_is_drawn_for_a_seed_does_not_depend_on_what_is_beside_it(model: Te
 
 
 def test_an_exported_run_is_drawn_as_the_run_itself(model: TextToImage, tmp_path: Path) -> None:
-    card = pipeline.Card("a run", "a circle", "scenes", (), "")
+    card = pipeline.Card("a run", "a circle", "scenes", (), "", ("dino",))
     folder = pipeline.export(model, tmp_path / "pipeline", 32, HOW, FLOW, card)
     exported = artist.pipeline(folder)
     assert (exported.side, exported.facts["pipeline"]) == (32, "GuidedPixelPipeline")
+    assert exported.taught == {"dino"}, "who has taught it does not judge it"
     ours = drawn(artist.ours(model, 32, HOW, FLOW), [1, 2, 3]).astype(int)
     assert np.abs(drawn(exported, [1, 2, 3]) - ours).max() <= 1
     fewer = artist.pipeline(folder, steps=1)

@@ -179,7 +179,8 @@ def pipeline(
     }
     unit = math.gcd(first.width, UNIT)
     draws = shared(draw) if dist.is_initialized() else draw
-    return Artist(draws, first.width, unit, _digest(folder), facts)
+    taught = frozenset(_scheduler(folder).get("_taught", ()))
+    return Artist(draws, first.width, unit, _digest(folder), facts, taught)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
@@ -188,7 +189,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
     from daybreak.generate.custom_pipeline import GuidedPixelPipeline
 
     options: dict[str, Any] = {} if dtype == torch.float32 else {"torch_dtype": dtype}
-    kind = GuidedPixelPipeline if _is_export(folder) else diffusers.DiffusionPipeline
+    kind = GuidedPixelPipeline if "_sampling" in _scheduler(folder) else diffusers.DiffusionPipeline
     try:
         return kind.from_pretrained(
             folder,
@@ -203,12 +204,13 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         ) from error
 
 
-def _is_export(folder: Path) -> bool:
-    """Whether `daybreak export` has written a folder: its scheduler then says how to sample."""
+def _scheduler(folder: Path) -> dict[str, Any]:
+    """What a folder says of its scheduler; `daybreak export` adds how to sample, and who taught."""
     try:
-        return "_sampling" in json.loads((folder / "scheduler/scheduler_config.json").read_text())
+        said: dict[str, Any] = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     except (OSError, ValueError):
-        return False
+        return {}
+    return said
 
 
 def _digest(folder: Path) -> str:

@@ -44,6 +44,7 @@ class Card(NamedTuple):
     data: str
     facts: tuple[tuple[str, str], ...]  # rows of the card's table
     recipe: str  # the resolved recipe, TOML
+    taught: tuple[str, ...] = ()  # families of networks that taught it, and are no judges of it
 
 
 def export(
@@ -69,7 +70,8 @@ def export(
     try:
         _transformer(model.dit, staged / "transformer")
         plain = how.stochastic and flow_config.noise_scale == 1  # its scheduler knows no other
-        _scheduler(staged / "scheduler", plain, sampling(how, flow_config, route))
+        private = {"_sampling": sampling(how, flow_config, route), "_taught": list(card.taught)}
+        _scheduler(staged / "scheduler", plain, private)
         shutil.copyfile(Path(__file__).with_name("custom_pipeline.py"), staged / "pipeline.py")
         encoder: Any = model.text.encoder
         encoder.save_pretrained(staged / "text_encoder")
@@ -167,7 +169,7 @@ def _scheduler(folder: Path, stochastic: bool, private: dict[str, Any]) -> None:
             "num_train_timesteps": 1000,
             "shift": 1.0,
             "stochastic_sampling": stochastic,
-            "_sampling": private,
+            **private,
         },
     )
 
