@@ -67,20 +67,8 @@ def optimizers(
     taken = {id(p) for p in matrices}
     rest = [p for _, p in trained if id(p) not in taken]
     rest += list(learned.parameters()) if learned is not None else []
-    shared: dict[str, tuple[Optimizer, float]] = {
-        "adamw": (
-            AdamW(
-                rest,
-                lr=0.0,
-                betas=adamw.betas,
-                eps=adamw.eps,
-                weight_decay=adamw.weight_decay,
-                fused=True,
-            ),
-            adamw.rate,
-        )
-    }
-    if muon and matrices:
+    shared: dict[str, tuple[Optimizer, float]] = {}
+    if muon and matrices:  # first: a GPU is busy with it while AdamW's small tensors are queued
         # Sharded tensors take a third of a second to import; reading a recipe needs none.
         from daybreak.optim.muon import Muon
 
@@ -94,6 +82,17 @@ def optimizers(
             ),
             muon.rate,
         )
+    shared["adamw"] = (
+        AdamW(
+            rest,
+            lr=0.0,
+            betas=adamw.betas,
+            eps=adamw.eps,
+            weight_decay=adamw.weight_decay,
+            fused=True,
+        ),
+        adamw.rate,
+    )
     return shared
 
 
