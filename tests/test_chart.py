@@ -35,6 +35,13 @@ def test_every_arm_has_its_colour_and_its_line() -> None:
     assert holds(both, COLOURS[1]) > 500
 
 
+def test_what_was_measured_once_is_a_dot() -> None:
+    once, never = ([Arm("base", rising()), Arm("other", rising(0.2, n))] for n in (1, 0))
+    assert holds(chart.chart(once, "m", "u"), COLOURS[1]) > 30 + holds(
+        chart.chart(never, "m", "u"), COLOURS[1]
+    )
+
+
 def test_a_target_is_a_line_across() -> None:
     arms = [Arm("base", rising())]
     without = chart.chart(arms, "m", "u")

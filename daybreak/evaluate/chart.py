@@ -69,8 +69,8 @@ def chart(arms: Sequence[Arm], metric: str, unit: str, target: float | None = No
         _dashed(draw, frame, target)
     for arm, colour in zip(arms, _colours(len(arms)), strict=True):
         for curve in arm.curves:
-            _line(draw, [frame.at(p) for p in curve if math.isfinite(p[1])], _pale(colour), 1)
-        _line(draw, [frame.at(point) for point in _mean(arm.curves)], colour, 3)
+            _curve(draw, [frame.at(p) for p in curve if math.isfinite(p[1])], _pale(colour), 1)
+        _curve(draw, [frame.at(point) for point in _mean(arm.curves)], colour, 3)
     _legend(draw, arms, frame)
     if compared:
         _differences(draw, arms, metric)
@@ -116,7 +116,8 @@ def _legend(draw: ImageDraw.ImageDraw, arms: Sequence[Arm], frame: Frame) -> Non
     left, top, _, bottom = frame.box
     ends = [curve[-1][1] - curve[0][1] for arm in arms for curve in arm.curves if curve]
     rising = sum(end for end in ends if math.isfinite(end)) > 0
-    across = left + 0.6 * (frame.box[2] - left)
+    once = all(len(curve) < 2 for arm in arms for curve in arm.curves)  # all of it stands right
+    across = left + (0.05 if once else 0.6) * (frame.box[2] - left)
     start = bottom - 14 - 20 * len(arms) if rising else top + 8
     for number, (arm, colour) in enumerate(zip(arms, _colours(len(arms)), strict=True)):
         y = start + 20 * number + 8
@@ -160,6 +161,15 @@ def _colours(count: int) -> list[tuple[int, int, int]]:
 def _pale(colour: tuple[int, int, int]) -> tuple[int, int, int]:
     red, green, blue = ((part + 2 * paper) // 3 for part, paper in zip(colour, PAPER, strict=True))
     return red, green, blue
+
+
+def _curve(
+    draw: ImageDraw.ImageDraw, points: Sequence[Point], colour: tuple[int, int, int], width: int
+) -> None:
+    """A line; a dot where it was measured once."""
+    _line(draw, points, colour, width)
+    if len(points) == 1:
+        _dot(draw, points[0], colour, 3 + width)
 
 
 def _line(
