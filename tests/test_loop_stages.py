@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from daybreak import config
+from daybreak import config, doctor
 from daybreak.train import checkpoint, loop, runs
 
 STAGES = """
@@ -129,3 +129,27 @@ def test_a_stages_shift_changes_the_noise_of_that_stage_alone(
     by_recipe = [[line["flow"] for line in log(run)] for run in (shifted, plain)]
     assert by_recipe[0][:4] == by_recipe[1][:4]
     assert by_recipe[0][4] != by_recipe[1][4]
+
+
+@pytest.mark.skipif(doctor.compiler() is None, reason="no C++ compiler")
+def test_compiled_blocks_take_the_same_steps_through_a_change_of_resolution(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """What was compiled for one resolution is forgotten with it, and who watches hears on."""
+    stage = "\n[[stage]]\nresolution = 32\nsteps = 2\nbatch = 8\nlr = 1e-3\n"
+    tiny.write_text(tiny.read_text() + stage)
+    torch.set_num_threads(1)
+    for name in ("false", "true"):
+        out = tmp_path / name
+        sets = (
+            f"compile={name}",
+            f"out={out.as_posix()}",
+            "stage.0.steps=2",
+            "stage.0.resolution=16",
+        )
+        assert loop.train(config.load(tiny, sets), lambda line: None).code == 0
+    plain, compiled = (
+        [line["loss"] for line in log(tmp_path / name)] for name in ("false", "true")
+    )
+    assert len(plain) == 4
+    assert compiled == pytest.approx(plain, rel=1e-3)

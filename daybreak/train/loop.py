@@ -260,7 +260,8 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
         if now == 1:
             run.guard.new_stage()
             if number and stage.resolution != recipe.stage[number - 1].resolution:
-                torch._dynamo.reset()  # its variants come in the place of those before
+                torch.compiler.reset()  # its variants come in the place of those before
+                run.watchdog.listen()
         rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
         code = _step(run, number, batch, done, rate * factor)
         run.spent.step(run.flops[number])

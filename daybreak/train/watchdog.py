@@ -70,10 +70,7 @@ class Watchdog:
 
     def __enter__(self) -> Self:
         """Begin to count."""
-        if self.compiled:
-            from torch._dynamo.callback import on_compile_start
-
-            on_compile_start(self._compiles)
+        self.listen()
         self.last = time.monotonic()
         self.thread.start()
         return self
@@ -86,6 +83,13 @@ class Watchdog:
             from torch._dynamo.callback import callback_handler
 
             callback_handler.remove_start_callback(self._compiles)
+
+    def listen(self) -> None:
+        """Hear of what is compiled; again after torch.compiler.reset(), which forgets who hears."""
+        if self.compiled:
+            from torch._dynamo.callback import on_compile_start
+
+            on_compile_start(self._compiles)
 
     def beat(self, step: int) -> None:
         """Say that a step is done."""
