@@ -131,6 +131,7 @@ def test_a_stages_shift_changes_the_noise_of_that_stage_alone(
     assert by_recipe[0][4] != by_recipe[1][4]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(doctor.compiler() is None, reason="no C++ compiler")
 def test_compiled_blocks_take_the_same_steps_through_a_change_of_resolution(
     tiny: Path, tmp_path: Path

@@ -4,6 +4,7 @@ What a file is and what becomes of it is tested beside the code; the rows take t
 name, so that the matrix is whole here.
 """
 
+import functools
 import os
 import random
 import shutil
@@ -26,6 +27,17 @@ Unbroken = Callable[..., Place]
 Write = Callable[..., Path]
 RANKS = ranks_of_the_matrix()
 fault = pytest.mark.fault
+
+
+def row(test: Callable[..., None]) -> Callable[..., None]:
+    """A test as a row of the matrix; where it stands it remains what it is."""
+
+    @functools.wraps(test)
+    def again(*given: Any, **named: Any) -> None:
+        test(*given, **named)
+
+    return fault(again)
+
 
 # -- D1: corrupt samples -----------------------------------------------------------------------
 
@@ -84,18 +96,18 @@ def test_D1_prepare_leaves_out_what_cannot_be_read_and_says_why(tmp_path: Path) 
 
 # -- D2: odd kinds of pictures -----------------------------------------------------------------
 
-test_D2_every_kind = fault(test_ingest.test_every_kind_of_picture_is_stored_as_a_viewer_shows_it)
-test_D2_upright = fault(test_images.test_photographs_stand_upright)
-test_D2_profiles = fault(test_images.test_an_embedded_profile_is_applied)
-test_D2_cmyk = fault(test_images.test_cmyk_becomes_the_colour_it_prints)
-test_D2_too_small_or_long = fault(
+test_D2_every_kind = row(test_ingest.test_every_kind_of_picture_is_stored_as_a_viewer_shows_it)
+test_D2_upright = row(test_images.test_photographs_stand_upright)
+test_D2_profiles = row(test_images.test_an_embedded_profile_is_applied)
+test_D2_cmyk = row(test_images.test_cmyk_becomes_the_colour_it_prints)
+test_D2_too_small_or_long = row(
     test_ingest.test_pictures_that_do_not_fit_are_refused_before_they_are_decoded
 )
 
 # -- D3: decompression bombs -------------------------------------------------------------------
 
-test_D3_bombs = fault(test_images.test_bombs_are_refused_from_the_header)
-test_D3_text = fault(test_images.test_text_that_unfolds_to_gigabytes_is_refused_from_the_header)
+test_D3_bombs = row(test_images.test_bombs_are_refused_from_the_header)
+test_D3_text = row(test_images.test_text_that_unfolds_to_gigabytes_is_refused_from_the_header)
 
 
 def test_D3_bombs_cost_neither_time_nor_memory() -> None:
@@ -122,13 +134,13 @@ def resident() -> int:
 
 # -- D4: containers ----------------------------------------------------------------------------
 
-test_D4_tars_that_are_cut = fault(test_tars.test_every_way_to_cut_a_tar_is_found)
-test_D4_tars_with_damage = fault(test_tars.test_the_place_of_the_damage_is_named)
-test_D4_no_tars = fault(test_tars.test_what_is_no_tar_is_named)
-test_D4_missing_pairs = fault(test_tars.test_a_sample_without_its_picture_or_with_two_is_named)
-test_D4_names_twice = fault(test_tars.test_a_name_that_occurs_again_is_refused)
-test_D4_salvage = fault(test_prepare.test_a_damaged_tar_is_refused_unless_it_is_to_be_salvaged)
-test_D4_verify = fault(test_prepare.test_verify_finds_what_has_changed)
+test_D4_tars_that_are_cut = row(test_tars.test_every_way_to_cut_a_tar_is_found)
+test_D4_tars_with_damage = row(test_tars.test_the_place_of_the_damage_is_named)
+test_D4_no_tars = row(test_tars.test_what_is_no_tar_is_named)
+test_D4_missing_pairs = row(test_tars.test_a_sample_without_its_picture_or_with_two_is_named)
+test_D4_names_twice = row(test_tars.test_a_name_that_occurs_again_is_refused)
+test_D4_salvage = row(test_prepare.test_a_damaged_tar_is_refused_unless_it_is_to_be_salvaged)
+test_D4_verify = row(test_prepare.test_verify_finds_what_has_changed)
 
 
 @fault
@@ -151,8 +163,8 @@ def test_D4_no_bit_of_a_dataset_can_change_unnoticed(tmp_path: Path) -> None:
 
 # -- D5: captions ------------------------------------------------------------------------------
 
-test_D5_captions = fault(test_captions.test_what_is_no_caption_is_refused_with_the_reason)
-test_D5_odd_ones = fault(test_captions.test_cleaning_takes_nothing_that_a_prompt_may_ask_for)
+test_D5_captions = row(test_captions.test_what_is_no_caption_is_refused_with_the_reason)
+test_D5_odd_ones = row(test_captions.test_cleaning_takes_nothing_that_a_prompt_may_ask_for)
 
 
 @fault
@@ -174,9 +186,9 @@ def test_D5_any_caption_can_be_trained_on(place: Place, prepared: Write) -> None
 
 # -- D6: hostile tars --------------------------------------------------------------------------
 
-test_D6_hostile_members = fault(test_tars.test_hostile_members_are_refused_by_name)
-test_D6_ten_gigabytes = fault(test_tars.test_a_member_of_ten_gigabytes_is_refused_unread)
-test_D6_everything_at_once = fault(test_prepare.test_every_fault_of_a_torture_folder_is_named_right)
+test_D6_hostile_members = row(test_tars.test_hostile_members_are_refused_by_name)
+test_D6_ten_gigabytes = row(test_tars.test_a_member_of_ten_gigabytes_is_refused_unread)
+test_D6_everything_at_once = row(test_prepare.test_every_fault_of_a_torture_folder_is_named_right)
 
 
 @fault

@@ -53,6 +53,7 @@ def wait(until: Callable[[], Any], seconds: float = 300) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.fault
 def test_P1_all_leave_when_one_rank_dies(place: Place, unbroken: Unbroken) -> None:
     job = place.begin(ranks=3)
     place.wait(job, 7)
