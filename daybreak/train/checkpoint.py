@@ -135,11 +135,9 @@ def to_continue(run: Path, here: World, tell: Callable[[str], None]) -> Checkpoi
 
     Errors  NoCheckpoint if there are some and none is good: the run would begin anew in silence.
     """
-    there = together(here, lambda: found(run) if here.first else [])[0]
     refused: list[Checkpoint] = []
-    for checkpoint in there:
-        said = together(here, partial(verify, checkpoint.folder, here.rank, here.size))
-        wrong = next((complaint for complaint in said if complaint), None)
+    for checkpoint in agreed(run, here):
+        wrong = complaint(checkpoint, here)
         if wrong is None:
             if here.first:
                 for bad in refused:
@@ -153,6 +151,17 @@ def to_continue(run: Path, here: World, tell: Callable[[str], None]) -> Checkpoi
             f"{', '.join(bad.folder.name for bad in refused)} to begin anew"
         )
     return None
+
+
+def agreed(run: Path, here: World) -> list[Checkpoint]:
+    """List what the first rank finds, for all of them: disks of several machines may differ."""
+    return together(here, lambda: found(run) if here.first else [])[0]
+
+
+def complaint(checkpoint: Checkpoint, here: World) -> str | None:
+    """Say what is wrong with a checkpoint, alike on all ranks, which share the hashing; or None."""
+    said = together(here, partial(verify, checkpoint.folder, here.rank, here.size))
+    return next((wrong for wrong in said if wrong), None)
 
 
 def verify(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:

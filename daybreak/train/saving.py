@@ -238,25 +238,20 @@ class Saver:
         A damaged one is no reason to remove a good one, and all ranks share the hashing. Milestones
         stay for ever.
         """
-        here, every, good = self.here, self.recipe.keep_every, 0
-        there = together(here, lambda: checkpoint.found(self.run) if here.first else [])[0]
+        every, good = self.recipe.keep_every, 0
+        there = checkpoint.agreed(self.run, self.here)
         others = [old for old in there if not every or old.step % every]
         if len(others) <= self.recipe.keep:
             return
         for old in others:
             if good >= self.recipe.keep:
-                if here.first:
+                if self.here.first:
                     checkpoint.remove(old.folder)
                 continue
-            said = (
-                together(here, partial(checkpoint.verify, old.folder, here.rank, here.size))
-                if old.step != step
-                else []
-            )
-            wrong = next((complaint for complaint in said if complaint), None)
+            wrong = checkpoint.complaint(old, self.here) if old.step != step else None
             if wrong is None:
                 good += 1
-            elif here.first:
+            elif self.here.first:
                 self.tell(f"{old.folder} is damaged and does not count: {wrong}")
                 checkpoint.reject(old)
 
