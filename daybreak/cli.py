@@ -197,7 +197,7 @@ def train(
 ) -> None:
     """Train a recipe; the same command again continues where it stopped."""
     from daybreak import config
-    from daybreak.train import loop
+    from daybreak.train import ledger, loop
 
     given = {"out": out, "data.source": data}
     sets = [f"{key}={config.quoted(str(value))}" for key, value in given.items() if value]
@@ -212,7 +212,7 @@ def train(
             )
         sets.append(f"budget.{asked.kind}={asked.amount}")
     loaded = config.load(recipe, (*(set_ or ()), *sets), tuple(without or ()))
-    outcome = loop.train(loaded, changed=changed)
+    outcome = loop.train(loaded, changed=changed, gone=ledger.age())
     raise typer.Exit(outcome.code)
 
 

@@ -215,6 +215,14 @@ class Recipe(BaseModel):
         over = self.repa is not None and self.repa.until is not None and step > self.repa.until
         return {*stage.without, *(("repa",) if over else ())}
 
+    def stage_at(self, step: int) -> int:
+        """Number of the stage that a step belongs to, counted from 1; after them all the last."""
+        for number, stage in enumerate(self.stage):
+            if step <= stage.count:
+                return number
+            step -= stage.count
+        return len(self.stage) - 1
+
     @property
     def steps(self) -> int:
         """Steps of all stages."""

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 from pydantic import ValidationError
 
+from daybreak.failure import BadRecipe
 from daybreak.train import ledger
 from daybreak.train.ledger import Config, Ledger
 
@@ -36,7 +37,7 @@ def work(file: Path, config: Config, until: float = 1e9, seconds: float = 1.0) -
     kept = Ledger(file, config, clock)
     while not kept.over and clock.now + seconds <= until:
         clock.now += seconds
-        kept.step(1e9)
+        kept.step(1e9, 1e9)
     return kept
 
 
@@ -93,14 +94,70 @@ def test_without_a_budget_nothing_ends_and_all_is_written_down(file: Path) -> No
     clock = Clock()
     kept = Ledger(file, None, clock)
     clock.now = 1e6
-    kept.step(3.0)
+    kept.step(3.0, 4.0)
     assert not kept.over
     assert kept.factor == 1
     written = json.loads(file.read_text())
-    assert written == {
-        "recipe": "abc",
-        "ledger": {"seconds": 1e6, "flops": 3.0, "flops_of_a_step": 3.0, "sessions": 1},
+    assert written["recipe"] == "abc"
+    assert written["ledger"] == {
+        "seconds": 1e6,
+        "seconds_of_a_save": ledger.CLOSING,
+        "flops": 3.0,
+        "flops_of_a_step": 4.0,
+        "sessions": 1,
     }
+
+
+def test_a_step_that_compiled_does_not_end_a_run_early(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=90), clock)
+    clock.now = 45.0  # of which 40 to compile
+    kept.step(1e9, 1e9, compiled=True)
+    assert not kept.over
+
+
+def test_the_next_step_is_the_one_that_has_to_fit(file: Path) -> None:
+    kept = Ledger(file, Config(flops=10), Clock())
+    kept.step(4, 4)
+    assert not kept.over
+    kept.step(4, 2)
+    assert not kept.over, "the next stage is cheaper"
+    kept.step(2, 2)
+    assert kept.over
+
+
+def test_how_long_a_save_takes_is_known_after_an_interruption(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=90), clock)
+    kept.saved(30.0)
+    kept.write()
+    clock.now = 65.0
+    assert Ledger(file, Config(seconds=90), clock).late
+
+
+def test_a_disk_that_fails_does_not_end_the_run(file: Path) -> None:
+    kept = Ledger(file, Config(seconds=90), Clock())
+    file.unlink()
+    file.mkdir()
+    kept.write()
+
+
+@pytest.mark.parametrize(
+    ("config", "words"),
+    [
+        (
+            Config(seconds=0.01),
+            r"a budget of 0\.01 s is spent before the first step.*--budget \d+s",
+        ),
+        (Config(flops=99), r"too small for one step: give at least --budget 1\.01e\+02flop"),
+    ],
+)
+def test_a_budget_that_does_not_pay_for_a_step_names_one_that_does(
+    config: Config, words: str
+) -> None:
+    with pytest.raises(BadRecipe, match=words):
+        ledger.check(config, 100, 9)
+    ledger.check(Config(seconds=1e9, flops=101), 100, 9)
 
 
 @pytest.mark.parametrize(

@@ -267,6 +267,31 @@ def test_it_learns_eight_pictures_and_draws_them_when_asked(tiny: Path, pictures
         assert off.mean() < 30, (off, guidance)  # 7 to 19 with other seeds
 
 
+@pytest.mark.parametrize("sets", [("budget.seconds=0.5",), ("budget.flops=1000",)])
+def test_a_budget_too_small_for_a_step_is_refused_before_there_is_a_run(
+    tiny: Path, sets: tuple[str, ...]
+) -> None:
+    recipe = config.load(tiny, sets)
+    with pytest.raises(BadRecipe, match="give at least --budget"):
+        loop.train(recipe, lambda line: None)
+    assert not Path(recipe.out, "recipe.toml").exists()
+
+
+def test_what_lies_between_steps_is_paid_from_the_budget(tiny: Path) -> None:
+    sets = ("budget.seconds=3", "sample.every=3", "sample.steps=3000", "stage.0.steps=100")
+    recipe = config.load(tiny, sets)
+    assert loop.train(recipe, lambda line: None) == (3, 0), "no step after a grid so long"
+    assert checkpoint.required(Path(recipe.out), print).step == 3
+
+
+def test_a_budget_of_all_the_flops_of_a_run_leaves_it_its_last_grid(tiny: Path) -> None:
+    whole = config.load(tiny)
+    step = flops.of_step(whole, whole.stage[0])
+    recipe = config.load(tiny, (f"budget.flops={whole.steps * step}",))
+    assert loop.train(recipe, lambda line: None) == (10, 0)
+    assert len(list(Path(recipe.out, "samples").iterdir())) == 1
+
+
 def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(tiny: Path) -> None:
     whole = config.load(tiny)
     step = flops.of_step(whole, whole.stage[0])

@@ -148,9 +148,16 @@ def rope(
 def rotate(
     x: Float[Tensor, "b a n d"], angles: Float[Tensor, "... n d"]
 ) -> Float[Tensor, "b a n d"]:
-    """Turn neighbouring pairs: (x, y) -> (x cos - y sin, x sin + y cos)."""
+    """Turn neighbouring pairs: (x + i y) -> (x + i y) (cos + i sin).
+
+    The compiler has no complex numbers, so it is given the same product written out.
+    """
     cos, sin = angles.chunk(2, dim=-1)
-    even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
+    pairs = x.unflatten(-1, (-1, 2))
+    if not torch.compiler.is_compiling():
+        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        return torch.view_as_real(turned).flatten(-2)
+    even, odd = pairs.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
@@ -187,12 +194,12 @@ def attend(
 ) -> Float[Tensor, "b a n d"]:
     """softmax(q k^T / sqrt(d) + bias) v; a key whose bias is minus infinity is not there.
 
-    Short sequences on a CPU are written out: there the fused kernel's backward pass costs 2.5 times
-    as much as two products and a softmax (docs/performance.md).
+    Short sequences in bfloat16 on a CPU are written out: there the fused kernel's backward pass
+    costs 2.5 times as much as two products and a softmax (docs/performance.md).
     """
-    if q.device.type != "cpu" or q.shape[-2] > SHORT:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    score = (q @ k.mT).float() * q.shape[-1] ** -0.5 + bias
+    score = torch.add(bias, (q @ k.mT).float(), alpha=q.shape[-1] ** -0.5)
     return score.softmax(-1).to(q.dtype) @ v
 
 

@@ -1,8 +1,9 @@
 """What a run may spend, what it has spent, and how it ends in time: the recipe's [budget].
 
-Seconds count from the birth of each process that works on the run, start-up and compilation
-included, because that is what is paid for. What is spent stands in RUN/run.json and is written
-every second, so that it survives interruptions, and steps that were lost with one stay spent.
+Seconds count from the birth of each process that works on the run and on nothing else, start-up
+and compilation included, because that is what is paid for. What is spent stands in RUN/run.json: it
+is written before the first step, every second while steps are taken, and with every checkpoint, so
+that it survives interruptions, and steps that were lost with one stay spent.
 
 The learning rate falls to zero over the last `cooldown` of the budget, whatever the schedule of
 the stage says. The run ends when another step, and the checkpoint, would not fit any more; or
@@ -13,6 +14,7 @@ Units   seconds of all processes together are one second; dollars of all devices
 """
 
 import json
+import math
 import os
 import statistics
 import time
@@ -22,6 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from daybreak.failure import BadRecipe
 
 EVERY = 1.0  # seconds between two entries
 CLOSING = 1.0  # seconds for the last checkpoint, until one was saved
@@ -71,6 +75,30 @@ def age() -> float:
 LOADED = time.monotonic()
 
 
+def stopwatch(gone: float = 0.0) -> Callable[[], float]:
+    """Return a clock that counts seconds from now on, and those that are gone already."""
+    began = time.monotonic()
+    return lambda: gone + time.monotonic() - began
+
+
+def check(config: Config, step: float, gone: float) -> None:
+    """Refuse a budget that does not pay for the first step, of so many FLOPs.
+
+    Errors  BadRecipe, with one that does.
+    """
+    limit, gone = config.limit, gone + CLOSING
+    if config.flops is not None and config.flops < step:
+        raise BadRecipe(
+            f"a budget of {config.flops:.3g} FLOP is too small for one step: give at least "
+            f"--budget {1.01 * step:.2e}flop"
+        )
+    if limit is not None and limit < gone:
+        raise BadRecipe(
+            f"a budget of {limit:.3g} s is spent before the first step, by start-up and the time "
+            f"that a checkpoint takes: give at least --budget {math.ceil(2 * gone)}s"
+        )
+
+
 class Ledger:
     """Keeps account in a JSON file that is there already. Without a budget it only writes."""
 
@@ -78,7 +106,7 @@ class Ledger:
         self,
         file: Path,
         config: Config | None,
-        clock: Callable[[], float] = age,
+        clock: Callable[[], float],
         writes: bool = True,
     ) -> None:
         self.file, self.config, self.clock, self.writes = file, config, clock, writes
@@ -87,8 +115,8 @@ class Ledger:
         before = self._read().get("ledger", {}) if writes else {}
         self.seconds, self.flops = before.get("seconds", 0.0), before.get("flops", 0.0)
         self.sessions = before.get("sessions", 0) + 1
-        self.closing = CLOSING
-        self.each = before.get("flops_of_a_step", 0.0)  # the last one's
+        self.closing = max(CLOSING, before.get("seconds_of_a_save", 0.0))
+        self.each = before.get("flops_of_a_step", 0.0)  # the next one's
         self.steps: deque[float] = deque(maxlen=16)
         self.written = self.last = clock()
 
@@ -97,12 +125,16 @@ class Ledger:
         """Seconds that this process and those before it have worked on the run."""
         return self.seconds + self.clock()
 
-    def step(self, flops: float) -> None:
-        """Hear that a step was taken, and of how much arithmetic."""
+    def step(self, flops: float, following: float, compiled: bool = False) -> None:
+        """Hear that a step was taken, of how much arithmetic, and of how much the `following` is.
+
+        One that also `compiled` says nothing about how long others take.
+        """
         now = self.clock()
-        self.steps.append(now - self.last)
+        if not compiled:
+            self.steps.append(now - self.last)
         self.last = now
-        self.each = flops
+        self.each = following
         self.flops += flops
         if now - self.written >= EVERY:
             self.write()
@@ -130,32 +162,40 @@ class Ledger:
         return min(1.0, max(0.0, 1 - self.gone) / self.config.cooldown)
 
     @property
-    def over(self) -> bool:
-        """Whether another step would be one too many."""
-        if self.config is None:
+    def late(self) -> bool:
+        """Whether there is no time for another step, and a checkpoint after it."""
+        if self.config is None or self.config.limit is None:
             return False
         usual = statistics.median(self.steps) if self.steps else 0.0
-        late = self.config.limit is not None and (
-            self.spent + usual + self.closing > self.config.limit
-        )
-        full = self.config.flops is not None and self.flops + self.each > self.config.flops
-        return late or full
+        return self.spent + usual + self.closing > self.config.limit
+
+    @property
+    def full(self) -> bool:
+        """Whether another step would take more FLOPs than there are."""
+        if self.config is None or self.config.flops is None:
+            return False
+        return self.flops + self.each > self.config.flops
+
+    @property
+    def over(self) -> bool:
+        """Whether another step would be one too many."""
+        return self.late or self.full
 
     def write(self) -> None:
         """Enter what is spent; a full disk delays the entry, and does not end the run."""
         self.written = self.clock()
         if not self.writes:  # of several ranks one does
             return
-        facts = self._read() | {
-            "ledger": {
-                "seconds": round(self.spent, 3),
-                "flops": self.flops,
-                "flops_of_a_step": self.each,
-                "sessions": self.sessions,
-            }
+        mine = {
+            "seconds": round(self.spent, 3),
+            "seconds_of_a_save": round(self.closing, 3),
+            "flops": self.flops,
+            "flops_of_a_step": self.each,
+            "sessions": self.sessions,
         }
         staged = self.file.with_name(f".tmp-{self.file.name}")
         try:
+            facts = self._read() | {"ledger": mine}
             staged.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
             staged.replace(self.file)
         except OSError:

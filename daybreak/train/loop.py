@@ -12,6 +12,7 @@ travels with the loss, once a step; the first rank speaks and writes for all.
 
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,6 +36,7 @@ from daybreak.train import (
     grids,
     hardware,
     health,
+    ledger,
     parallel,
     runs,
 )
@@ -88,16 +90,20 @@ class Run(NamedTuple):
 
 
 def train(
-    recipe: config.Recipe, tell: Callable[[str], None] = say, changed: bool = False
+    recipe: config.Recipe,
+    tell: Callable[[str], None] = say,
+    changed: bool = False,
+    gone: float = 0.0,
 ) -> Outcome:
     """Train a recipe in its run folder, from the newest good checkpoint there or from nothing.
 
-    `changed` allows a run to go on with another recipe or other data than it was begun with.
+    `changed` allows a run to go on with another recipe or other data than it was begun with. A
+    budget of time pays for the seconds that are `gone` for it already, as for starting a process.
 
     Errors  BadRecipe, BadData and BadStorage before anything is written; NotFinite, BadStorage and
             LostPeer during the run, whose checkpoints stay.
     """
-    began = time.monotonic()
+    began, clock = time.monotonic(), ledger.stopwatch(gone)
     folder = runs.enter(recipe)
     source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
     for stage in recipe.stage:  # what no stage can have is refused here, not when its turn comes
@@ -115,12 +121,14 @@ def train(
         building.check_pairs(recipe, here)
         tell = tell if here.first else _silent
         found = checkpoint.to_continue(folder, here, tell)
-        if found and (why := _is_over(found, recipe, folder, here)):
+        if found and (why := _is_over(found, recipe, folder, here, clock)):
             tell(f"{folder} {why}: {found.step} steps of {recipe.steps}")
             return Outcome(found.step, 0)
         for change in changes:
             tell(f"goes on changed: {change}")
-        return _train(recipe, folder, source, here, found, status, stop, tell, began, changes)
+        return _train(
+            recipe, folder, source, here, found, status, stop, tell, began, clock, changes
+        )
 
 
 def _train(
@@ -133,6 +141,7 @@ def _train(
     stop: Stop,
     tell: Callable[[str], None],
     began: float,
+    clock: Callable[[], float],
     changes: list[str],
 ) -> Outcome:
     """Build everything, put it back as it was, and take the steps that are left."""
@@ -141,10 +150,13 @@ def _train(
     objective, state, ema = building.build(
         recipe, source, here, found, dtype, known.tokens if known else None, tell
     )
-    model = state.model
+    model, counted = state.model, _counted(recipe, known is not None)
     runs.check_space(folder, checkpoint.size(model), recipe.keep)
     if found:
         checkpoint.load(found, state)
+    elif recipe.budget:
+        asked = partial(ledger.check, recipe.budget, counted[0], clock())
+        parallel.together(here, lambda: asked() if here.first else None)
     parallel.together(here, lambda: _open(recipe, folder, source, here, dtype, start, changes))
     status.begin(here.first, start, start or None)
     guard = health.Guard(recipe.health, folder / "incidents.jsonl" if here.first else None, start)
@@ -187,8 +199,8 @@ def _train(
             ema,
             guard,
             health.Pace(here.device),
-            Ledger(folder / "run.json", recipe.budget, writes=here.first),
-            _counted(recipe, known is not None),
+            Ledger(folder / "run.json", recipe.budget, clock, here.first),
+            counted,
             known.expect if known else _silent,
             saver,
             status,
@@ -252,9 +264,13 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
     late = parallel.together(here, lambda: evaluations.missing(recipe, run.folder, start))[0]
     if start and late and _evaluate(run, start):
         _keep(run, start)
-    done, (factor, over) = start, _budget(run)
+    run.spent.each = run.flops[recipe.stage_at(start + 1)]
+    run.spent.write()
+    done, (factor, over) = start, _budget(run, start)
     if code := _heard(here, stop.code):
         return _leave(run, done, code, "stopped before the first step")
+    if over and start < recipe.steps:
+        return _spent(run, start)
     for number, now, batch in _batches(run, start):
         stage, done = recipe.stage[number], done + 1
         if now == 1:
@@ -264,8 +280,9 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
                 run.watchdog.listen()
         rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
         code = _step(run, number, batch, done, rate * factor)
-        run.spent.step(run.flops[number])
-        factor, over = _budget(run)
+        following = run.flops[recipe.stage_at(done + 1)]
+        run.spent.step(run.flops[number], following, compiled=now == 1 or done == start + 1)
+        factor, over = _budget(run, done)
         run.watchdog.beat(done)
         if done == start + 1:
             log.note(f"first step after {time.monotonic() - began:.0f} s")
@@ -276,20 +293,25 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
         if (done % recipe.sample.every == 0 or last) and not over:
             _show(run, done, stage.resolution)
             code = max(code, _heard(here, stop.code))
+            factor, over = _budget(run, done)
         if evaluations.due(recipe, done) and not code and not over:
             best = _evaluate(run, done)
             code = max(code, _heard(here, stop.code))
+            factor, over = _budget(run, done)
+        last = last or over
         if done % recipe.save_every == 0 or last or code or best:
             _save(run, done, wait=bool(last or code or best))
+            factor, over = _budget(run, done)
+        if over:
+            run.saver.finish()  # there is no time to save again what is being written
         if best:
             _keep(run, done)
         run.status.at(done, run.saver.newest)
         if code:
             return _leave(run, done, code, f"stopped and saved at step {done}")
         if over:
-            log.note(f"the budget is spent: {run.spent.spent:.0f} s, {done} steps")
-            break
-    run.status.end(0, "the budget is spent" if over else "all steps are done")
+            return _spent(run, done)
+    run.status.end(0, "all steps are done")
     return Outcome(done, 0)
 
 
@@ -469,9 +491,18 @@ def _keep(run: Run, step: int) -> None:
 
 def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
     """Say that a run was asked to stop."""
+    run.spent.write()
     run.log.note(f"{what}; the same command continues")
     run.status.end(code, "preempted" if code == PREEMPTED else "interrupted")
     return Outcome(step, code)
+
+
+def _spent(run: Run, step: int) -> Outcome:
+    """Say that no more steps can be paid for."""
+    run.spent.write()
+    run.log.note(f"the budget is spent: {run.spent.spent:.0f} s, {step} steps")
+    run.status.end(0, "the budget is spent")
+    return Outcome(step, 0)
 
 
 def _heard(here: World, code: int) -> int:
@@ -479,24 +510,31 @@ def _heard(here: World, code: int) -> int:
     return int(parallel.gather(here, torch.tensor([code])).max())
 
 
-def _budget(run: Run) -> tuple[float, bool]:
+def _budget(run: Run, done: int) -> tuple[float, bool]:
     """Return the factor on the rate, and whether no more steps fit, as the first rank's clock says.
 
     One clock: another rate on another rank would be another step.
     """
     if run.recipe.budget is None:
         return 1.0, False
-    mine = torch.tensor([run.spent.factor, run.spent.over], dtype=torch.float64)
+    over = run.spent.over if done < run.recipe.steps else run.spent.late
+    mine = torch.tensor([run.spent.factor, over], dtype=torch.float64)
     factor, over = parallel.gather(run.here, mine)[0].tolist()
     return factor, bool(over)
 
 
-def _is_over(found: Checkpoint, recipe: config.Recipe, folder: Path, here: World) -> str:
+def _is_over(
+    found: Checkpoint,
+    recipe: config.Recipe,
+    folder: Path,
+    here: World,
+    clock: Callable[[], float],
+) -> str:
     """Say why there is nothing left to do, if there is nothing."""
     if found.step >= recipe.steps:
         late = parallel.together(here, lambda: evaluations.missing(recipe, folder, found.step))[0]
         return "" if late else "is finished"
-    spent = parallel.together(here, lambda: Ledger(folder / "run.json", recipe.budget).over)
+    spent = parallel.together(here, lambda: Ledger(folder / "run.json", recipe.budget, clock).over)
     return "has spent its budget" if spent[0] else ""
 
 

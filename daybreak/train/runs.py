@@ -97,7 +97,7 @@ def changes(
             f"{run} holds a run of another recipe ({'; '.join(keys)}): choose another folder with "
             "--out, give the same values to continue, or continue all the same with --changed"
         )
-    had = json.loads((run / "run.json").read_text(encoding="utf-8")).get("data", {})
+    had = _facts(run).get("data", {})
     data = [name for name in sorted(had.keys() | files.keys()) if had.get(name) != files.get(name)]
     if data and not allowed:
         more = f" and {len(data) - 3} more" if len(data) > 3 else ""
@@ -121,8 +121,8 @@ def begin(
     Errors  BadStorage.
     """
     before: dict[str, Any] = {}
-    with contextlib.suppress(OSError):
-        before = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    with contextlib.suppress(FileNotFoundError):
+        before = _facts(run)
     facts: dict[str, Any] = provenance(recipe) | {
         "precision": str(dtype).removeprefix("torch."),
         "arguments": sys.argv[1:],
@@ -137,12 +137,14 @@ def begin(
     }
     if "ledger" in before:
         facts["ledger"] = before["ledger"]
+    dump = config.dump(recipe)
     try:
         run.mkdir(parents=True, exist_ok=True)
-        (run / "run.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        staged = run / ".recipe.toml"
-        staged.write_text(config.dump(recipe), encoding="utf-8")
-        staged.replace(run / "recipe.toml")  # last: its presence makes the folder a run
+        # The recipe is last: its presence makes the folder a run.
+        for name, said in (("run.json", json.dumps(facts, indent=1) + "\n"), ("recipe.toml", dump)):
+            staged = run / f".{name}"
+            staged.write_text(said, encoding="utf-8")
+            staged.replace(run / name)
     except OSError as error:
         raise BadStorage(f"cannot write the run folder {run}: {error.strerror}") from error
 
@@ -150,9 +152,20 @@ def begin(
 def changed(run: Path) -> list[str]:
     """List what a run was continued with that it was not begun with."""
     with contextlib.suppress(FileNotFoundError):
-        found = json.loads((run / "run.json").read_text(encoding="utf-8"))
-        return list(found.get("changed", ()))
+        return list(_facts(run).get("changed", ()))
     return []
+
+
+def _facts(run: Path) -> dict[str, Any]:
+    """Read run.json. Errors: FileNotFoundError; BadStorage if it is damaged."""
+    try:
+        facts: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise BadStorage(
+            f"{run / 'run.json'} is damaged ({error}): bring it back, or remove it, and with it "
+            "what the run knows of its budget and its data"
+        ) from error
+    return facts
 
 
 def provenance(recipe: config.Recipe) -> dict[str, Any]:
