@@ -129,6 +129,8 @@ def main() -> None:
 def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[str, Any]]:
     """Measure every stage of a recipe; prints a table of each."""
     source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
+    stages = [s.model_copy(update={"batch": batch or s.batch}) for s in recipe.stage]
+    recipe = recipe.model_copy(update={"stage": tuple(stages)})
     dtype, rows, number = runs.precision(recipe), [], 0
     clock, cluster = Clock(), hardware.here(dtype)
     with parallel.world(recipe.parallel) as here:
@@ -136,7 +138,6 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
         clock.watch(state.model.text, "text, forward")
         clock.watch(state.model.dit, "denoiser")
         for stage in recipe.stage:
-            stage = stage.model_copy(update={"batch": batch or stage.batch})
             stream = batches.stream(
                 source, recipe.data, recipe.seed, stage.resolution, stage.batch,
                 first=0, count=SETTLE + steps, device=here.device,

@@ -201,7 +201,7 @@ def train(
 
     given = {"out": out, "data.source": data}
     sets = [f"{key}={config.quoted(str(value))}" for key, value in given.items() if value]
-    if budget:
+    if budget is not None:
         from daybreak.train.budget import parse
 
         asked = parse(budget)
@@ -549,7 +549,7 @@ def plan(
     from daybreak.train import plan as view
 
     wanted = config.load(recipe, tuple(set_ or ()), tuple(without or ()))
-    given = (paper.parse(budget),) if budget else paper.granted(wanted)
+    given = paper.granted(wanted) if budget is None else (paper.parse(budget),)
     cluster = paper.cluster(wanted, gpus)
     wanted = paper.fitted(wanted, cluster) if fit else wanted
     made = paper.plan(wanted, cluster, price, share, measure, cached_text)

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 
 from daybreak import cli, config
 from daybreak.failure import BadRecipe, BadStorage
+from daybreak.model import text, text_cache
 from daybreak.train import budget, flops, hardware, measure, memory, plan
 from daybreak.train.budget import Budget
 from daybreak.train.hardware import Cluster
@@ -37,6 +38,17 @@ PUBLISHED: dict[str, Any] = {
     ],
 }
 H200 = hardware.DEVICES["H200"]
+
+
+def t5(folder: Path) -> Path:
+    """A tiny encoder with random weights, as its users would publish it."""
+    from transformers import T5Config, T5EncoderModel
+
+    words = text.Config(vocabulary=400)
+    text.learn_tokenizer(["a red circle"] * 20, words).save_pretrained(folder)
+    size = {"d_model": 24, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 3}
+    T5EncoderModel(T5Config(vocab_size=400, **size)).save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -97,9 +109,17 @@ def test_words_that_were_encoded_before_cost_nothing_now(
     online = budget.plan(published, Cluster(32, H200))
     cached = budget.plan(published, Cluster(32, H200), cached=True)
     assert online.flops - cached.flops == pytest.approx(plan.totals(online)["text encoder"])
-    (tmp_path / "text").mkdir()
-    here = config.parse(PUBLISHED | {"data": {"source": str(tmp_path)}}, "here")
-    assert budget.plan(here, Cluster(32, H200)).flops == pytest.approx(cached.flops)
+
+    encoder = t5(tmp_path / "encoder")
+    words = {"encoder": str(encoder), "max_tokens": 16}
+    here = config.parse(
+        PUBLISHED | {"data": {"source": str(tmp_path)}, "text": words, "compile": False}, "here"
+    )
+    pays = plan.totals(budget.plan(here, Cluster(32, H200)))["text encoder"]
+    for compute, paid in ((torch.float32, pays), (torch.bfloat16, 0)):
+        text_cache.write(tmp_path, text.pretrained(here.text, compute), ["a red circle"])
+        made = budget.plan(here, Cluster(32, H200))
+        assert plan.totals(made)["text encoder"] == paid, "a run there is in bfloat16"
 
 
 @pytest.mark.parametrize(
@@ -120,7 +140,10 @@ def test_budgets_are_read_as_people_write_them(text: str, kind: str, amount: flo
     assert budget.parse(text) == (kind, amount)
 
 
-@pytest.mark.parametrize("text", ["", "24", "h", "15eur", "-3h", "0h", "1e400flop", "24 h 3 min"])
+@pytest.mark.parametrize(
+    "text",
+    ["", "24", "h", "15eur", "-3h", "0h", "1e400flop", "1e305d", "1e300flop", "24 h 3 min"],
+)
 def test_other_budgets_are_refused_with_an_example(text: str) -> None:
     with pytest.raises(BadRecipe, match="for example 1500usd, 24h or 4e20flop"):
         budget.parse(text)
@@ -142,9 +165,9 @@ def test_a_budget_buys_its_share_of_the_run_in_every_unit(published: config.Reci
 
 def test_a_budget_too_small_for_a_step_names_one_that_is_not(published: config.Recipe) -> None:
     made = budget.plan(published, Cluster(32, H200))
-    for text in ("0.01s", "0.0001usd", "1e9flop", "5images"):
+    for small in ("0.01s", "0.0001usd", "1e-12usd", "1e9flop", "5images"):
         with pytest.raises(BadRecipe, match="give at least --budget ") as refused:
-            budget.bought(made, budget.parse(text))
+            budget.bought(made, budget.parse(small))
         enough = str(refused.value).rpartition("--budget ")[2]
         assert budget.bought(made, budget.parse(enough)) > 0
 
@@ -175,12 +198,32 @@ def test_devices_are_read_as_people_write_them(text: str, number: int, name: str
         ("0xH100", "write how many and which"),
         ("", "write how many and which"),
         ("8x", "write how many and which"),
+        ("9" * 5000 + "xH200", "no figures are known"),
     ],
 )
 def test_unknown_devices_are_refused_with_the_nearest(text: str, words: str) -> None:
     with pytest.raises(BadRecipe) as refused:
         hardware.parse(text, torch.bfloat16)
     assert words in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("title", "name"),
+    [
+        ("NVIDIA H100 80GB HBM3", "H100"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA GeForce RTX 4090", "RTX 4090"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("NVIDIA H100 PCIe", None),
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
+    ],
+)
+def test_a_slower_board_of_a_name_is_not_taken_for_the_fast_one(
+    title: str, name: str | None
+) -> None:
+    assert hardware.known(title) == (hardware.DEVICES[name] if name else None)
 
 
 def test_the_processor_has_a_speed_and_a_memory() -> None:
@@ -206,11 +249,56 @@ def test_what_is_said_to_fit_fits(published: config.Recipe, device: hardware.Dev
 
 
 def test_where_no_pass_is_small_enough_that_is_said() -> None:
-    huge = {"dit": {"width": 8192, "heads": 128, "depth": 48, "bottleneck": 0}}
+    huge = {"dit": {"width": 65536, "heads": 512, "depth": 96, "bottleneck": 0}}
     recipe = config.parse(PUBLISHED | huge, "huge")
     made = budget.plan(recipe, Cluster(32, hardware.DEVICES["RTX 4090"]))
-    with pytest.raises(BadRecipe, match="no pass is small enough on 32 x RTX 4090"):
+    with pytest.raises(BadRecipe, match=r"no pass is small enough on 32 x RTX 4090.*dit\.width"):
         budget.check_memory(recipe, made)
+
+
+def test_where_no_device_is_large_enough_more_of_them_are_named() -> None:
+    large = {"dit": {"width": 5120, "heads": 80, "depth": 32, "bottleneck": 0}}
+    recipe = config.parse(PUBLISHED | large | {"parallel": {}}, "large")
+    few = Cluster(1, hardware.DEVICES["A100"])
+    with pytest.raises(BadRecipe, match=r"\d x A100 with .*--set micro=\d+ would fit") as said:
+        budget.check_memory(recipe, budget.plan(recipe, few))
+    more = Cluster(int(str(said.value).partition(" x A100 with")[0].split()[-1]), few.device)
+    fitted = budget.fitted(recipe, more)
+    budget.check_memory(fitted, budget.plan(fitted, more))
+
+
+def test_a_fitted_recipe_whose_pictures_come_in_pairs_can_be_loaded(tmp_path: Path) -> None:
+    recipe = config.parse(PUBLISHED | {"contrastive": {}, "micro": 0}, "pairs")
+    tight = Cluster(256, hardware.DEVICES["RTX 4090"])
+    (tmp_path / "fitted.toml").write_text(config.dump(budget.fitted(recipe, tight)))
+    assert config.load(tmp_path / "fitted.toml").micro % 2 == 0
+    with pytest.raises(BadRecipe, match=r"wants pairs.* set a batch that 1024 divides"):
+        budget.plan(recipe, Cluster(512, H200))
+
+
+def test_float32_takes_twice_the_time_of_bfloat16() -> None:
+    def hours(precision: str) -> float:
+        recipe = config.parse(PUBLISHED | {"precision": precision}, precision)
+        return budget.plan(recipe, budget.cluster(recipe, "32xH200")).hours
+
+    assert hours("float32") == pytest.approx(2 * hours("bfloat16"))
+
+
+def test_weights_that_are_gathered_twice_take_less_memory_and_more_traffic(
+    published: config.Recipe,
+) -> None:
+    mesh = {"dp_replicate": 4, "reshard_after_forward": True}
+    again = config.parse(PUBLISHED | {"parallel": mesh}, "again")
+    once, twice = (budget.plan(recipe, Cluster(32, H200)) for recipe in (published, again))
+    assert twice.fullest["copies"] < once.fullest["copies"]
+    assert budget.traffic(again, Mesh(4, 8))[0] > budget.traffic(published, Mesh(4, 8))[0]
+
+
+def test_a_run_counts_as_many_flops_as_its_plan(published: config.Recipe) -> None:
+    made = budget.plan(published, Cluster(32, H200))
+    steps = [flops.of_step(published, stage, replicas=4) for stage in published.stage]
+    counted = sum(s.count * each for s, each in zip(published.stage, steps, strict=True))
+    assert made.flops == pytest.approx(counted)
 
 
 def test_a_fitted_recipe_takes_the_largest_passes_that_fit(published: config.Recipe) -> None:
@@ -288,6 +376,20 @@ def test_real_steps_set_the_pace_of_a_plan(tiny: Path) -> None:
     assert 0 < made.stages[0].step < 30
     assert made.share * made.cluster.device.flops * made.seconds == pytest.approx(made.flops)
     assert not Path(recipe.out).exists()
+
+
+def test_a_recipe_for_many_nodes_is_measured_on_one_device(tiny: Path, tmp_path: Path) -> None:
+    recipe = config.load(tiny, ("parallel.dp_replicate=2",))
+    short = measure.shortened(recipe, 2, tmp_path)
+    assert (short.parallel.dp_replicate, short.stage[0].batch) == (1, recipe.stage[0].batch // 2)
+    assert measure.steps(recipe, 2)[0] > 0
+
+
+def test_a_teacher_that_leaves_before_a_stage_is_not_measured_in_it(tmp_path: Path) -> None:
+    recipe = config.parse(PUBLISHED | {"repa": {"until": 100_000}}, "until")
+    first, second = measure.shortened(recipe, 1, tmp_path).stage
+    assert "repa" not in first.without
+    assert "repa" in second.without
 
 
 def test_what_a_run_may_spend_does_not_cut_its_measuring_short(tiny: Path) -> None:
@@ -377,6 +479,11 @@ def test_plan_gives_json(tiny: Path) -> None:
         (("--gpus", "H200", "--budget", "1e3flop"), "too small for one step"),
         (("--gpus", "cpu", "--budget", "9usd"), "--price"),
         (("--gpus", "H200", "--measure"), "--measure"),
+        (("--gpus", "100000xH200"), "evenly: 8 can"),
+        (("--gpus", ""), "write how many and which"),
+        (("--budget", ""), "for example 1500usd"),
+        (("--gpus", "H200", "--price", "inf", "--budget", "5usd"), "--price inf"),
+        (("--gpus", "H200", "--price", "0", "--budget", "5usd"), "no price above 0"),
         (("--set", "text.encoder=nobody/nothing"), "text.encoder"),
         (("--gpus", "RTX4090", "--set", "dit.width=24576", "--set", "dit.heads=64"), "needs"),
     ],

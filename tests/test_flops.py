@@ -165,6 +165,9 @@ def test_two_terms_with_one_teacher_and_one_view_look_once() -> None:
     together = config.parse(PUBLISHED | {"repa": {"teacher": shared}}, "published")
     before, after = (flops.terms(recipe, recipe.stage[0])["dino"] for recipe in (apart, together))
     assert before - after == networks.NETWORKS[shared].forward(256)
+    leaves = config.parse(PUBLISHED | {"repa": {"teacher": shared, "until": 25_000}}, "published")
+    alone = flops.terms(leaves, leaves.stage[0])["dino"]
+    assert alone - after == pytest.approx(0.75 * (before - after)), "then DINO looks for itself"
 
 
 def test_the_average_as_teacher_costs_a_forward_pass_of_every_token() -> None:

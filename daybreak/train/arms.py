@@ -33,6 +33,7 @@ from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe
 from daybreak.train import budget, flops, measure
 from daybreak.train.budget import Budget
+from daybreak.train.runs import precision
 
 Unit = Literal["pictures", "flops", "seconds"]
 OTHER_SEEDS = 1000  # from one arm of the same recipe to the next
@@ -155,7 +156,7 @@ def pace(recipe: Recipe, given: Budget, out: Path) -> list[float]:
     if given.kind == "pictures":
         return [float(stage.batch) for stage in recipe.stage]
     if given.kind == "flops":
-        cached = budget.has_words(recipe)
+        cached = budget.has_words(recipe, precision(recipe))
         return [flops.of_step(recipe, stage, cached) for stage in recipe.stage]
     return _measured(recipe, out / "speeds.json")
 

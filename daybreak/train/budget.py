@@ -14,6 +14,7 @@ Units   seconds, dollars, FLOP, bytes; energy in kWh, of devices at full power.
 
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -22,6 +23,7 @@ import torch
 from daybreak.config import Recipe, Stage
 from daybreak.data import prepared
 from daybreak.failure import BadRecipe
+from daybreak.model import text_cache
 from daybreak.train import flops, hardware, log, measure, memory, runs
 from daybreak.train.hardware import Cluster
 from daybreak.train.memory import Mesh
@@ -37,6 +39,7 @@ GPU_SOURCE = "assumed: what torchtitan reports for Llama 3.1 8B in bfloat16 on 8
 CPU_SHARE = 0.35
 CPU_SOURCE = "assumed: what the quickstart's record reached on two cores"
 
+MOST = 1e30  # of anything that a budget may be: more than there is
 UNITS: dict[str, tuple[Literal["seconds", "dollars", "flops", "pictures"], float]] = {
     "s": ("seconds", 1),
     "min": ("seconds", 60),
@@ -136,14 +139,15 @@ def parse(text: str) -> Budget:
     """Read `1500usd`, `$1500`, `24h`, `90s`, `4e20flop` or `200k-images`. Errors: BadRecipe."""
     plain = text.strip().lower().replace(",", "").replace("_", "")
     plain = f"{plain[1:]}usd" if plain.startswith("$") else plain
-    found = re.fullmatch(r"(\d+\.?\d*(?:e\+?\d+)?)\s*([a-z-]+)", plain)
-    if found is None or found[2] not in UNITS or not 0 < float(found[1]) < math.inf:
+    found = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)\s*([a-z-]+)", plain)
+    kind, size = UNITS.get(found[2] if found else "", ("seconds", 0))
+    amount = float(found[1]) * size if found else 0
+    if not 0 < amount < MOST:
         raise BadRecipe(
             f"--budget {text}: write an amount and a unit ({', '.join(UNITS)}), "
             "for example 1500usd, 24h or 4e20flop"
         )
-    kind, size = UNITS[found[2]]
-    return Budget(kind, float(found[1]) * size)
+    return Budget(kind, amount)
 
 
 def granted(recipe: Recipe) -> tuple[Budget, ...]:
@@ -158,7 +162,10 @@ def granted(recipe: Recipe) -> tuple[Budget, ...]:
 def cluster(recipe: Recipe, gpus: str | None) -> Cluster:
     """The devices that are asked for, or those of this machine. Errors: BadRecipe."""
     dtype = runs.precision(recipe)
-    return hardware.parse(gpus, dtype) if gpus else hardware.here(dtype)
+    if gpus is None:
+        return hardware.here(dtype)
+    found = hardware.parse(gpus, dtype)
+    return found._replace(device=found.device.at(precision(recipe, found)))
 
 
 def plan(
@@ -177,10 +184,19 @@ def plan(
             where something is to be measured.
     """
     number, device = cluster
+    if price is not None and not math.isfinite(price):
+        raise BadRecipe(f"--price {price} is no price: give dollars for a device and hour")
     check_shares(recipe, number)
-    cached = cached or has_words(recipe)
+    dtype = precision(recipe, cluster)
+    there = has_words(recipe, dtype)
+    if measured and cached and not there:
+        raise BadRecipe(
+            "--measure takes steps with the captions that are there, and none are encoded: leave "
+            "--cached-text out, or encode them first, with daybreak prepare --cache-text"
+        )
+    cached = cached or there
     taken = real_steps(recipe, cluster) if measured else ()
-    mesh, dtype = mesh_of(recipe, number), precision(recipe, cluster)
+    mesh = mesh_of(recipe, number)
     source = "as given"
     if share is None:
         share, source = (CPU_SHARE, CPU_SOURCE) if device.name == "cpu" else (GPU_SHARE, GPU_SOURCE)
@@ -225,9 +241,17 @@ def real_steps(recipe: Recipe, cluster: Cluster) -> tuple[float, ...]:
     return measure.steps(recipe, cluster.number)
 
 
-def has_words(recipe: Recipe) -> bool:
-    """Whether the datasets are here and hold the words of their captions, encoded."""
-    return all((Path(folder) / "text").is_dir() for folder, _ in recipe.data.folders)
+def has_words(recipe: Recipe, dtype: torch.dtype) -> bool:
+    """Whether the datasets are here and hold their captions, encoded as the run wants them."""
+    folders = [Path(folder) for folder, _ in recipe.data.folders]
+    if recipe.text.encoder is None or not all((folder / "text").is_dir() for folder in folders):
+        return False
+    try:
+        made_with = text_cache.settings(recipe.text, dtype)
+    except BadRecipe:  # the encoder is not here, so it is not known which one of that name it was
+        return False
+    places = [text_cache.place(folder, made_with) for folder in folders]
+    return all((place / "manifest.json").is_file() for place in places)
 
 
 def different(recipe: Recipe) -> int | None:
@@ -246,10 +270,20 @@ def precision(recipe: Recipe, cluster: Cluster) -> torch.dtype:
 
 
 def check_shares(recipe: Recipe, count: int) -> None:
-    """Refuse a number of devices that does not divide every batch. Errors: BadRecipe."""
+    """Refuse a number of devices that does not divide every batch. Errors: BadRecipe.
+
+    Where pictures are set against each other in pairs, a share is even.
+    """
+    for number, stage in enumerate(recipe.stage):
+        if recipe.contrastive and stage.batch % (2 * count):
+            raise BadRecipe(
+                f"[contrastive] wants pairs, and {count} devices cannot have an even share each of "
+                f"stage.{number}.batch = {stage.batch}: set a batch that {2 * count} divides"
+            )
     common = math.gcd(*(stage.batch for stage in recipe.stage))
     if common % count:
-        near = max(divisor for divisor in range(1, count) if common % divisor == 0)
+        below = range(1, min(count, common + 1))
+        near = max(divisor for divisor in below if common % divisor == 0)
         number = next(n for n, stage in enumerate(recipe.stage) if stage.batch % count)
         raise BadRecipe(
             f"{count} devices cannot share stage.{number}.batch = {recipe.stage[number].batch} "
@@ -297,14 +331,16 @@ def communication(recipe: Recipe, mesh: Mesh, link: float) -> float:
 def traffic(recipe: Recipe, mesh: Mesh) -> tuple[float, float]:
     """Bytes that one device sends in a step: to devices of its node, and to other nodes.
 
-    Weights are gathered once in bfloat16, gradients summed in float32, and each matrix travels to
-    the device that makes its momentum orthogonal and back, in bfloat16.
+    Weights are gathered in bfloat16, once or with `reshard_after_forward` twice, gradients summed
+    in float32, and each matrix travels to the device that makes its momentum orthogonal and back,
+    in bfloat16.
     """
     learned = [(shape.numel(), learner) for shape, learner in flops.learned(recipe)]
     weights = sum(count for count, _ in learned)
     matrices = sum(count for count, learner in learned if learner == "muon")
     others = (mesh.shard - 1) / mesh.shard
-    cut = (2 + 4) * weights * others + 2 * 2 * matrices / mesh.shard * others
+    gathered = 4 if recipe.parallel.reshard_after_forward else 2
+    cut = (gathered + 4) * weights * others + 2 * 2 * matrices / mesh.shard * others
     copied = 2 * 4 * weights / mesh.shard * (mesh.replicate - 1) / mesh.replicate
     inside, across = (cut, copied) if mesh.shard <= memory.NODE else (0.0, cut + copied)
     return (inside, across) if mesh.devices > memory.NODE else (inside + across, 0.0)
@@ -315,22 +351,44 @@ def check_memory(recipe: Recipe, made: Plan) -> None:
     needed = sum(made.fullest.values())
     if needed <= made.room:
         return
-    count, device = made.cluster
-    remedy = f"no pass is small enough on {made.cluster}"
-    if smaller := largest_pass(recipe, made.cluster):
-        remedy = f"--set micro={smaller} would fit"
-    elif smaller := largest_pass(recomputing(recipe), made.cluster):
-        remedy = f"--set parallel.recompute=true --set micro={smaller} would fit"
-    else:
-        for other in sorted(hardware.DEVICES.values(), key=lambda device: device.memory):
-            fitting = largest_pass(recipe, Cluster(count, other))
-            if fitting:
-                remedy = f"{remedy}, {Cluster(count, other)} with --set micro={fitting} would fit"
-                break
+    device = made.cluster.device
+    remedy = next(remedies(recipe, made.cluster), None) or (
+        f"no pass is small enough on {made.cluster}, nor on any GPU that is known here: make "
+        "dit.width or dit.depth smaller"
+    )
     raise BadRecipe(
         f"a run of this recipe needs {needed / GB:.1f} GB of memory on each {device.name}, which "
         f"has {made.room / GB:.1f} GB for it: {remedy}"
     )
+
+
+def remedies(recipe: Recipe, first: Cluster) -> Iterator[str]:
+    """What would fit, from the smallest change to the largest."""
+    for cluster in clusters(recipe, first):
+        place = "" if cluster == first else f"{cluster} with "
+        there = recipe if cluster.number == first.number else spread(recipe, cluster)
+        for changed, words in ((there, ""), (recomputing(there), "--set parallel.recompute=true ")):
+            if smaller := largest_pass(changed, cluster):
+                yield f"{place}{words}--set micro={smaller} would fit"
+
+
+def clusters(recipe: Recipe, first: Cluster) -> Iterator[Cluster]:
+    """These devices, as many larger ones, then more of the same: from the least change to most."""
+    count, device = first
+    yield first
+    for other in sorted(hardware.DEVICES.values(), key=lambda device: device.memory):
+        if other.memory > device.memory:
+            yield Cluster(count, other)
+    common = math.gcd(*(stage.batch for stage in recipe.stage))
+    for more in range(count + 1, common + 1):
+        if common % more == 0 and device.name != "cpu":
+            yield Cluster(more, device)
+
+
+def spread(recipe: Recipe, cluster: Cluster) -> Recipe:
+    """The recipe with a mesh for these devices."""
+    mesh = {"dp_replicate": memory.mesh_for(cluster.number).replicate, "dp_shard": 0}
+    return recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=mesh)})
 
 
 def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
@@ -341,9 +399,7 @@ def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
     Errors  BadRecipe if none does.
     """
     check_shares(recipe, cluster.number)
-    mesh = memory.mesh_for(cluster.number)
-    spread = {"dp_replicate": mesh.replicate, "dp_shard": 0}
-    recipe = recipe.model_copy(update={"parallel": recipe.parallel.model_copy(update=spread)})
+    recipe = spread(recipe, cluster)
     pictures = largest_pass(recipe, cluster)
     if pictures is None:
         recipe = recomputing(recipe)
@@ -360,12 +416,17 @@ def recomputing(recipe: Recipe) -> Recipe:
 
 
 def largest_pass(recipe: Recipe, cluster: Cluster) -> int | None:
-    """Pictures that a device can take at once, of those numbers that divide every share."""
+    """Pictures that a device can take at once, of those numbers that divide every share.
+
+    Where they are set against each other in pairs, it is an even number.
+    """
     count, device = cluster
     mesh, dtype = mesh_of(recipe, count), precision(recipe, cluster)
     common = math.gcd(*(stage.batch // count for stage in recipe.stage))
     for pictures in range(common, 0, -1):
-        if common % pictures == 0 and all(
+        if common % pictures or (recipe.contrastive and pictures % 2):
+            continue
+        if all(
             sum(held(recipe, stage, mesh, pictures, dtype, device.name).values())
             <= FILL * device.memory
             for stage in recipe.stage
@@ -385,8 +446,8 @@ def bought(made: Plan, budget: Budget) -> float:
     }[budget.kind]
     if not whole:
         raise BadRecipe(
-            f"an hour of {made.cluster.device.name} has no price: give one with --price, or a "
-            "--budget in h"
+            f"an hour of {made.cluster.device.name} has no price above 0: give one with --price, "
+            "or a --budget in h"
         )
     if budget.amount < step:
         digit = 10.0 ** (math.floor(math.log10(step)) - 2)

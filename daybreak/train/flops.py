@@ -55,10 +55,13 @@ def work(recipe: Recipe, stage: Stage, cached: bool = False) -> Work:
     return Work(picture, {"muon": newton_schulz(matrices)} if matrices else {})
 
 
-def of_step(recipe: Recipe, stage: Stage, cached: bool = False) -> float:
-    """Count a whole step: every picture of its batch, and the optimiser. Errors: as `work`."""
+def of_step(recipe: Recipe, stage: Stage, cached: bool = False, replicas: int = 1) -> float:
+    """Count a whole step: every picture of its batch, and the optimiser, of each of the replicas.
+
+    Errors  as `work`.
+    """
     counted = work(recipe, stage, cached)
-    return stage.batch * sum(counted.picture.values()) + sum(counted.step.values())
+    return stage.batch * sum(counted.picture.values()) + replicas * sum(counted.step.values())
 
 
 def denoiser(
@@ -97,7 +100,7 @@ def linear(rows: int, inputs: int, outputs: int, back: int = 2) -> float:
 def terms(recipe: Recipe, stage: Stage) -> dict[str, float]:
     """FLOPs of the terms of the loss beside the flow, for one picture, there and back."""
     n = tokens(recipe, stage)
-    views = teachers(recipe, stage)
+    views, share = teachers(recipe, stage), 0.0
     found = {}
     if recipe.repa and active(recipe, stage, "repa"):
         teacher = views["repa"].network.forward(n) if "repa" in views else elder(recipe, n)
@@ -110,7 +113,9 @@ def terms(recipe: Recipe, stage: Stage) -> dict[str, float]:
     if "dino" in views:
         assert recipe.dino
         network, patches = views["dino"]
-        truth = 0 if views["dino"] == views.get("repa") else network.forward(patches)
+        # Both terms look at the true picture once, for as long as REPA does.
+        shared = share if views["dino"] == views.get("repa") else 0
+        truth = (1 - shared) * network.forward(patches)
         guess = network.forward(patches) + network.back(patches)
         found["dino"] = recipe.dino.fraction * (truth + guess)
     return found

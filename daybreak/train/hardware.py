@@ -3,8 +3,8 @@
     32xH200, 8xL40S, RTX 4090, cpu
 
 Peaks are dense bfloat16 products that accumulate in float32: datasheets print twice as much, for
-matrices half of zeros. `here` is the machine at hand; a processor has no datasheet worth the name,
-so its peak is measured.
+matrices half of zeros. Those of float32 are products in TF32. `here` is the machine at hand; a
+processor has no datasheet worth the name, so its peak is measured.
 
 Units   FLOP/s, bytes (a datasheet's GB are 10^9), bytes/s in one direction, dollars an hour, watts.
 Source  peaks, memory, power and links: NVIDIA's datasheets of the SXM boards (A100, H100, H200,
@@ -17,6 +17,7 @@ import difflib
 import os
 import re
 import time
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -38,6 +39,12 @@ class Device(NamedTuple):
     link: float
     power: float | None
     price: float | None
+
+    def at(self, dtype: torch.dtype) -> "Device":
+        """The device with its peak in this precision: a GPU's TF32 is half as fast as bfloat16."""
+        if self.name == "cpu" or dtype != torch.float32:
+            return self
+        return self._replace(flops=self.flops / 2)
 
 
 class Cluster(NamedTuple):
@@ -70,9 +77,12 @@ DEVICES = {
 }
 
 
+OTHERS = {"pcie", "nvl", "laptop", "max-q", "mig", "d"}  # of a board's name, for a slower one
+
+
 def parse(text: str, dtype: torch.dtype) -> Cluster:
     """Read `32xH200`, `H200` or `cpu`. Errors: BadRecipe, naming the nearest known GPU."""
-    number, name = re.fullmatch(r"(?:(\d+)\s*[xX*]\s*)?(.*)", text.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    number, name = re.fullmatch(r"(?:(\d{1,6})\s*[xX*]\s*)?(.*)", text.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
     count = int(number or 1)
     if count < 1 or not name:
         raise BadRecipe(f"--gpus {text}: write how many and which, for example 32xH200")
@@ -99,13 +109,27 @@ def here(dtype: torch.dtype) -> Cluster:
     memory = float(torch.cuda.get_device_properties(0).total_memory)
     found = known(title)
     if found is None:
-        found = Device(title, speed(dtype, "cuda"), memory, 32 * GB, None, None)
-    return Cluster(torch.cuda.device_count(), found._replace(memory=memory))
+        found = Device(title, speed(torch.bfloat16, "cuda"), memory, 32 * GB, None, None)
+    return Cluster(torch.cuda.device_count(), found.at(dtype)._replace(memory=memory))
 
 
 def known(title: str) -> Device | None:
-    """Return what the table knows of a GPU, by the name its driver gives it."""
+    """Return what the table knows of a GPU, by the name its driver gives it.
+
+    A board of the same name that is slower is another one: H100 PCIe, RTX 4090 Laptop GPU.
+    """
+    if OTHERS & set(title.lower().split()):
+        return None
     return next((d for d in DEVICES.values() if _plain(d.name) in _plain(title)), None)
+
+
+@cache
+def peak(title: str | None, dtype: torch.dtype) -> float:
+    """FLOP/s that a GPU, by its driver's name, or this processor can do: known, or measured."""
+    if title is None:
+        return speed(dtype, "cpu")
+    found = known(title)
+    return found.at(dtype).flops if found else speed(dtype, "cuda")
 
 
 def processor(dtype: torch.dtype) -> Device:

@@ -50,7 +50,10 @@ class Config(BaseModel):
         if self.seconds is None and self.dollars is None and self.flops is None:
             raise ValueError("say how much: seconds, dollars or flops")
         if self.dollars is not None and self.price is None:
-            raise ValueError("dollars need a price: dollars an hour for all devices together")
+            raise ValueError(
+                "dollars need a price, in dollars an hour for all devices together: for example "
+                "--set budget.price=3.5"
+            )
         return self
 
     @property

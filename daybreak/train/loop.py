@@ -80,6 +80,7 @@ class Run(NamedTuple):
     stop: Stop
     log: Log
     watchdog: Watchdog
+    trial: bool
 
     @property
     def networks(self) -> list[nn.Module]:
@@ -94,11 +95,13 @@ def train(
     tell: Callable[[str], None] = say,
     changed: bool = False,
     gone: float = 0.0,
+    trial: bool = False,
 ) -> Outcome:
     """Train a recipe in its run folder, from the newest good checkpoint there or from nothing.
 
     `changed` allows a run to go on with another recipe or other data than it was begun with. A
-    budget of time pays for the seconds that are `gone` for it already, as for starting a process.
+    budget of time pays for the seconds that are `gone` for it already, as for starting a process. A
+    `trial` leaves no checkpoint.
 
     Errors  BadRecipe, BadData and BadStorage before anything is written; NotFinite, BadStorage and
             LostPeer during the run, whose checkpoints stay.
@@ -127,7 +130,7 @@ def train(
         for change in changes:
             tell(f"goes on changed: {change}")
         return _train(
-            recipe, folder, source, here, found, status, stop, tell, began, clock, changes
+            recipe, folder, source, here, found, status, stop, tell, began, clock, changes, trial
         )
 
 
@@ -143,6 +146,7 @@ def _train(
     began: float,
     clock: Callable[[], float],
     changes: list[str],
+    trial: bool,
 ) -> Outcome:
     """Build everything, put it back as it was, and take the steps that are left."""
     dtype, start = runs.precision(recipe), found.step if found else 0
@@ -150,8 +154,9 @@ def _train(
     objective, state, ema = building.build(
         recipe, source, here, found, dtype, known.tokens if known else None, tell
     )
-    model, counted = state.model, _counted(recipe, known is not None)
-    runs.check_space(folder, checkpoint.size(model), recipe.keep)
+    model, counted = state.model, _counted(recipe, known is not None, here)
+    if not trial:
+        runs.check_space(folder, checkpoint.size(model), recipe.keep)
     if found:
         checkpoint.load(found, state)
     elif recipe.budget:
@@ -174,7 +179,7 @@ def _train(
             f"checkpoint-{start} was saved by {before} processes and goes on with {here.size}: the "
             "same batches, equal to rounding and not to the last bit"
         )
-    peak, price = _rates(recipe, here)
+    peak, price = _rates(recipe, here, dtype)
     with (
         Saver(recipe, folder, here, model, tell, start or None) as saver,
         Log(
@@ -207,6 +212,7 @@ def _train(
             stop,
             log,
             watchdog,
+            trial,
         )
         outcome = _steps(run, start, began)
     if not outcome.code and outcome.step == recipe.steps:
@@ -216,28 +222,25 @@ def _train(
     return outcome
 
 
-def _counted(recipe: config.Recipe, cached: bool) -> list[float]:
+def _counted(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
     """FLOPs of a step of each stage. Errors: BadRecipe if a budget of them cannot be kept."""
     try:
-        return [flops.of_step(recipe, stage, cached) for stage in recipe.stage]
+        return [flops.of_step(recipe, stage, cached, here.replicas) for stage in recipe.stage]
     except BadRecipe:
         if recipe.budget and recipe.budget.flops:
             raise
         return [0.0] * len(recipe.stage)
 
 
-def _rates(recipe: config.Recipe, here: World) -> tuple[float | None, float | None]:
-    """What all devices can do in a second, and cost in an hour, as far as that is known."""
-    device = (
-        hardware.known(torch.cuda.get_device_name(here.device))
-        if here.device.type == "cuda"
-        else None
-    )
-    peak = device.flops * here.size if device else None
+def _rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float, float | None]:
+    """FLOP/s that all devices can do, and dollars an hour of them costs, if that is known."""
+    title = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else None
+    peak = hardware.peak(title, dtype)
+    device = hardware.known(title) if title else None
     price = device.price * here.size if device and device.price else None
     if recipe.budget and recipe.budget.price:
         price = recipe.budget.price
-    return peak, price
+    return peak * here.size, price
 
 
 def _open(
@@ -436,6 +439,8 @@ def _check(run: Run) -> None:
 
 def _save(run: Run, step: int, wait: bool) -> None:
     """Save what has been compared; `wait` until it is on the disk."""
+    if run.trial:
+        return
     began = time.monotonic()
     with run.watchdog.patience(SAVE):
         _check(run)

@@ -37,7 +37,7 @@ def steps(recipe: Recipe, count: int) -> tuple[float, ...]:
     with tempfile.TemporaryDirectory(prefix="daybreak-measure-") as folder:
         short = shortened(recipe, count, Path(folder))
         with contextlib.redirect_stdout(sys.stderr):
-            outcome = loop.train(short)
+            outcome = loop.train(short, trial=True)
         if outcome.code:
             raise SystemExit(outcome.code)
         lines = (Path(short.out) / "metrics.jsonl").read_text().splitlines()
@@ -67,12 +67,14 @@ def noise(side: int, seed: int) -> npt.NDArray[np.uint8]:
 
 def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
     """The same steps, fewer of them, and nothing between them."""
-    stages = [
-        stage.model_copy(
-            update={"steps": FIRST + STEPS, "samples": None, "batch": stage.batch // count}
-        )
-        for stage in recipe.stage
-    ]
+    before, stages = 0, []
+    for stage in recipe.stage:
+        # A term that has left by then is left out: these steps are the first of a run.
+        gone = recipe.repa and recipe.repa.until is not None and recipe.repa.until <= before
+        without = {*stage.without, *(("repa",) if gone else ())}
+        before += stage.count
+        changed = {"steps": FIRST + STEPS, "samples": None, "batch": stage.batch // count}
+        stages.append(stage.model_copy(update=changed | {"without": tuple(sorted(without))}))
     never = sum(stage.count for stage in stages) + 1
     changes: dict[str, Any] = {
         "out": str(folder / "run"),
@@ -80,6 +82,7 @@ def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
         "save_every": never,
         "evaluate": None,
         "budget": None,
+        "parallel": recipe.parallel.model_copy(update={"dp_replicate": 1, "dp_shard": 0}),
         "sample": recipe.sample.model_copy(update={"every": never, "steps": 1, "prompts": ("",)}),
     }
     if recipe.data.source != "scenes" and not all(Path(f).exists() for f, _ in recipe.data.folders):

@@ -80,26 +80,29 @@ def parts(
     saved = activations(recipe, stage, dtype, kind)
     # Between the passes of one step gradients wait whole, and are cut when the last is done.
     waiting = mesh.shard > 1 and stage.batch // mesh.devices > pictures
+    gathered = float(dtype.itemsize * weights)
+    if recipe.parallel.reshard_after_forward:  # one block at work, and the next on its way
+        gathered = min(gathered, 2 * gathered / recipe.dit.depth)
     return {
         "weights": FULL * weights / mesh.shard,
         "gradients": FULL * weights * (1 / mesh.shard + waiting),
         "optimiser": FULL * state / mesh.shard,
         "average": FULL * weights / mesh.shard,
-        "copies": max(saved.once, dtype.itemsize * weights if mesh.shard > 1 else 0),
+        "copies": max(saved.once, gathered if mesh.shard > 1 else 0),
         "activations": pictures * saved.each,
         "pictures": pictures * PICTURES * FULL * CHANNELS * stage.resolution**2,
-        "teachers": dtype.itemsize * asleep(recipe, stage),
+        "teachers": dtype.itemsize * asleep(recipe),
         "workspace": pictures * _widest(recipe, stage, dtype, kind),
     }
 
 
-def asleep(recipe: Recipe, stage: Stage) -> float:
-    """Weights of the networks that are only asked."""
-    views = flops.teachers(recipe, stage).values()
+def asleep(recipe: Recipe) -> float:
+    """Weights of the networks that are only asked; they stay through stages that do not ask."""
+    views = [view for stage in recipe.stage for view in flops.teachers(recipe, stage).values()]
     total = sum(network.weights for network in {view.network for view in views})
     if recipe.text.encoder is not None:
         total += flops.text_encoder(recipe).weights
-    if recipe.lpips and flops.active(recipe, stage, "lpips"):
+    if recipe.lpips:
         inputs = CHANNELS
         for channels, convolutions in flops.vgg_depths(recipe.lpips):
             total += 9 * channels * (inputs + (convolutions - 1) * channels)

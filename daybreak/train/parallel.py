@@ -88,6 +88,11 @@ class World(NamedTuple):
         """Whether this is the one that speaks and writes for all."""
         return self.rank == 0
 
+    @property
+    def replicas(self) -> int:
+        """How many times over the weights are held, each time by several ranks or by one."""
+        return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim > 1 else 1
+
 
 @contextmanager
 def world(config: Config, batches: Iterable[int] = ()) -> Iterator[World]:

@@ -121,7 +121,7 @@ def begin(
     Errors  BadStorage.
     """
     before: dict[str, Any] = {}
-    with contextlib.suppress(FileNotFoundError):
+    with contextlib.suppress(OSError):
         before = _facts(run)
     facts: dict[str, Any] = provenance(recipe) | {
         "precision": str(dtype).removeprefix("torch."),
