@@ -22,9 +22,6 @@ from typing import NamedTuple
 import torch
 
 EXTRAS = {  # of pyproject.toml, and the module that shows one is there
-    "tensorboard": "tensorboard",
-    "wandb": "wandb",
-    "trackio": "trackio",
     "eval": "torch_fidelity",
     "fast": "simplejpeg",
     "perceptual": "lpips",

@@ -6,7 +6,9 @@
 # HEAD is one of the nodes, which all of them can reach. Further arguments go to daybreak train. The
 # run folder must be the same for all nodes. SIGTERM, SIGINT or SIGUSR1 to one node saves and ends
 # all of them. Leaves with daybreak's exit code (docs/cluster.md), which torchrun would turn into 1.
+# The networks that the recipe names have to be in the caches already: nothing is asked of the hub.
 set -u
+export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 : "${RECIPE:=prx_24h}" "${RUN:=runs/prx_24h}"
 : "${NODES:=1}" "${HEAD:=localhost}" "${PORT:=29400}" "${GPUS:=gpu}" "${RESTARTS:=0}"
 

@@ -107,6 +107,15 @@ def test_the_exit_code_is_that_of_the_status(
     assert asked.endswith("-m daybreak train prx_24h --out run\n")
 
 
+@pytest.mark.parametrize(("given", "seen"), [("", "1"), ("0", "0")], ids=["unsaid", "allowed"])
+def test_a_run_asks_nothing_of_the_hub_unless_it_may(
+    start: Run, tmp_path: Path, given: str, seen: str
+) -> None:
+    process = start(LAUNCH / "torchrun.sh", 'echo "$HF_HUB_OFFLINE" > hub', HF_HUB_OFFLINE=given)
+    process.communicate(timeout=20)
+    assert (tmp_path / "hub").read_text() == f"{seen}\n"
+
+
 def test_a_status_of_an_earlier_start_says_nothing_about_this_one(
     start: Run, tmp_path: Path
 ) -> None:

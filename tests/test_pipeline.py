@@ -213,11 +213,15 @@ def test_the_readmes_snippet_is_the_quickstarts_and_runs(
     prompt = "a red circle above a blue square"
     code = pipeline.snippet("runs/quickstart/pipeline", prompt, 32, recipe.sample, shift)
     assert f"```python\n{code}```" in (ROOT / "README.md").read_text()
-    exported(model, tmp_path / "runs" / "quickstart" / "pipeline")
+    exported(model, tmp_path / "runs" / "quickstart" / "pipeline", recipe.sample)
     (tmp_path / "snippet.py").write_text(code)
     monkeypatch.chdir(tmp_path)
-    runpy.run_path("snippet.py")
-    assert (tmp_path / "picture.png").is_file()
+    drawn = []
+    for _ in range(2):
+        runpy.run_path("snippet.py")
+        drawn.append((tmp_path / "picture.png").read_bytes())
+    assert recipe.sample.stochastic
+    assert drawn[0] == drawn[1]
 
 
 def runpy_value(expression: str, folder: Path) -> list[float]:

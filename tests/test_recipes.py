@@ -2,10 +2,14 @@
 
 import re
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any, get_args
 
 import pytest
 import torch
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
 from safetensors.torch import load_file
 
 from daybreak import cli, config
@@ -25,6 +29,35 @@ def head(name: str) -> str:
 def test_a_recipe_says_where_it_runs_what_it_costs_and_what_was_measured(name: str) -> None:
     for word in ("Hardware", "Computed", "Measured"):
         assert re.search(rf"^# {word} +\w", head(name), flags=re.MULTILINE), word
+
+
+def keys(model: type[BaseModel], before: str = "") -> Iterator[tuple[str, FieldInfo]]:
+    """Every key that a recipe may have, by its whole name."""
+    for name, field in model.model_fields.items():
+        kinds: list[Any] = [field.annotation]
+        while kinds and not (isinstance(kinds[0], type) and issubclass(kinds[0], BaseModel)):
+            kinds = [*get_args(kinds[0]), *kinds[1:]]
+        if kinds:
+            yield from keys(kinds[0], f"{before}{name}.")
+        else:
+            yield f"{before}{name}", field
+
+
+def test_the_docs_have_every_key_and_its_default() -> None:
+    text = (RECIPES.parent / "docs" / "recipe.md").read_text()
+    last = text.partition("## All other keys")[2]
+    table = dict(re.findall(r"^\| `([\w.]+)` \| ([^|]*) \|", last, flags=re.MULTILINE))
+    known = dict(keys(config.Recipe))
+    shown = {"None": "none", "True": "true", "False": "false", "()": "[]"}
+    for name, said in table.items():
+        if name in {"scenes.objects", "scenes.held_out", "evaluate.suites"}:
+            continue  # longer than a word
+        default = "-" if known[name].is_required() else str(known[name].default)
+        assert said == shown.get(default, default), name
+    for name in known.keys() - table.keys():
+        section, _, key = name.rpartition(".")
+        rows = [line for line in text.splitlines() if re.search(rf"`\[*{section}\b", line)]
+        assert f"`{name}`" in text or any(re.search(rf"\b{key}\b", row) for row in rows), name
 
 
 @pytest.mark.parametrize("name", ["prx_24h", "prx_1gpu"])

@@ -213,3 +213,12 @@ def test_a_section_that_cannot_be_drawn_is_refused(values: dict[str, object], wo
 def test_the_objects_of_a_recipe_default_to_those_of_its_canvas() -> None:
     assert Config(canvas="32").objects == (1, 2)
     assert Config().objects == (1, 4)
+
+
+def test_a_canvas_may_be_named_by_its_number() -> None:
+    numbered = Config.model_validate({"canvas": 32})
+    assert numbered == Config(canvas="32")
+    assert numbered.objects == (1, 2)
+    for wrong in (65, True, 32.0):
+        with pytest.raises(ValidationError, match="'64-large'"):
+            Config.model_validate({"canvas": wrong})

@@ -16,11 +16,11 @@ Units   pixels; the centre of pixel i lies at i, so the canvas reaches from -0.5
 
 import math
 from itertools import combinations
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from daybreak.data import scenes_captions, scenes_shapes
 from daybreak.data.scenes_captions import COLOURS, OPPOSITE, SHAPES, SIZES, Specification, Wanted
@@ -88,6 +88,12 @@ class Config(BaseModel):
     under_specified: float = Field(default=0.25, ge=0.0, le=1.0)
     complete: int = Field(default=0, ge=0)
     held_out: tuple[Split, ...] = SPLITS
+
+    @field_validator("canvas", mode="before")
+    @classmethod
+    def _named(cls, value: Any) -> Any:
+        """Take a number for the canvas of that size: `--set scenes.canvas=32`."""
+        return str(value) if type(value) is int else value
 
     @model_validator(mode="after")
     def _objects_fit(self) -> "Config":

@@ -12,7 +12,7 @@ whether `PRXPixelPipeline` then draws the picture our sampler draws, and all thr
   - `use_resolution_binning=False` in the card, because binning knows 1024 px only.
 
 Where the recipe samples stochastically the scheduler does too, with noise from torch's global
-generator: `PRXPixelPipeline` does not hand its own on.
+generator: `PRXPixelPipeline` does not hand its own on. So the card seeds that one, and gives none.
 
 What that class lacks (self-guidance, an interval, projected guidance) is in pipeline.py, a class of
 diffusers' kind that travels along; how the recipe samples stands in the scheduler's configuration
@@ -197,6 +197,7 @@ def snippet(source: str, prompt: str, resolution: int, how: sampler.Config, shif
 from diffusers import PRXPixelPipeline
 
 pipeline = PRXPixelPipeline.from_pretrained("{source}")
+torch.manual_seed(0)
 image = pipeline(
     {json.dumps(prompt, ensure_ascii=False)},
     height={resolution},
@@ -204,7 +205,6 @@ image = pipeline(
     timesteps={times},
     guidance_scale={how.guidance:g},
     use_resolution_binning=False,
-    generator=torch.Generator().manual_seed(0),
 ).images[0]
 image.save("picture.png")
 '''
