@@ -122,7 +122,7 @@ def rope(
     device: torch.device | str = "cpu",
     stretch: float = 1.0,
 ) -> Float[Tensor, "n d"]:
-    """Return the cosines, then the sines, of every token's rotary angles, (rows * columns, d).
+    """Return cosine and sine of each of a token's rotary angles in turn, (rows * columns, d).
 
     The first half of a head turns with the row, the second with the column; pair j of an axis
     turns by 10000^(-4j/d) per place. Patch i lies at place (i + 1/2) stretch - 1/2, the middle of
@@ -142,7 +142,7 @@ def rope(
         ),
         dim=-1,
     ).flatten(0, 1)
-    return torch.cat((angle.cos(), angle.sin()), dim=-1).float()
+    return torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(-2).float()
 
 
 def rotate(
@@ -152,12 +152,11 @@ def rotate(
 
     The compiler has no complex numbers, so it is given the same product written out.
     """
-    cos, sin = angles.chunk(2, dim=-1)
-    pairs = x.unflatten(-1, (-1, 2))
+    pairs, turns = x.unflatten(-1, (-1, 2)), angles.unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling():
-        turned = torch.view_as_complex(pairs) * torch.complex(cos, sin)
+        turned = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
         return torch.view_as_real(turned).flatten(-2)
-    even, odd = pairs.unbind(-1)
+    (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
     return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
 
 
