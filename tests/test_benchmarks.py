@@ -30,13 +30,22 @@ SMALL = ["--set", "dit.width=32", "--set", "dit.heads=2", "--set", "dit.depth=1"
 STEP = ["step.py", "--eager", "--batch", "1", "--rounds", "1", "--threads", "1"]
 
 
-@pytest.mark.parametrize("measured", [[*STEP, "--case", "padded", "small"]], indirect=True)
+@pytest.mark.parametrize(
+    "measured", [[*STEP, "--optimiser", "--case", "padded", "small"]], indirect=True
+)
 def test_step_gives_a_ratio_for_every_pair_of_every_case(measured: dict[str, Any]) -> None:
     assert set(measured["cases"]) == {"padded, 1 threads", "small, 1 threads"}
     for case in measured["cases"].values():
         assert case["outputs differ by"] < 1e-4
         assert set(case["ratios"]) == {"float32", "bfloat16"}
         assert all(ratio["time"] > 0 and ratio["saved"] > 0 for ratio in case["ratios"].values())
+
+
+@pytest.mark.parametrize("measured", [[*STEP, "--recipe", "quickstart"]], indirect=True)
+def test_a_recipes_step_is_set_against_the_plain_class(measured: dict[str, Any]) -> None:
+    case = measured["cases"]["quickstart, 16 px, 1 threads"]
+    assert set(case["ratios"]) == {"against diffusers, bfloat16"}
+    assert case["ratios"]["against diffusers, bfloat16"]["time"] > 0
 
 
 @pytest.mark.parametrize("measured", [[*STEP, "--case", "routes"]], indirect=True)
