@@ -12,6 +12,7 @@ from typer.testing import CliRunner
 
 from daybreak import cli, config
 from daybreak.config import Recipe
+from daybreak.evaluate import statistics
 from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe
 from daybreak.train import arms, compare
@@ -78,7 +79,7 @@ def test_a_clear_difference_is_called_by_its_name(recipe: Recipe) -> None:
     up, down = ([value + by for value in base] for by in (0.06, -0.06))
     found = outcomes(recipe, [base, up, down])
     assert [one.verdict.word for one in found.versus] == ["not resolved"] * 2, "five are too few"
-    assert compare.seeds_for(2) == 6
+    assert statistics.seeds_for(2) == 6
     six = [[*arm, arm[0]] for arm in (base, up, down)]
     words = [one.verdict.word for one in outcomes(recipe, six).versus]
     assert words == ["better", "worse"]
@@ -113,7 +114,7 @@ def test_several_arms_are_corrected_together(recipe: Recipe) -> None:
     ("comparisons", "seeds"), [(0, 5), (1, 5), (2, 6), (3, 6), (4, 7), (12, 8)]
 )
 def test_the_fewest_seeds_that_can_tell(comparisons: int, seeds: int) -> None:
-    assert compare.seeds_for(comparisons) == seeds
+    assert statistics.seeds_for(comparisons) == seeds
     assert max(1, comparisons) * 2.0**-seeds <= 0.05
 
 
@@ -276,6 +277,11 @@ def test_a_value_that_was_not_measured_is_refused_with_those_that_were(
     [
         (("{tiny}",), "there is nothing to compare with"),
         (("{tiny}", "{tiny}", "--metric", "scenes.accuracy"), "there are exact, single"),
+        (("{tiny}", "{tiny}", "--metric", "scenes.three"), "there are scenes.exact"),
+        (
+            ("{tiny}", "{tiny}", "--metric", "distribution.frechet"),
+            "there are distribution.scenes.frechet",
+        ),
         (("{tiny}", "{tiny}", "--budget", "5usd"), "give --budget in min, flop or images"),
         (("{tiny}", "{tiny}", "--budget", "3images"), "without one: give at least"),
         (("{tiny}", "{tiny}", "--without", "muon"), "make arms of one recipe"),
@@ -298,6 +304,13 @@ def test_what_cannot_be_compared_is_refused_before_the_first_run(
     assert words in str(done.exception)
     assert "\n" not in str(done.exception)
     assert not out.exists()
+
+
+def test_several_processes_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(cli.app, ["compare", str(tiny), str(tiny)])
+    assert isinstance(done.exception, BadRecipe)
+    assert "start it without torchrun" in str(done.exception)
 
 
 def test_one_command_trains_compares_and_records(

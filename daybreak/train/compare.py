@@ -2,7 +2,8 @@
 
     value       the metric after the last step, on questions that arms of one seed share
     gain        value less the baseline's of the same seed, signed so that more is better
-    verdict     by the exact p of the gains and their interval, corrected for several arms
+    verdict     by the exact p of the gains and their interval, corrected for several arms; what
+                is better must be so in three quarters of the seeds
     reached     what was spent when a run first met the target; where it never did it is censored
 
 Every run counts. One whose loss stops being finite has no value: its arm is called diverged, and no
@@ -93,15 +94,6 @@ class Comparison(NamedTuple):
     question: Question
     rows: list[Row]
     versus: list[Versus]
-
-
-def seeds_for(comparisons: int) -> int:
-    """The fewest seeds with which so many comparisons can be resolved at all.
-
-    The smallest p of n seeds is 2^-n, and Holm multiplies the smallest of several by their number.
-    """
-    least = math.ceil(math.log2(max(1, comparisons) / statistics.ALPHA))
-    return max(statistics.FEWEST, least)
 
 
 # Running
@@ -209,7 +201,7 @@ def compare(arms: Sequence[Arm], outcomes: Sequence[Outcome], question: Question
         if name not in pairs:
             versus.append(Versus(row, _no_verdict(row, baseline)))
             continue
-        verdict = statistics.verdict(pairs[name], adjusted[name])
+        verdict = statistics.verdict(pairs[name], adjusted[name], len(pairs))
         tests = [_mcnemar(*pair) for pair in zip(row.outcomes, baseline.outcomes, strict=True)]
         race = None
         if question.target is not None:
