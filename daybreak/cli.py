@@ -445,6 +445,7 @@ def compare(
     print(f"comparison: {out / 'README.md'}")
     if record is not None:
         view.record(found, budget, measured, record)
+        print(*view.objections(found), sep="\n")
         print(f"record: {record / 'README.md'}")
 
 
