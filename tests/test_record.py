@@ -138,7 +138,7 @@ def test_what_keeps_no_rule_of_a_record_is_told_all_of_them(
     file.write_text(file.read_text().replace("abc", "abd-dirty").replace("2}", "4}"))
     (said,) = record.objections(found)
     for why in (
-        "dit.width=64 is no record because it has 5 seeds and a record 7 at least",
+        "dit.width=64 is no record because of the 7 seeds of a record it has 5",
         "several versions of the code",
         "ends in -dirty",
         "several machines",

@@ -153,7 +153,7 @@ def read(run: Run, question: Question) -> Outcome:
         curve,
         seconds[-1] if seconds else 0.0,
         float(steps[-1]["seconds"]) if steps else 0.0,
-        _passed(run.folder, question.metric) if done else {},
+        _passed(run, metric) if done else {},
     )
 
 
@@ -168,7 +168,10 @@ def _steps(folder: Path) -> list[dict[str, Any]]:
 
 def _has_diverged(folder: Path) -> bool:
     """Whether the last thing that a run says of itself is that its loss was not finite."""
-    status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:  # the disk took nothing
+        return False
     return bool(status["code"] == NotFinite.code)
 
 
@@ -189,12 +192,18 @@ def clock(recipe: Recipe, steps: Sequence[dict[str, Any]]) -> list[float]:
     return found
 
 
-def _passed(folder: Path, metric: str) -> dict[str, bool]:
-    """The answers that a metric of scenes is made of, by question; none for another metric."""
+def _passed(run: Run, metric: str) -> dict[str, bool]:
+    """The answers that a metric of scenes is made of, by question.
+
+    None for another metric, nor where the disk did not take those of the last step.
+    """
     name, _, value = metric.partition(".")
-    if name != "scenes":
+    file = run.folder / "evaluation/interim/scenes.json"
+    if name != "scenes" or not file.is_file():
         return {}
-    found = json.loads((folder / "evaluation/interim/scenes.json").read_text(encoding="utf-8"))
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found["step"] != run.recipe.steps:
+        return {}
 
     def counts(item: dict[str, Any]) -> bool:
         if item["split"] is not None:

@@ -176,7 +176,7 @@ def _of_runs(found: Comparison, row: Row) -> list[str]:
     seeds = sorted(outcome.run.recipe.seed for outcome in row.outcomes)
     why = []
     if len(seeds) < SEEDS:
-        why.append(f"it has {len(seeds)} seeds and a record {SEEDS} at least")
+        why.append(f"of the {SEEDS} seeds of a record it has {len(seeds)}")
     if seeds != list(range(seeds[0], seeds[0] + len(seeds))):
         why.append("its seeds are not consecutive")
     codes = {one["revision"] for one in born}
