@@ -396,12 +396,17 @@ def compare(
     from rich.console import Console
     from rich.table import Table
 
-    from daybreak.evaluate import interim, suite
+    from daybreak.evaluate import interim, statistics, suite
     from daybreak.train import arms as plan
     from daybreak.train import budget as paper
     from daybreak.train import compare as work
     from daybreak.train import record as view
 
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise BadRecipe(
+            "daybreak compare trains with one process and takes turns between recipes: start it "
+            "without torchrun"
+        )
     asked = suite.suite_of(metric)
     if record is not None:
         view.check(record)
@@ -420,8 +425,8 @@ def compare(
         features=features,
     )
     given = paper.parse(budget) if budget else None
-    arms = plan.arms(loaded, given, evaluation, evaluations, out)
-    enough = work.seeds_for(len(arms) - 1)
+    arms = plan.arms(loaded, given, evaluation, evaluations, out, metric)
+    enough = statistics.seeds_for(len(arms) - 1)
     runs = list(plan.runs(arms, seeds or enough, out))
     if seeds and seeds < enough and len(arms) > 1:
         print(f"with so many arms nothing is resolved by {seeds} seeds: give --seeds {enough}")
@@ -440,6 +445,7 @@ def compare(
     print(f"comparison: {out / 'README.md'}")
     if record is not None:
         view.record(found, budget, measured, record)
+        print(*view.objections(found), sep="\n")
         print(f"record: {record / 'README.md'}")
 
 

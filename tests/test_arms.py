@@ -1,6 +1,9 @@
 """What is compared: arms, seeds, and budgets that are met to the last step."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -124,6 +127,22 @@ def test_the_last_step_of_repa_moves_with_the_budget(tiny: Path) -> None:
     assert (short.steps, short.repa.until) == (5, 4)
 
 
+@pytest.mark.parametrize(
+    ("complete", "moved"), [(40, 80), (80, 160), (136, 272), (192, 384), (1000, 1192)]
+)
+def test_complete_captions_end_where_they_did_between_stages(
+    tiny: Path, complete: int, moved: int
+) -> None:
+    recipe = two_stages(tiny)  # 80 pictures, then 112
+    recipe = config.parse(
+        recipe.model_dump() | {"scenes": {"canvas": "32", "complete": complete}}, "here"
+    )
+    long = arms.fit(recipe, budget.parse("384images"), [8.0, 16.0])
+    assert [stage.count for stage in long.stage] == [20, 14]
+    assert long.scenes is not None
+    assert long.scenes.complete == moved
+
+
 def test_a_budget_without_a_step_for_every_stage_is_refused(tiny: Path) -> None:
     recipe = two_stages(tiny)
     with pytest.raises(BadRecipe, match=r"leaves stage\.0 .* without one: give at least"):
@@ -166,8 +185,53 @@ def test_costs_are_counted_as_the_budget_is() -> None:
 def test_scores_of_other_scenes_are_not_compared(tiny: Path, tmp_path: Path) -> None:
     one, other = config.load(tiny), config.load(tiny, ("scenes.objects=[1, 1]",))
     asked = Evaluate(every=1, suites=("scenes",))
-    with pytest.raises(BadRecipe, match="trained on other scenes"):
+    with pytest.raises(BadRecipe, match=r"other things than one, because scenes\.objects differs"):
         arms.arms([("one", one), ("other", other)], None, asked, 4, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "suites", "words"),
+    [
+        ("scenes.held_out=['H1']", ("validation",), r"scenes\.held_out differs"),
+        ("scenes.under_specified=0.5", ("validation",), "--metric scenes.exact"),
+        ("scenes.under_specified=0.5", ("distribution",), "--metric scenes.exact"),
+        ("flow.noise_scale=2.0", ("validation",), r"flow\.noise_scale differs"),
+    ],
+)
+def test_values_of_other_pictures_or_noise_are_not_compared(
+    tiny: Path, tmp_path: Path, change: str, suites: tuple[Any, ...], words: str
+) -> None:
+    recipes = [("one", config.load(tiny)), ("other", config.load(tiny, (change,)))]
+    asked = Evaluate(every=1, suites=suites, pictures=32)
+    with pytest.raises(BadRecipe, match=f"other would be asked other things than one, .*{words}"):
+        arms.arms(recipes, None, asked, 4, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "suite"),
+    [("scenes.complete=40", "validation"), ("scenes.under_specified=0.5", "scenes")],
+)
+def test_what_only_training_sees_may_differ(
+    tiny: Path, tmp_path: Path, change: str, suite: Any
+) -> None:
+    recipes = [("one", config.load(tiny)), ("other", config.load(tiny, (change,)))]
+    asked = Evaluate(every=1, suites=(suite,), pictures=32)
+    assert len(arms.arms(recipes, None, asked, 4, tmp_path)) == 2
+
+
+def test_recipes_that_end_at_other_resolutions_are_not_compared_on_a_dataset(
+    tiny: Path, tmp_path: Path, prepared: Callable[..., Path]
+) -> None:
+    held = prepared([{}] * 32)
+    on_pictures = (f"data.source={json.dumps(held.as_posix())}",)
+    one, fine, large = (
+        config.load(tiny, (*on_pictures, *change), ("scenes",))
+        for change in ((), ("dit.patch=16",), ("stage.0.resolution=64",))
+    )
+    asked = Evaluate(every=1, suites=("validation",), pictures=32, data=str(held))
+    assert len(arms.arms([("one", one), ("fine", fine)], None, asked, 4, tmp_path)) == 2
+    with pytest.raises(BadRecipe, match="the last stage's resolution differs"):
+        arms.arms([("one", one), ("large", large)], None, asked, 4, tmp_path)
 
 
 def test_a_metric_that_an_arm_cannot_have_is_refused(tiny: Path, tmp_path: Path) -> None:

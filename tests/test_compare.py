@@ -4,6 +4,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,9 +13,10 @@ from typer.testing import CliRunner
 
 from daybreak import cli, config
 from daybreak.config import Recipe
+from daybreak.evaluate import statistics
 from daybreak.evaluate.interim import Config as Evaluate
-from daybreak.failure import BadRecipe
-from daybreak.train import arms, compare
+from daybreak.failure import BadRecipe, BadStorage
+from daybreak.train import arms, compare, evaluations
 from daybreak.train.arms import Arm, Run
 from daybreak.train.compare import Comparison, Outcome, Question
 
@@ -62,6 +64,16 @@ def test_a_slow_step_after_the_warm_up_counts_in_full(tiny: Path) -> None:
     assert compare.clock(long, lines(took))[-1] == 99 + 50
 
 
+def test_a_run_that_goes_on_may_compile_again(tiny: Path) -> None:
+    long = config.load(tiny, ("stage.0.steps=200",))
+    took = [1.0] * 200
+    took[100] = took[140] = took[160] = 50.0
+    steps = lines(took)
+    assert compare.clock(long, steps)[-1] == 197 + 150
+    steps[100]["resumed"] = 1
+    assert compare.clock(long, steps)[-1] == 199 + 50
+
+
 def test_every_stage_has_a_warm_up_of_its_own(tiny: Path) -> None:
     tiny.write_text(
         tiny.read_text() + "\n[[stage]]\nresolution = 32\nsteps = 5\nbatch = 8\nlr = 1\n"
@@ -78,7 +90,7 @@ def test_a_clear_difference_is_called_by_its_name(recipe: Recipe) -> None:
     up, down = ([value + by for value in base] for by in (0.06, -0.06))
     found = outcomes(recipe, [base, up, down])
     assert [one.verdict.word for one in found.versus] == ["not resolved"] * 2, "five are too few"
-    assert compare.seeds_for(2) == 6
+    assert statistics.seeds_for(2) == 6
     six = [[*arm, arm[0]] for arm in (base, up, down)]
     words = [one.verdict.word for one in outcomes(recipe, six).versus]
     assert words == ["better", "worse"]
@@ -113,7 +125,7 @@ def test_several_arms_are_corrected_together(recipe: Recipe) -> None:
     ("comparisons", "seeds"), [(0, 5), (1, 5), (2, 6), (3, 6), (4, 7), (12, 8)]
 )
 def test_the_fewest_seeds_that_can_tell(comparisons: int, seeds: int) -> None:
-    assert compare.seeds_for(comparisons) == seeds
+    assert statistics.seeds_for(comparisons) == seeds
     assert max(1, comparisons) * 2.0**-seeds <= 0.05
 
 
@@ -252,6 +264,48 @@ def test_real_runs_are_compared_and_used_again(
     assert stamps() == before
 
 
+def test_a_run_whose_last_evaluation_is_missing_is_not_called_diverged(
+    quick: tuple[Path, Evaluate], tmp_path: Path
+) -> None:
+    path, asked = quick
+    made = arms.arms([("tiny", config.load(path, ("stage.0.steps=2",)))], None, asked, 1, tmp_path)
+    run = next(arms.runs(made, 1, tmp_path))
+    assert compare.run([run], made, lambda line: None) == 0
+    question = Question("validation.loss")
+    assert math.isfinite(compare.read(run, question).value)
+    file = run.folder / evaluations.FILE
+    kept = file.read_text()
+    file.write_text("")
+    with pytest.raises(BadStorage, match="lacks the evaluation of its last step"):
+        compare.read(run, question)
+    assert compare.run([run], made, lambda line: None) == 0
+    assert evaluations.lines(run.folder)[0]["values"] == json.loads(kept)["values"]
+
+
+def test_a_run_without_one_finite_step_has_diverged(recipe: Recipe) -> None:
+    run = Run(0, 0, recipe)
+    run.folder.mkdir()
+    (run.folder / "status.json").write_text('{"state": "failed", "code": 5}')
+    for unit in ("pictures", "flops", "seconds"):
+        found = compare.read(run, Question("scenes.exact", unit))
+        assert math.isnan(found.value)
+        assert (found.curve, found.seconds, found.wall) == ([], 0.0, 0.0)
+
+
+def test_the_way_to_a_value_is_that_at_the_last_resolution(tiny: Path) -> None:
+    tiny.write_text(
+        tiny.read_text() + "\n[[stage]]\nresolution = 32\nsteps = 10\nbatch = 8\nlr = 1\n"
+    )
+    run = Run(0, 0, config.load(tiny))
+    (run.folder / "evaluation").mkdir(parents=True)
+    (run.folder / "metrics.jsonl").write_text("")
+    rows: list[dict[str, Any]] = [{"step": 10, "resolution": 16}, {"step": 20, "resolution": 32}]
+    values = {"values": {"validation.loss": {"value": 0.5}}}
+    text = "".join(json.dumps(row | values) + "\n" for row in rows)
+    (run.folder / evaluations.FILE).write_text(text)
+    assert compare.read(run, Question("validation.loss")).curve == [(160.0, 0.5)]
+
+
 def test_a_value_that_was_not_measured_is_refused_with_those_that_were(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -276,6 +330,11 @@ def test_a_value_that_was_not_measured_is_refused_with_those_that_were(
     [
         (("{tiny}",), "there is nothing to compare with"),
         (("{tiny}", "{tiny}", "--metric", "scenes.accuracy"), "there are exact, single"),
+        (("{tiny}", "{tiny}", "--metric", "scenes.three"), "there are scenes.exact"),
+        (
+            ("{tiny}", "{tiny}", "--metric", "distribution.frechet"),
+            "there are distribution.scenes.frechet",
+        ),
         (("{tiny}", "{tiny}", "--budget", "5usd"), "give --budget in min, flop or images"),
         (("{tiny}", "{tiny}", "--budget", "3images"), "without one: give at least"),
         (("{tiny}", "{tiny}", "--without", "muon"), "make arms of one recipe"),
@@ -298,6 +357,13 @@ def test_what_cannot_be_compared_is_refused_before_the_first_run(
     assert words in str(done.exception)
     assert "\n" not in str(done.exception)
     assert not out.exists()
+
+
+def test_several_processes_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    done = CliRunner().invoke(cli.app, ["compare", str(tiny), str(tiny)])
+    assert isinstance(done.exception, BadRecipe)
+    assert "start it without torchrun" in str(done.exception)
 
 
 def test_one_command_trains_compares_and_records(

@@ -87,6 +87,8 @@ def test_several_networks_judge_the_same_pictures(tmp_path: Path) -> None:
     found = distribution.distribution(artist(0), examples.of_scenes(CONFIG, 1, 40), two, tmp_path)
     assert found.values["corners.kernel"] == found.values["tiny-clip.kernel"]
     assert "tiny-clip.cmmd" in found.values
+    known = [*distribution.names("corners"), *distribution.names("a/tiny-clip")]
+    assert set(known) == found.values.keys()
     assert set(found.details["extractors"]) == {"corners", "a/tiny-clip"}
 
 

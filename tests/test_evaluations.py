@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from daybreak import config
-from daybreak.failure import BadRecipe, NoCheckpoint
+from daybreak.failure import BadData, BadRecipe, Failure, NoCheckpoint
 from daybreak.train import checkpoint, evaluations, loop, runs
 
 FEW = 'evaluate={every=4, suites=["validation"], pictures=32, best="validation.loss"}'
@@ -66,6 +66,17 @@ def test_runs_of_one_seed_are_asked_the_same_and_other_seeds_something_else(
     one = prompts("one", "stage.0.steps=2")
     assert prompts("other", "stage.0.steps=2", "stage.0.lr=1e-3") == one
     assert prompts("third", "stage.0.steps=2", "seed=4") != one
+
+
+def test_a_stage_of_small_pictures_is_asked_for_scenes_of_the_whole_canvas(tiny: Path) -> None:
+    last = "\n[[stage]]\nresolution = 32\nsteps = 2\nbatch = 8\nlr = 1e-3\n"
+    tiny.write_text(tiny.read_text().replace("resolution = 32", "resolution = 16") + last)
+    every = 'evaluate={every=2, suites=["scenes", "validation"], per_task=5, pictures=32}'
+    run = trained(tiny, "stage.0.steps=2", every)
+    first, second = evaluations.lines(run)
+    assert (first["resolution"], second["resolution"]) == (16, 32)
+    assert first["sides"] == second["sides"] == {"scenes": 32, "validation": 32}
+    assert evaluations.side(first, "scenes.exact") == 32
 
 
 def test_the_best_checkpoint_survives_those_that_come_after_it(tiny: Path) -> None:
@@ -134,6 +145,10 @@ def test_the_best_is_the_first_that_beats_all_before() -> None:
     assert not evaluations.is_best([line(1, 0.2), line(2, 0.2)], metric)
     assert not evaluations.is_best([line(1, 0.2), line(2, None)], metric)
     assert evaluations.is_best([line(1, 0.9), line(2, 0.1, resolution=64)], metric)
+    alike = {"sides": {"scenes": 64}}
+    assert not evaluations.is_best(
+        [line(1, 0.9) | alike, line(2, 0.1, resolution=64) | alike], metric
+    )
 
 
 PICTURES = ('data.source="somewhere"',)
@@ -163,6 +178,48 @@ def test_what_cannot_be_measured_is_refused_on_load(
 ) -> None:
     with pytest.raises(BadRecipe, match=words):
         config.load(tiny, sets, without)
+
+
+@pytest.mark.parametrize(
+    ("asked", "kind", "words"),
+    [
+        (
+            "suites=['scenes'], best='scenes.three'",
+            BadRecipe,
+            "there are scenes.exact, scenes.sing",
+        ),
+        ("suites=['scenes'], best='scenes.H5'", BadRecipe, "scenes.H5 would not be measured"),
+        (
+            "suites=['distribution'], best='distribution.frechet'",
+            BadRecipe,
+            "there are distribution.scenes.frechet",
+        ),
+        (
+            "suites=['distribution'], best='distribution.scenes.cmmd'",
+            BadRecipe,
+            "would not be measured",
+        ),
+        ("suites=['distribution'], features='/nowhere/clip'", BadRecipe, "need the model /nowhere"),
+        ("data='/nowhere'", BadData, "/nowhere"),
+    ],
+)
+def test_what_an_evaluation_lacks_is_missed_before_the_first_step(
+    tiny: Path, asked: str, kind: type[Failure], words: str
+) -> None:
+    recipe = config.load(tiny, (f"evaluate={{every=5, {asked}}}",))
+    with pytest.raises(kind, match=words):
+        loop.train(recipe, lambda line: None)
+    assert not Path(recipe.out).exists()
+
+
+def test_a_dataset_that_is_too_small_is_refused_before_the_first_step(
+    tiny: Path, prepared: Any
+) -> None:
+    held = json.dumps(prepared([{}] * 32, called="held").as_posix())
+    recipe = config.load(tiny, (f"evaluate={{every=5, data={held}, pictures=33}}",))
+    with pytest.raises(BadData, match="holds 32 pictures and 33 are to be compared"):
+        loop.train(recipe, lambda line: None)
+    assert not Path(recipe.out).exists()
 
 
 def test_a_run_on_pictures_is_measured_on_another_dataset(

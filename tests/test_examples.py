@@ -83,7 +83,7 @@ def test_the_digest_names_what_decides_the_pictures(prepared: Callable[..., Path
 def test_too_few_pictures_are_refused_with_the_number_there_is(
     prepared: Callable[..., Path],
 ) -> None:
-    with pytest.raises(BadData, match=r"holds 30 pictures and 31 .* --count 30"):
+    with pytest.raises(BadData, match=r"holds 30 pictures and 31 .* ask for 30 \(--count"):
         examples.of_dataset(dataset(prepared), 64, 16, 0, 31)
 
 

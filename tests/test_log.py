@@ -58,6 +58,7 @@ def test_resumed_every_step_stands_once(tmp_path: Path) -> None:
     after = lines(tmp_path)
     assert [line["step"] for line in after] == list(range(1, 10))
     assert after[:4] == before[:4]
+    assert [line["step"] for line in after if "resumed" in line] == [5]
     assert after[-1]["images"] == 72
     assert after[4]["seconds"] >= after[3]["seconds"]
     assert [file.name for file in tmp_path.iterdir()] == ["metrics.jsonl"]

@@ -74,7 +74,8 @@ def test_sentences_say_what_follows(found: Comparison) -> None:
     assert "times the pictures seen of base to reach 0.5" in said
     assert "5 and 3 of 5 runs reached it" in said
     assert "(a record needs 0.01)" in said
-    assert "with all of these a run took 9 to 9 s" in said
+    assert "with these, a run took 9 to 9 s up to its last step" in said
+    assert "versions of the code" not in said
     assert "turned into steps" not in said
     assert "turned into steps" in "\n".join(record.sentences(found, measured=True))
 
@@ -121,6 +122,82 @@ def test_a_record_holds_everything_needed_to_check_it(found: Comparison, tmp_pat
     assert "base-seed-3-evaluations.jsonl.gz" in logs
     with gzip.open(place / "logs" / "wide-seed-7.jsonl.gz") as file:
         assert file.read() == b'{"step": 1}\n'
+
+
+def test_runs_of_two_versions_of_the_code_say_so(found: Comparison) -> None:
+    file = found.rows[0].outcomes[0].run.folder / "run.json"
+    file.write_text(file.read_text().replace("abc", "abd"))
+    said = "\n".join(record.sentences(found, measured=False))
+    assert "runs were made by 2 versions of the code (abc, abd)" in said
+
+
+def test_what_keeps_no_rule_of_a_record_is_told_all_of_them(
+    found: Comparison, tmp_path: Path
+) -> None:
+    file = found.rows[0].outcomes[0].run.folder / "run.json"
+    file.write_text(file.read_text().replace("abc", "abd-dirty").replace("2}", "4}"))
+    (said,) = record.objections(found)
+    for why in (
+        "dit.width=64 is no record because of the 7 seeds of a record it has 5",
+        "several versions of the code",
+        "ends in -dirty",
+        "several machines",
+        "its target is not 0.8 or more",
+        "do not have 200 prompts",
+        "not sure to p < 0.01",
+    ):
+        assert why in said
+    record.record(found, None, False, tmp_path / "record")
+    assert said in (tmp_path / "record" / "README.md").read_text()
+
+
+def test_what_keeps_them_all_is_told_so(tiny: Path, tmp_path: Path) -> None:
+    recipe = config.load(tiny, ("evaluate={every=5, suites=['scenes'], per_task=200}",))
+    rows = []
+    for place, (name, costs) in enumerate((("base", 80.0), ("wide", 40.0))):
+        outcomes = []
+        for number in range(7):
+            out = tmp_path / name / f"seed-{number}"
+            out.mkdir(parents=True)
+            machine = {"device": "cpu", "cores": 2}
+            facts = {"revision": "abc", "machine": machine, "versions": {}}
+            (out / "run.json").write_text(json.dumps(facts))
+            one = recipe.model_copy(update={"out": out.as_posix(), "seed": number})
+            value = 0.9 + 0.001 * number
+            curve = [(costs + number, value)]
+            outcomes.append(Outcome(Run(place, number, one), value, curve, 2.0, 9.0, {}))
+        rows.append(outcomes)
+    made = [Arm(name, recipe, 0, False) for name in ("base", "wide")]
+    question = Question("scenes.exact", "seconds", target=0.8)
+    found = compare.compare(made, [*rows[0], *rows[1]], question)
+    (said,) = record.objections(found)
+    assert said.startswith("wide keeps the rules of a record that a program can check")
+    slower = compare.compare(
+        made,
+        [one._replace(run=one.run._replace(arm=1 - one.run.arm)) for row in rows for one in row],
+        question,
+    )
+    assert "sooner than the standing record" in record.objections(slower)[0]
+
+
+def test_a_comparison_without_a_single_point_is_kept_all_the_same(
+    tiny: Path, tmp_path: Path
+) -> None:
+    found = comparison(config.load(tiny), tmp_path / "runs", [math.nan] * 5)
+    rows = [
+        row._replace(outcomes=[one._replace(curve=[]) for one in row.outcomes])
+        for row in found.rows
+    ]
+    record.write(found._replace(rows=rows), None, False, tmp_path / "out")
+    assert "chart.png" not in (tmp_path / "out" / "README.md").read_text()
+    assert not (tmp_path / "out" / "chart.png").exists()
+
+
+def test_a_network_of_unknown_size_costs_unknown_flops(tiny: Path, tmp_path: Path) -> None:
+    recipe = config.load(tiny, ("text={encoder='nobody/nothing', max_tokens=24}",))
+    record.write(comparison(recipe, tmp_path / "runs"), None, False, tmp_path / "out")
+    kept = json.loads((tmp_path / "out" / "comparison.json").read_text())
+    assert kept["arms"][0]["flops"] is None
 
 
 def test_a_record_is_not_written_over_another(found: Comparison, tmp_path: Path) -> None:

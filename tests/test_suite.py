@@ -47,6 +47,7 @@ def test_an_artist_that_draws_what_is_asked_has_every_point() -> None:
     assert result.values["exact"][:3] == pytest.approx((1, 1, 1))
     assert {"single", "position", "H1", "H4", "shuffled", "ground_truth"} <= result.values.keys()
     assert not {"three", "size", "H5"} & result.values.keys(), "nothing of them was asked"
+    assert {*scenes_suite.names(CONFIG), "shuffled", "ground_truth"} == result.values.keys()
     assert result.values["single"].low < 0.6, "five pictures are no certainty"
     assert result.pictures == len(result.details["items"])
     assert all(item["passed"] for item in result.details["items"])

@@ -27,7 +27,7 @@ from daybreak.evaluate.distances import Estimate
 from daybreak.evaluate.examples import Examples
 from daybreak.evaluate.features import Extractor, Features
 from daybreak.evaluate.prompts import Prompts
-from daybreak.evaluate.suite import Progress, Result, mean
+from daybreak.evaluate.suite import DISTANCES, Progress, Result, mean
 from daybreak.failure import BadData, BadRecipe
 
 BATCH = 64
@@ -136,6 +136,12 @@ def coco30k(
         "resize": f"bicubic with antialiasing to {side} px, bytes, then as the network demands",
     }
     return Result(values, len(texts), details, remarks)
+
+
+def names(network: str) -> list[str]:
+    """What `compare` measures with a network of this name."""
+    known = [name for name in DISTANCES if name != "cmmd" or "clip" in network]
+    return [f"{Path(network).name}.{name}" for name in known]
 
 
 def compare(

@@ -58,7 +58,8 @@ def of_scenes(config: scenes.Config, seed: int, count: int) -> Examples:
             pictures = np.stack([sample.image for sample in drawn])
             yield Batch(first, pictures, [sample.caption for sample in drawn])
 
-    facts = [config.model_dump(mode="json"), seed, count]
+    # What is left out of captions depends on the index, and theirs lie beyond any `complete`.
+    facts = [config.model_dump(mode="json", exclude={"complete"}), seed, count]
     return Examples("scenes", _digest(facts), count, read)
 
 
@@ -71,8 +72,9 @@ def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Exa
     opened = source.datasets[0]
     if len(opened.numbers) < count:
         raise BadData(
-            f"{folder} holds {len(opened.numbers)} pictures and {count} are to be compared: give "
-            f"--count {len(opened.numbers)}, or a larger dataset"
+            f"{folder} holds {len(opened.numbers)} pictures and {count} are to be compared: ask "
+            f"for {len(opened.numbers)} (--count of evaluate, --pictures of compare, "
+            "evaluate.pictures of a recipe), or give a larger dataset"
         )
     if opened.largest < side:
         raise BadData(
@@ -95,7 +97,7 @@ def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Exa
                 yield Batch(first, pictures, [sample.caption for sample in samples])
                 first += len(samples)
 
-    facts = [sorted(opened.files.values()), side, unit, seed, count]
+    facts = [sorted(opened.files.values()), side, seed, count, [list(slot) for slot in slots]]
     return Examples(str(folder), _digest(facts), count, read)
 
 

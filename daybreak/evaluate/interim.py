@@ -8,13 +8,15 @@ Nothing here draws from a generator that training draws from, so a run with eval
 same steps as one without, bit for bit.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from daybreak.data import scenes as scenes_data
+from daybreak.failure import BadRecipe
 
 if TYPE_CHECKING:
     from daybreak.evaluate.artist import Artist
@@ -73,6 +75,67 @@ class Config(BaseModel):
             raise ValueError("evaluate.suites names distribution: name its network with features")
 
 
+def side(config: Config, suite: str, scenes: scenes_data.Config | None, resolution: int) -> int:
+    """The side of a suite's pictures in a stage of some resolution.
+
+    Scenes are always as large as their canvas, which is what the checker knows; pictures of a
+    dataset are as large as those that the stage trains with.
+    """
+    if scenes is not None and (suite == "scenes" or config.data is None):
+        return scenes_data.CANVASES[scenes.canvas].size
+    return resolution
+
+
+def names(config: Config, scenes: scenes_data.Config | None) -> list[str]:
+    """Every metric that the suites of a run can measure: a canvas does not have all tasks."""
+    from daybreak.evaluate import distribution, scenes_suite, suite
+
+    found: list[str] = []
+    for name in config.suites:
+        if name == "scenes":
+            assert scenes is not None
+            values = scenes_suite.names(scenes)
+        elif name == "distribution":
+            values = distribution.names(config.features or "scenes")
+        else:
+            values = list(suite.METRICS[name])
+        found += [f"{name}.{value}" for value in values]
+    return found
+
+
+def check(
+    config: Config,
+    scenes: scenes_data.Config | None,
+    resolutions: Sequence[int],
+    unit: int,
+    metric: str | None,
+) -> None:
+    """Look, before the first step, at all that an evaluation will need.
+
+    `resolutions` are those of the stages that are evaluated, `unit` is the model's patch.
+
+    Errors  BadRecipe for a `metric` that the suites cannot measure, or a network whose weights are
+            not there; BadData for a dataset that is missing, too small or of too small pictures.
+    """
+    from daybreak.evaluate import examples
+
+    if metric is not None and metric not in (there := names(config, scenes)):
+        raise BadRecipe(f"{metric} would not be measured: there are {', '.join(there)}")
+    if config.data is not None and set(config.suites) != {"scenes"}:
+        for resolution in sorted(set(resolutions)):
+            examples.of_dataset(Path(config.data), resolution, unit, 0, config.pictures)
+    if "distribution" in config.suites:
+        _load_once(config.features or "scenes")
+
+
+@cache
+def _load_once(network: str) -> None:
+    """See that a network of the distribution is there; a comparison would ask for every run."""
+    from daybreak.evaluate import features
+
+    features.load(network)
+
+
 def measure(
     config: Config,
     model: "TextToImage",
@@ -84,23 +147,26 @@ def measure(
 ) -> Mapping[str, "Result"]:
     """Run the suites; `seed` is the run's own, so runs of one seed are asked the same.
 
+    The artist's side is the resolution of the stage; each suite asks for its own.
+
     Errors  those of the suites.
     """
     from daybreak.evaluate import distribution, features, suite
 
     found: dict[str, Result] = {}
     for name in config.suites:
+        asked = artist._replace(side=side(config, name, scenes, artist.side))
         if name == "scenes":
             assert scenes is not None
-            found[name] = suite.scenes(artist, scenes, seed, config.per_task)
+            found[name] = suite.scenes(asked, scenes, seed, config.per_task)
             continue
-        examples = _examples(config, artist, scenes, seed)
+        examples = _examples(config, asked, scenes, seed)
         if name == "validation":
             found[name] = suite.validate(model, examples, noise_scale, seed)
         else:
             device = next(model.dit.parameters()).device
             extractor = features.load(config.features or "scenes", device)
-            found[name] = distribution.distribution(artist, examples, [extractor], cache, seed)
+            found[name] = distribution.distribution(asked, examples, [extractor], cache, seed)
     return found
 
 

@@ -154,6 +154,17 @@ _FORMS: dict[Split, tuple[str, ...]] = {  # the tasks whose words can express a 
 }
 
 
+def names(config: Config) -> list[str]:
+    """What a score of this recipe consists of: `exact`, its tasks, and its held-out splits."""
+    asked = [task for task in TASKS if _things(config, task, None)]
+    splits = [
+        split
+        for split in config.held_out
+        if any(_things(config, task, split) for task in _FORMS[split])
+    ]
+    return [*(["exact"] if set(asked) & set(SCORED) else []), *asked, *splits]
+
+
 def _things(config: Config, task: str, split: Split | None) -> list[int]:
     """The numbers of things with which a task can be asked; none if it cannot be."""
     canvas = CANVASES[config.canvas]

@@ -221,12 +221,12 @@ def _signed_sums(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return sums
 
 
-def verdict(comparison: Paired, p: float | None = None) -> Verdict:
+def verdict(comparison: Paired, p: float | None = None, comparisons: int = 1) -> Verdict:
     """Better or worse only if the exact test and the interval agree.
 
-    `p` stands for the comparison's own where it was one of several (`holm`). What most seeds do not
-    show is called by its name: with enough of them a gain far smaller than their noise can be
-    proven.
+    `p` stands for the comparison's own where it was one of several `comparisons` (`holm`). With
+    enough seeds a gain far smaller than their noise can be proven: what fewer than WINS of them
+    show is not called better.
     """
     gain, low, high, *_, wins, sd, n, margin = comparison
     p = comparison.p if p is None else p
@@ -235,21 +235,38 @@ def verdict(comparison: Paired, p: float | None = None) -> Verdict:
         f"(95 % interval {low:+.4g} to {high:+.4g}, p = {p:.2g}, better in {wins:.0%} of seeds)"
     )
     if p <= ALPHA and (low > margin or high < -margin):
+        if gain > 0 and wins < WINS:
+            return Verdict(
+                "not resolved",
+                f"not resolved: {seen}; an improvement shows in {WINS:.0%} of seeds at least, "
+                "however sure the mean is",
+            )
         word: Literal["better", "worse"] = "better" if gain > 0 else "worse"
-        rare = gain > 0 and wins < WINS
-        more = ", too few of them to call it an improvement" if rare else ""
-        return Verdict(word, f"{word}: {seen}{more}")
+        return Verdict(word, f"{word}: {seen}")
+    least = seeds_for(comparisons)
     if n < FEWEST:
         return Verdict(
-            "not resolved", f"not resolved: {seen}; nothing can be resolved with fewer than 5 seeds"
+            "not resolved",
+            f"not resolved: {seen}; nothing can be resolved with fewer than {least} seeds",
         )
     beyond = abs(gain) - margin
     if beyond <= 0:
         what = "no difference" if margin == 0 else f"no difference beyond {margin:.4g}"
         return Verdict("not resolved", f"not resolved: {seen}; there is {what} to be resolved")
-    needed = max(n + 1, seeds_needed(sd, beyond))
+    needed = max(n + 1, least, seeds_needed(sd, beyond))
     many = f"about {needed:,} seeds" if needed <= 10_000 else "more than 10,000 seeds"
-    return Verdict("not resolved", f"not resolved: {seen}; a difference of this size needs {many}")
+    rare = f", and to show in {WINS:.0%} of them" if gain > 0 and wins < WINS else ""
+    return Verdict(
+        "not resolved", f"not resolved: {seen}; a difference of this size needs {many}{rare}"
+    )
+
+
+def seeds_for(comparisons: int) -> int:
+    """The fewest seeds with which so many comparisons can be resolved at all.
+
+    The smallest p of n seeds is 2^-n, and Holm multiplies the smallest of several by their number.
+    """
+    return max(FEWEST, math.ceil(math.log2(max(1, comparisons) / ALPHA)))
 
 
 def seeds_needed(sd: float, difference: float) -> int:

@@ -8,10 +8,11 @@ Run k of every arm has seed s + k, so initial weights, data and evaluation noise
 two arms are the same recipe they would be the same numbers: the second gets other seeds, and is
 still compared pair by pair.
 
-A budget shortens or lengthens the recipe's stages in proportion, warm-up and REPA's last step with
-them. Pictures and FLOPs are counted, and as many steps are taken as they pay for, exactly. Seconds
-are turned into steps by the speed of each arm, measured once with real steps on this machine and
-kept beside the runs, so that a slower arm sees less and an interruption changes nothing.
+A budget shortens or lengthens the recipe's stages in proportion; warm-up, REPA's last step and the
+last scene whose caption is complete go with them. Pictures and FLOPs are counted, and as many steps
+are taken as they pay for, exactly. Seconds are turned into steps by the speed of each arm, measured
+once with real steps on this machine and kept beside the runs, so that a slower arm sees less and an
+interruption changes nothing.
 
 Runs are kept under a digest of their recipe and used again; the same command goes on where it was
 stopped.
@@ -28,10 +29,11 @@ from typing import Any, Literal, NamedTuple
 
 from daybreak import config
 from daybreak.config import Recipe
-from daybreak.evaluate import suite
+from daybreak.data.scenes import Config as Scenes
+from daybreak.evaluate import examples, suite
 from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe
-from daybreak.train import budget, flops, measure
+from daybreak.train import budget, evaluations, flops, measure
 from daybreak.train.budget import Budget
 from daybreak.train.runs import precision
 
@@ -86,13 +88,14 @@ def arms(
     evaluation: Evaluate,
     points: int,
     out: Path,
+    metric: str | None = None,
 ) -> list[Arm]:
     """Give every recipe its budget, and the same evaluation `points` times on its way.
 
-    Errors  BadRecipe for a budget in dollars or too small for a step, or for recipes that cannot be
-            asked the same.
+    Errors  BadRecipe for a budget in dollars or too small for a step, for recipes that cannot be
+            asked the same, or a metric that they cannot have; BadData for a dataset that cannot be
+            evaluated with. All of it before anything is written.
     """
-    first = loaded[0][1]
     for name, recipe in loaded:
         if recipe.budget is not None and given is None:
             raise BadRecipe(
@@ -107,11 +110,10 @@ def arms(
             )
         if "distribution" in evaluation.suites and not on_scenes and evaluation.features is None:
             raise BadRecipe("a --metric of distribution needs its network: give it with --features")
-        if "scenes" in evaluation.suites and asked_about(recipe) != asked_about(first):
-            raise BadRecipe(
-                f"{name} is trained on other scenes than {loaded[0][0]} (canvas, objects or what "
-                "is held out differ): a score of both would be of different questions"
-            )
+        whole = _with(recipe, out="run", budget=None, evaluate=evaluation.model_dump())
+        evaluations.check(whole, metric)
+        _ask_alike(loaded[0], (name, recipe), evaluation)
+    first = loaded[0][1]
     made: list[Arm] = []
     for name, recipe in loaded:
         plain = _with(recipe, out="run", seed=first.seed, budget=None, evaluate=None)
@@ -127,10 +129,46 @@ def arms(
     return made
 
 
-def asked_about(recipe: Recipe) -> object:
-    """What the questions of scenes depend on; None for a recipe without."""
-    scenes = recipe.scenes
-    return scenes and (scenes.canvas, scenes.objects, scenes.held_out)
+def questions(recipe: Recipe, evaluation: Evaluate) -> dict[str, object]:
+    """What an evaluation asks a recipe, as far as the recipe decides it, by name.
+
+    Errors  BadData, as `examples.of_dataset`.
+    """
+    scenes = recipe.scenes or Scenes() if recipe.data.source == "scenes" else None
+    shown = set(evaluation.suites) - {"scenes"}
+    found: dict[str, object] = {}
+    if scenes is not None and (evaluation.data is None or "scenes" in evaluation.suites):
+        found |= {f"scenes.{key}": getattr(scenes, key) for key in ("canvas", "objects")}
+        found["scenes.held_out"] = frozenset(scenes.held_out)
+        if shown:  # their captions are those of training
+            found["scenes.under_specified"] = scenes.under_specified
+    if evaluation.data is not None and shown:
+        side, patch = recipe.stage[-1].resolution, recipe.dit.patch
+        seen = examples.of_dataset(Path(evaluation.data), side, patch, 0, evaluation.pictures)
+        found |= {
+            "the last stage's resolution": side,
+            "what dit.patch makes of shapes": seen.digest,
+        }
+    if "validation" in evaluation.suites:
+        found["flow.noise_scale"] = recipe.flow.noise_scale
+    return found
+
+
+def _ask_alike(
+    baseline: tuple[str, Recipe], other: tuple[str, Recipe], evaluation: Evaluate
+) -> None:
+    """Refuse two recipes whose values would answer different questions. Errors: BadRecipe."""
+    ours, theirs = (questions(recipe, evaluation) for _, recipe in (baseline, other))
+    differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+    if not differ:
+        return
+    remedy = "compare recipes that agree in it"
+    if differ[0] == "scenes.under_specified":
+        remedy = "take --metric scenes.exact, or one dataset for all with --data"
+    raise BadRecipe(
+        f"{other[0]} would be asked other things than {baseline[0]}, because {differ[0]} differs: "
+        + remedy
+    )
 
 
 def runs(arms: Sequence[Arm], seeds: int, out: Path) -> Iterator[Run]:
@@ -191,7 +229,24 @@ def fit(recipe: Recipe, given: Budget, costs: Sequence[float]) -> Recipe:
     if recipe.repa is not None and recipe.repa.until is not None:
         until = max(1, round(times * recipe.repa.until))
         changes["repa"] = recipe.repa.model_dump() | {"until": until}
+    if recipe.scenes is not None and recipe.scenes.complete:
+        complete = _moved(recipe.scenes.complete, recipe, counts, steps)
+        changes["scenes"] = recipe.scenes.model_dump() | {"complete": complete}
     return _with(recipe, **changes)
+
+
+def _moved(sample: int, recipe: Recipe, before: Sequence[int], after: Sequence[int]) -> int:
+    """Where a sample of the training set comes to lie when stages take other numbers of steps.
+
+    The end of a stage stays one, and within each it moves in proportion.
+    """
+    left, start = sample, 0
+    for stage, old, new in zip(recipe.stage, before, after, strict=True):
+        if left <= old * stage.batch:
+            return start + round(left * new / old)
+        left -= old * stage.batch
+        start += new * stage.batch
+    return start + left  # beyond the last one
 
 
 def unit(given: Budget | None, target: float | None) -> Unit:

@@ -2,15 +2,17 @@
 
     value       the metric after the last step, on questions that arms of one seed share
     gain        value less the baseline's of the same seed, signed so that more is better
-    verdict     by the exact p of the gains and their interval, corrected for several arms
+    verdict     by the exact p of the gains and their interval, corrected for several arms; what
+                is better must be so in three quarters of the seeds
     reached     what was spent when a run first met the target; where it never did it is censored
 
 Every run counts. One whose loss stops being finite has no value: its arm is called diverged, and no
 statistic pretends otherwise.
 
 Time is that of training alone: waiting for data and working, step by step. Evaluations, grids and
-checkpoints lie between the steps. Of the first WARM steps of a stage those that last longer than
-SLOW times its median are compiling, and count as the median. The clock on the wall is kept beside.
+checkpoints lie between the steps. Of the first WARM steps of a stage, and of those after a pause,
+the ones that last longer than SLOW times the stage's median are compiling, and count as the median.
+The clock on the wall is kept beside.
 
 Source  evaluate/statistics, where the tests are named; rules of the clock: docs/speedrun.md.
 """
@@ -27,12 +29,12 @@ import torch
 from daybreak.config import Recipe
 from daybreak.evaluate import scenes_suite, statistics, suite
 from daybreak.evaluate.statistics import McNemar, Paired, Race, Reached, Verdict
-from daybreak.failure import NotFinite
+from daybreak.failure import BadStorage, NotFinite
 from daybreak.train import arms as plan
 from daybreak.train import evaluations, loop
 from daybreak.train.arms import Arm, Run, Unit
 
-WARM, SLOW = 50, 3.0  # steps of a stage that may compile, and how much longer than usual they take
+WARM, SLOW = 50, 3.0  # steps that may compile, and how much longer than usual they then take
 
 
 class Question(NamedTuple):
@@ -52,6 +54,9 @@ class Question(NamedTuple):
 class Outcome(NamedTuple):
     """One run: its value, its way there as (cost, value), and its seconds.
 
+    The way is that at the last resolution alone: values of smaller pictures are others. `wall` runs
+    from when the first step could begin to the end of the last one, compilation and all that lies
+    between steps in it; start-up, pauses between sessions and what follows the last step are not.
     `passed` holds each question of scenes with its answer, for McNemar. A run that diverged has the
     value NaN.
     """
@@ -60,7 +65,7 @@ class Outcome(NamedTuple):
     value: float
     curve: list[tuple[float, float]]
     seconds: float  # of training
-    wall: float  # with everything between the steps
+    wall: float
     passed: dict[str, bool]
 
 
@@ -95,15 +100,6 @@ class Comparison(NamedTuple):
     versus: list[Versus]
 
 
-def seeds_for(comparisons: int) -> int:
-    """The fewest seeds with which so many comparisons can be resolved at all.
-
-    The smallest p of n seeds is 2^-n, and Holm multiplies the smallest of several by their number.
-    """
-    least = math.ceil(math.log2(max(1, comparisons) / statistics.ALPHA))
-    return max(statistics.FEWEST, least)
-
-
 # Running
 
 
@@ -132,24 +128,51 @@ def run(runs: Sequence[Run], arms: Sequence[Arm], tell: Callable[[str], None]) -
 def read(run: Run, question: Question) -> Outcome:
     """Read what a run has left in its folder.
 
-    Errors  BadRecipe for a metric that its evaluations do not have.
+    Errors  BadRecipe for a metric that its evaluations do not have; BadStorage if the last one is
+            missing although the run did not diverge.
     """
-    taken = evaluations.lines(run.folder)
-    text = (run.folder / "metrics.jsonl").read_text(encoding="utf-8")
-    steps = [json.loads(line) for line in text.splitlines()]
+    taken, metric = evaluations.lines(run.folder), question.metric
+    steps = _steps(run.folder)
     seconds = clock(run.recipe, steps)
-    unit = question.unit
+    unit, last = question.unit, run.recipe.stage[-1].resolution
     costs = seconds if unit == "seconds" else plan.costs(run.recipe, unit)
-    curve = [(costs[line["step"] - 1], evaluations.value(line, question.metric)) for line in taken]
+    curve = [
+        (costs[line["step"] - 1], evaluations.value(line, metric))
+        for line in taken
+        if evaluations.side(line, metric) == last
+    ]
     done = bool(taken) and taken[-1]["step"] == run.recipe.steps
+    if not done and not _has_diverged(run.folder):
+        raise BadStorage(
+            f"{run.folder} lacks the evaluation of its last step, which was not written down: make "
+            "sure that there is room, and give the same command again"
+        )
     return Outcome(
         run,
         curve[-1][1] if done else math.nan,
         curve,
         seconds[-1] if seconds else 0.0,
         float(steps[-1]["seconds"]) if steps else 0.0,
-        _passed(run.folder, question.metric) if done else {},
+        _passed(run, metric) if done else {},
     )
+
+
+def _steps(folder: Path) -> list[dict[str, Any]]:
+    """The log of a run; empty where not even the first step was finite."""
+    try:
+        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    return [json.loads(line) for line in text.splitlines()]
+
+
+def _has_diverged(folder: Path) -> bool:
+    """Whether the last thing that a run says of itself is that its loss was not finite."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:  # the disk took nothing
+        return False
+    return bool(status["code"] == NotFinite.code)
 
 
 def clock(recipe: Recipe, steps: Sequence[dict[str, Any]]) -> list[float]:
@@ -159,19 +182,28 @@ def clock(recipe: Recipe, steps: Sequence[dict[str, Any]]) -> list[float]:
     for stage in recipe.stage:
         inside = took[first : first + stage.count]
         usual = averages.median(inside) if inside else 0.0
+        began = 0  # where compiled code was last forgotten
         for place, seconds in enumerate(inside):
-            total += usual if place < WARM and seconds > SLOW * usual else seconds
+            if "resumed" in steps[first + place]:
+                began = place
+            total += usual if place - began < WARM and seconds > SLOW * usual else seconds
             found.append(total)
         first += stage.count
     return found
 
 
-def _passed(folder: Path, metric: str) -> dict[str, bool]:
-    """The answers that a metric of scenes is made of, by question; none for another metric."""
+def _passed(run: Run, metric: str) -> dict[str, bool]:
+    """The answers that a metric of scenes is made of, by question.
+
+    None for another metric, nor where the disk did not take those of the last step.
+    """
     name, _, value = metric.partition(".")
-    if name != "scenes":
+    file = run.folder / "evaluation/interim/scenes.json"
+    if name != "scenes" or not file.is_file():
         return {}
-    found = json.loads((folder / "evaluation/interim/scenes.json").read_text(encoding="utf-8"))
+    found = json.loads(file.read_text(encoding="utf-8"))
+    if found["step"] != run.recipe.steps:
+        return {}
 
     def counts(item: dict[str, Any]) -> bool:
         if item["split"] is not None:
@@ -209,7 +241,7 @@ def compare(arms: Sequence[Arm], outcomes: Sequence[Outcome], question: Question
         if name not in pairs:
             versus.append(Versus(row, _no_verdict(row, baseline)))
             continue
-        verdict = statistics.verdict(pairs[name], adjusted[name])
+        verdict = statistics.verdict(pairs[name], adjusted[name], len(pairs))
         tests = [_mcnemar(*pair) for pair in zip(row.outcomes, baseline.outcomes, strict=True)]
         race = None
         if question.target is not None:

@@ -1,6 +1,7 @@
 """Evaluations of a run: one line each in the run folder, and the checkpoint that was best.
 
-    RUN/evaluation/steps.jsonl      step, images, resolution, seconds it took, every value
+    RUN/evaluation/steps.jsonl      step, images, resolution of the stage, sides of the pictures by
+                                    suite, seconds it took, every value
     RUN/evaluation/interim/         the newest result of each suite in full
     RUN/best/                       that checkpoint; hard links, so it takes room only once it is
                                     no longer among the newest
@@ -39,6 +40,27 @@ class Taken(NamedTuple):
 
     note: str
     best: bool
+
+
+def check(recipe: Recipe, metric: str | None = None) -> None:
+    """Refuse a recipe whose evaluations could not be made, or not measure a metric.
+
+    Without `metric` it is the one that the best checkpoint is kept by.
+
+    Errors  BadRecipe and BadData, before anything is written.
+    """
+    from daybreak.evaluate import interim
+
+    config = recipe.evaluate
+    if config is None:
+        return
+    before, resolutions = 0, []
+    for stage in recipe.stage:
+        after = before + stage.count
+        if after == recipe.steps or before // config.every < after // config.every:
+            resolutions.append(stage.resolution)
+        before = after
+    interim.check(config, _scenes(recipe), resolutions, recipe.dit.patch, metric or config.best)
 
 
 def due(recipe: Recipe, step: int) -> bool:
@@ -87,9 +109,9 @@ def take(
     config = recipe.evaluate
     assert config is not None
     began = time.monotonic()
-    scenes = recipe.scenes or Scenes() if recipe.data.source == "scenes" else None
-    side = _resolution(recipe, step)
-    drawn_by = artist.ours(model, side, recipe.sample, recipe.flow, recipe.tread)
+    scenes, resolution = _scenes(recipe), _resolution(recipe, step)
+    sides = {name: interim.side(config, name, scenes, resolution) for name in config.suites}
+    drawn_by = artist.ours(model, resolution, recipe.sample, recipe.flow, recipe.tread)
     found = interim.measure(
         config,
         model,
@@ -105,11 +127,11 @@ def take(
         for key, value in result.values.items()
     }
     took = round(time.monotonic() - began, 3)
-    line = {"step": step, "images": runs.pictures_seen(recipe, step), "resolution": side}
+    line = {"step": step, "images": runs.pictures_seen(recipe, step), "resolution": resolution}
     note, written = _note(step, values, took), True
     if not dist.is_initialized() or dist.get_rank() == 0:
         try:
-            _write(run, [*lines(run), line | {"took": took, "values": values}])
+            _write(run, [*lines(run), line | {"sides": sides, "took": took, "values": values}])
             for name, result in found.items():
                 kept = suite.record(name, drawn_by, result, recipe.seed, {"step": step})
                 suite.write(run / "evaluation" / "interim" / f"{name}.json", kept)
@@ -120,9 +142,9 @@ def take(
 
 
 def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
-    """Whether the last evaluation beats all before it at its resolution.
+    """Whether the last evaluation beats all before it whose pictures were as large.
 
-    A stage at another resolution draws other pictures, so its first evaluation is always the best.
+    Where a stage is judged by pictures of another size, its first evaluation is always the best.
     """
     from daybreak.evaluate import suite
 
@@ -130,7 +152,7 @@ def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
     rivals = [
         sign * value(line, metric)
         for line in taken
-        if line["resolution"] == taken[-1]["resolution"]
+        if side(line, metric) == side(taken[-1], metric)
     ]
     return all(rivals[-1] > other for other in rivals[:-1])
 
@@ -144,6 +166,12 @@ def value(line: Mapping[str, Any], metric: str) -> float:
         raise BadRecipe(f"{metric} was not measured: there are {', '.join(line['values'])}")
     found = line["values"][metric]["value"]
     return math.nan if found is None else float(found)
+
+
+def side(line: Mapping[str, Any], metric: str) -> int:
+    """The side of the pictures that a value of one evaluation rests on."""
+    sides: Mapping[str, int] = line.get("sides", {})  # lines before there were any have none
+    return sides.get(metric.partition(".")[0], line["resolution"])
 
 
 def keep(run: Path, step: int) -> None:
@@ -183,6 +211,11 @@ def _heeding(draw: "Draw", heed: Callable[[], object]) -> "Draw":
         return draw(prompts, seeds, height, width)
 
     return heedful
+
+
+def _scenes(recipe: Recipe) -> Scenes | None:
+    """The scenes that a run trains on, if it does."""
+    return recipe.scenes or Scenes() if recipe.data.source == "scenes" else None
 
 
 def _resolution(recipe: Recipe, step: int) -> int:

@@ -133,8 +133,8 @@ class Log:
 
         `spent` is how many seconds have to be paid for so far. The line holds `step`, all of
         `values`, `images` (since step 1), what was reached of late, then `seconds`, `memory_mib`
-        and, where they have a price, `dollars` and `dollars_to_go`. A number that is not finite is
-        null: JSON knows no other.
+        and, where they have a price, `dollars` and `dollars_to_go`. The first line after a pause is
+        marked `resumed`. A number that is not finite is null: JSON knows no other.
         """
         now = time.monotonic()
         self.images += images
@@ -154,6 +154,8 @@ class Log:
         if self.price is not None:
             left = self.price * self._left(step) / 3600
             line |= {"dollars": self.price * spent / 3600, "dollars_to_go": left}
+        if self.start and step == self.start + 1:
+            line["resumed"] = 1
         self._write(json.dumps(line).encode() + b"\n")
 
         loss = finite.get("loss")

@@ -111,6 +111,7 @@ def train(
     source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
     for stage in recipe.stage:  # what no stage can have is refused here, not when its turn comes
         source.plan(stage.resolution, stage.batch, first=0)
+    evaluations.check(recipe)
     changes = runs.changes(folder, recipe, source.files, changed)
     sizes = [stage.batch for stage in recipe.stage]
     with (

@@ -7,6 +7,7 @@
     RECORD/logs/                metrics of each run, and its evaluations; compressed
 
 A record holds every run of every arm. Verdicts are those of the tests, whatever one had hoped for.
+Which rules of docs/speedrun.md an arm does not keep is said in it, as far as a program can know.
 """
 
 import gzip
@@ -15,20 +16,37 @@ import math
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from daybreak import config
+from daybreak.config import Recipe
+from daybreak.data.scenes import SPLITS
+from daybreak.data.scenes import Config as Scenes
 from daybreak.evaluate import chart, suite
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.generate import grid
+from daybreak.objective import repa
 from daybreak.train import arms as plan
 from daybreak.train import evaluations, runs
 from daybreak.train.compare import Comparison, Outcome, Row, Versus
 
 UNITS = {"pictures": "pictures seen", "flops": "FLOP", "seconds": "seconds of training"}
 SHORT = {"pictures": "pictures", "flops": "FLOP", "seconds": "s"}
+
+SEEDS, PROMPTS, CALLS, SURE = 7, 200, 50, 0.01  # of a record: docs/speedrun.md
+
+
+class Track(NamedTuple):
+    """Where records are kept: a machine, a canvas and a score."""
+
+    device: str
+    cores: int | None  # None: any number
+    target: float
+
+
+TRACKS = {"32": Track("cpu", 2, 0.80), "64": Track("cuda", None, 0.90)}  # by canvas
 
 
 def tables(found: Comparison) -> list[tuple[list[str], list[list[str]]]]:
@@ -96,8 +114,14 @@ def sentences(found: Comparison, measured: bool) -> list[str]:
     walls = [o.wall for row in found.rows for o in row.outcomes]
     said.append(
         "seconds are of training: compilation, evaluation, grids and checkpoints are not in them; "
-        f"with all of these a run took {min(walls):,.0f} to {max(walls):,.0f} s"
+        f"with these, a run took {min(walls):,.0f} to {max(walls):,.0f} s up to its last step"
     )
+    codes = sorted({str(_born(o)["revision"]) for row in found.rows for o in row.outcomes})
+    if len(codes) > 1:
+        said.append(
+            f"runs were made by {len(codes)} versions of the code ({', '.join(codes)}), so what "
+            "differs may be the code: give another --out to train all of them anew"
+        )
     return said
 
 
@@ -126,8 +150,96 @@ def _against(one: Versus, base: str, found: Comparison) -> list[str]:
     return said
 
 
-def picture(found: Comparison) -> Image.Image:
-    """The chart of a comparison."""
+def objections(found: Comparison) -> list[str]:
+    """Say of each arm that wants to be a record why it is none, as far as a program can know.
+
+    With several arms the baseline is the standing record.
+    """
+    versus = {one.row.arm.name: one for one in found.versus}
+    said = []
+    for row in found.rows[1:] or found.rows:
+        why = [*_of_runs(found, row), *_of_recipe(found, row.arm.recipe)]
+        why += _of_results(row, versus.get(row.arm.name))
+        said.append(
+            f"{row.arm.name} is no record because {'; '.join(why)}"
+            if why
+            else f"{row.arm.name} keeps the rules of a record that a program can check; the others "
+            "are in docs/speedrun.md"
+        )
+    return said
+
+
+def _of_runs(found: Comparison, row: Row) -> list[str]:
+    """Rules of seeds, code and machine, which the standing record shares."""
+    outcomes = [outcome for one in found.rows for outcome in one.outcomes]
+    born = [_born(outcome) for outcome in outcomes]
+    seeds = sorted(outcome.run.recipe.seed for outcome in row.outcomes)
+    why = []
+    if len(seeds) < SEEDS:
+        why.append(f"of the {SEEDS} seeds of a record it has {len(seeds)}")
+    if seeds != list(range(seeds[0], seeds[0] + len(seeds))):
+        why.append("its seeds are not consecutive")
+    codes = {one["revision"] for one in born}
+    if len(codes) > 1:
+        why.append("its runs are of several versions of the code")
+    if any(code is None or code.endswith("-dirty") for code in codes):
+        why.append("its code is no commit: the version ends in -dirty, or is not known")
+    machines = _distinct([one["machine"] for one in born])
+    if len(machines) > 1:
+        why.append("its runs are of several machines, or of several numbers of threads")
+    track = TRACKS.get((row.arm.recipe.scenes or Scenes()).canvas)
+    for machine in machines:
+        if track and not str(machine.get("device")).startswith(track.device):
+            why.append(f"it ran on {machine.get('device')} and its track is for {track.device}")
+        elif track and track.cores not in (None, machine.get("cores")):
+            why.append(f"it had {machine.get('cores')} cores and its track has {track.cores}")
+    return why
+
+
+def _of_recipe(found: Comparison, recipe: Recipe) -> list[str]:
+    """Rules of task, target, sampling and knowledge."""
+    metric, target = found.question.metric, found.question.target
+    scenes, how, asked = recipe.scenes or Scenes(), recipe.sample, recipe.evaluate
+    track = TRACKS.get(scenes.canvas)
+    if recipe.data.source != "scenes" or metric != "scenes.exact" or track is None:
+        return [
+            f"no track has this task: records are of scenes.exact on canvas {' or '.join(TRACKS)}"
+        ]
+    why = []
+    if target is None or target < track.target:
+        why.append(f"its target is not {track.target:g} or more")
+    if set(scenes.held_out) != set(SPLITS):
+        why.append("scenes.held_out is not at its default")
+    if asked is None or asked.per_task != PROMPTS:
+        why.append(f"its tasks do not have {PROMPTS} prompts each (--per-task)")
+    if how.steps * (2 if how.guidance > 1 and how.interval == (0.0, 1.0) else 1) > CALLS:
+        why.append(f"a picture takes more than {CALLS} evaluations of the network")
+    taught = recipe.repa is not None and recipe.repa.teacher != repa.SELF
+    if taught or recipe.text.encoder or recipe.lpips or recipe.dino:
+        why.append("it learns from a pretrained network")
+    return why
+
+
+def _of_results(row: Row, against: Versus | None) -> list[str]:
+    """Rules of what came out."""
+    why = []
+    if not all(one.met for one in row.reached):
+        why.append("not every run meets the target")
+    if row.meets is None or not row.meets < SURE:
+        why.append(f"that its mean score meets the target is not sure to p < {SURE:g}")
+    race = against and against.race
+    if against and not (race and race.high < 1 and race.logs.p_better < SURE):
+        why.append(
+            f"that it gets there sooner than the standing record is not sure to p < {SURE:g}"
+        )
+    return why
+
+
+def picture(found: Comparison) -> Image.Image | None:
+    """The chart of a comparison; none if no run was ever measured."""
+    curves = [outcome.curve for row in found.rows for outcome in row.outcomes]
+    if not any(math.isfinite(value) for curve in curves for _, value in curve):
+        return None
     versus = {one.row.arm.name: one for one in found.versus}
     base, sign = found.rows[0], -1 if found.question.lower else 1
     drawn = []
@@ -178,7 +290,7 @@ def _arm(row: Row) -> dict[str, Any]:
         "recipe": config.digest(recipe),
         "steps": recipe.steps,
         "pictures": runs.pictures_seen(recipe, recipe.steps),
-        "flops": plan.costs(recipe, "flops")[-1],
+        "flops": _flops(recipe),
         "seeds": [outcome.run.recipe.seed for outcome in row.outcomes],
         "values": [outcome.value for outcome in row.outcomes],
         "mean": [row.mean, row.low, row.high],
@@ -189,21 +301,38 @@ def _arm(row: Row) -> dict[str, Any]:
     }
 
 
-def write(found: Comparison, budget: str | None, measured: bool, out: Path) -> None:
-    """Write comparison.json, chart.png and README.md. Errors: BadStorage."""
-    everything = facts(found, budget)
+def _flops(recipe: Recipe) -> float | None:
+    """What a run costs in FLOP; None where a network is of unknown size."""
+    try:
+        return plan.costs(recipe, "flops")[-1]
+    except BadRecipe:
+        return None
+
+
+def write(
+    found: Comparison, budget: str | None, measured: bool, out: Path, more: Sequence[str] = ()
+) -> None:
+    """Write comparison.json, chart.png and README.md, with `more` sentences in it.
+
+    Errors  BadStorage.
+    """
+    everything, drawn = facts(found, budget), picture(found)
     suite.write(out / "comparison.json", _finite(everything))
-    page = _page(found, everything, measured)
+    said = [*sentences(found, measured), *more]
+    page = _page(found, everything, said, charted=drawn is not None)
     try:
         (out / "README.md").write_text(page, encoding="utf-8")
-        grid.save(picture(found), out / "chart.png", {"metric": found.question.metric})
+        if drawn is None:
+            (out / "chart.png").unlink(missing_ok=True)
+        else:
+            grid.save(drawn, out / "chart.png", {"metric": found.question.metric})
     except OSError as error:
         raise BadStorage(f"cannot write {out}: {error.strerror}") from error
 
 
 def record(found: Comparison, budget: str | None, measured: bool, folder: Path) -> None:
     """Write a record with recipes and logs. Errors: BadStorage."""
-    write(found, budget, measured, folder)
+    write(found, budget, measured, folder, objections(found))
     try:
         for name in ("recipes", "logs"):
             (folder / name).mkdir(exist_ok=True)
@@ -231,12 +360,15 @@ def check(folder: Path) -> None:
         )
 
 
-def _page(found: Comparison, everything: Mapping[str, Any], measured: bool) -> str:
+def _page(
+    found: Comparison, everything: Mapping[str, Any], sentences: Sequence[str], charted: bool
+) -> str:
     shown = [
         "\n".join(f"| {' | '.join(cells)} |" for cells in (head, ["---"] * len(head), *rows))
         for head, rows in tables(found)
     ]
-    said = "\n".join(f"- {sentence}" for sentence in sentences(found, measured))
+    said = "\n".join(f"- {sentence}" for sentence in sentences)
+    chart = "![What was spent and what came of it](chart.png)\n\n" if charted else ""
     machines = "\n".join(
         "- " + ", ".join(f"{key} {value}" for key, value in machine.items())
         for machine in (*everything["machines"], *everything["versions"])
@@ -249,9 +381,7 @@ def _page(found: Comparison, everything: Mapping[str, Any], measured: bool) -> s
 
     {command}
 
-![What was spent and what came of it](chart.png)
-
-{(chr(10) * 2).join(shown)}
+{chart}{(chr(10) * 2).join(shown)}
 
 {said}
 
