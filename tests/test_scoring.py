@@ -131,6 +131,7 @@ def test_the_results_of_geneval_are_read_without_a_model(tmp_path: Path) -> None
         ({"suite": "prompts"}, BadRecipe, "with --prompts"),
         ({"suite": "prompts", "prompts": Path("no.txt")}, BadData, "cannot read the prompts"),
         ({"suite": "prompts", "prompts": "one", "clip": "no/clip"}, BadRecipe, "no/clip"),
+        ({"suite": "prompts", "prompts": "one", "resolution": 100}, BadRecipe, "divisible by 8"),
         ({"suite": "geneval", "prompts": "one"}, BadData, r"evaluation_metadata\.jsonl"),
         ({"suite": "geneval", "results": Path("no")}, BadData, "cannot read GenEval's results"),
         ({"suite": "coco30k", "prompts": "one"}, BadRecipe, "give --reference"),
