@@ -249,8 +249,16 @@ def test_memory_is_a_few_copies_of_the_features() -> None:
     "distance", [lambda x, y: frechet(x, moments(y)), kernel, cmmd, distances.manifold]
 )
 def test_too_few_pictures_are_refused(distance: Callable[[Floats, Floats], object]) -> None:
-    with pytest.raises(BadData, match="2 pictures are too few"):
+    with pytest.raises(BadData, match="2 pictures of the model are too few"):
         distance(normal(2, 4), normal(40, 4))
+
+
+@pytest.mark.parametrize("distance", [kernel, cmmd, distances.manifold])
+def test_of_two_sets_the_one_that_is_too_small_is_named(
+    distance: Callable[[Floats, Floats], object],
+) -> None:
+    with pytest.raises(BadData, match="2 pictures of the reference are too few"):
+        distance(normal(40, 4), normal(2, 4))
 
 
 def test_features_that_do_not_fit_are_refused() -> None:

@@ -181,13 +181,13 @@ def _score(
     elif wanted.suite == "geneval":
         result = geneval.write(model.artist, asked, out / "geneval", wanted.each, seed, tell)
     else:
-        judge = features.load((wanted.features or ("inception",))[0], runs.device())
+        names = wanted.features or ("inception",)
         side = wanted.resolution or distribution.COCO_SIDE
         result = distribution.coco30k(
             model.artist,
             asked,
             wanted.reference or Path(),
-            judge,
+            [features.load(name, runs.device()) for name in names],
             out / "reference",
             clip,
             side,
