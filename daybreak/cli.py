@@ -304,7 +304,8 @@ def evaluate(
     ] = False,
     best: Best = False,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the questions; follows from the weights.")
+        int | None,
+        typer.Option(min=0, help="Of the questions; follows from the weights, 0 for validation."),
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,

@@ -60,6 +60,12 @@ def test_a_run_goes_through_every_suite(run: Path, tmp_path: Path) -> None:
     loss = score(run, out, suite="validation", number=32).result.values["loss"]
     best = score(run, out, suite="validation", number=32, best=True).result.values["loss"]
     assert best.value <= loss.value
+    usual = kept(score(run, out, suite="validation", number=32))
+    assert (usual["seed"], usual["examples_seed"]) == (0, 0), "one table for every model"
+    other = kept(score(run, out, suite="validation", number=32, seed=9))
+    assert (other["seed"], other["examples_seed"]) == (9, 9)
+    assert other["examples"] != usual["examples"]
+    assert other["values"]["loss"] != usual["values"]["loss"]
 
     apart = kept(score(run, out, suite="distribution", number=32, steps=2))
     assert "scenes.kernel" in apart["values"]

@@ -76,6 +76,7 @@ def distribution(
         remarks += said + _taught_by(artist, extractor)
     details = {
         "examples": examples.digest,
+        "examples_seed": examples.seed,
         "source": examples.source,
         "extractors": {extractor.name: extractor.digest for extractor in extractors},
         "resize": "bicubic with antialiasing, once, to the side of the network",

@@ -44,6 +44,7 @@ class Examples(NamedTuple):
     digest: str  # 16 hex digits that name the pictures
     total: int
     read: Callable[[], Iterator[Batch]]
+    seed: int = 0  # that they were chosen with
 
 
 def of_scenes(config: scenes.Config, seed: int, count: int) -> Examples:
@@ -59,7 +60,7 @@ def of_scenes(config: scenes.Config, seed: int, count: int) -> Examples:
             yield Batch(first, pictures, [sample.caption for sample in drawn])
 
     facts = [config.model_dump(mode="json"), seed, count]
-    return Examples("scenes", _digest(facts), count, read)
+    return Examples("scenes", _digest(facts), count, read, seed)
 
 
 def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Examples:
@@ -96,7 +97,7 @@ def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Exa
                 first += len(samples)
 
     facts = [sorted(opened.files.values()), side, unit, seed, count]
-    return Examples(str(folder), _digest(facts), count, read)
+    return Examples(str(folder), _digest(facts), count, read, seed)
 
 
 def _shape(slot: Slot) -> tuple[int, int]:

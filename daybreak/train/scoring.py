@@ -9,7 +9,8 @@
 
 What needs weights or files that are not there is refused before the first picture is drawn. Where
 no seed is given it follows from the sha256 of the weights: what is asked is then settled by a
-finished model, and no recipe can have been tuned to it.
+finished model, and no recipe can have been tuned to it. Pictures to compare with, and the table of
+the validation loss, are those of seed 0 instead: the same for every model.
 
 Under torchrun the first process asks, judges and writes, as one process would, and all of them
 draw: each its part of every batch of prompts (evaluate/artist).
@@ -50,6 +51,7 @@ from daybreak.train.checkpoint import Checkpoint
 from daybreak.train.parallel import World, together
 
 SUITES = ("scenes", "validation", "distribution", "prompts", "geneval", "coco30k")
+FIXED = 0  # seed of what is the same for every model, where none is given
 CONTROLS = "against gaming"  # key of the controls that draw pictures of their own
 
 
@@ -170,7 +172,7 @@ def _score(
     if wanted.suite == "scenes":
         result = _scenes(model, wanted, seed, tell)
     elif wanted.suite == "validation":
-        result = _validation(folder, model, wanted)
+        result = _validation(folder, model, wanted, wanted.seed or FIXED)
     elif wanted.suite == "distribution":
         found, cache = _examples(model, wanted), out / "reference"
         judges = _judges(model, wanted)
@@ -288,20 +290,20 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
     return result._replace(details={**result.details, CONTROLS: found})
 
 
-def _validation(folder: Path, model: Model, wanted: Wanted) -> Result:
+def _validation(folder: Path, model: Model, wanted: Wanted, seed: int) -> Result:
     if model.recipe is None or model.network is None:
         raise BadRecipe(f"{folder} is a pipeline of diffusers, whose loss is not known")
     found = _examples(model, wanted)
-    return suite.validate(model.network, found, model.recipe.flow.noise_scale)
+    return suite.validate(model.network, found, model.recipe.flow.noise_scale, seed)
 
 
 def _examples(model: Model, wanted: Wanted) -> examples.Examples:
-    recipe = model.recipe
+    recipe, seed = model.recipe, wanted.seed or FIXED
     if wanted.data is not None:
         side, unit = model.artist.side, model.artist.unit
-        return examples.of_dataset(wanted.data, side, unit, 0, wanted.number)
+        return examples.of_dataset(wanted.data, side, unit, seed, wanted.number)
     if recipe is not None and recipe.data.source == "scenes":
-        return examples.of_scenes(recipe.scenes or Scenes(), 0, wanted.number)
+        return examples.of_scenes(recipe.scenes or Scenes(), seed, wanted.number)
     raise BadRecipe(
         f"the suite {wanted.suite} needs pictures to compare with: give a prepared dataset, "
         "best one that was not trained on, with --data"
