@@ -185,9 +185,17 @@ def test_encoders_of_the_training_do_not_judge(tiny: Path) -> None:
     assert scoring.taught(config.load(tiny, (own,))) == frozenset()
 
 
+def test_a_run_draws_its_own_resolution(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadRecipe, match="leave --resolution out, it is for pipelines"):
+        score(run, tmp_path, resolution=64)
+    with pytest.raises(BadRecipe, match="are 64 px and this run draws 32 px: leave --canvas out"):
+        score(run, tmp_path, canvas="64")
+
+
 def test_a_folder_without_a_run_or_a_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(NoCheckpoint, match="is not a run folder"):
-        score(tmp_path, tmp_path)
+    for best in (False, True):
+        with pytest.raises(NoCheckpoint, match="is not a run folder"):
+            score(tmp_path, tmp_path, best=best)
     recipe = config.load(tiny)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.toml").write_text(config.dump(recipe))

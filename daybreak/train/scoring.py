@@ -202,16 +202,16 @@ def _score(
 
 def _chosen(folder: Path, wanted: Wanted) -> Checkpoint:
     """The checkpoint of a run that is asked for, every hash of it verified."""
+    runs.recorded(folder)  # is it a run at all?
     if wanted.best:
         return evaluations.best(folder)
-    runs.recorded(folder)  # is it a run at all?
     return checkpoint.required(folder, lambda line: print(line, file=sys.stderr))
 
 
 def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
     """Load the averaged weights of a run's checkpoint; without one, a pipeline.
 
-    Errors  BadRecipe for what does not go together; NoCheckpoint if it is neither.
+    Errors  BadRecipe for what does not go together.
     """
     if chosen is None:
         if wanted.sets or wanted.best:
@@ -222,6 +222,11 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         side = None if wanted.suite == "coco30k" else wanted.resolution
         return Model(artist.pipeline(folder, side, wanted.steps, wanted.guidance, device, dtype))
+    if wanted.resolution is not None and wanted.suite != "coco30k":  # there it is the list's
+        raise BadRecipe(
+            f"{folder} is a run, which draws the resolution of its last stage: leave --resolution "
+            "out, it is for pipelines"
+        )
     recipe, found, network = runs.trained(folder, chosen=chosen)
     given = {"sample.steps": wanted.steps, "sample.guidance": wanted.guidance}
     named = [f"{key}={value}" for key, value in given.items() if value is not None]
@@ -281,6 +286,12 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
         )
     else:
         wanted_scenes = recipe.scenes or Scenes()
+    size = CANVASES[wanted_scenes.canvas].size
+    if recipe is not None and size != model.artist.side:
+        raise BadRecipe(
+            f"scenes of canvas {wanted_scenes.canvas!r} are {size} px and this run draws "
+            f"{model.artist.side} px: leave --canvas out, or choose one of that size"
+        )
     if recipe is None and wanted.controls:
         raise BadRecipe("--controls look for training pictures, so they are for run folders")
     result = suite.scenes(model.artist, wanted_scenes, seed, wanted.per_task, tell)
