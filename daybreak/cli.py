@@ -237,6 +237,7 @@ def sample(
     from daybreak.generate import draw, grid
     from daybreak.train import evaluations, runs
 
+    runs.recorded(run)  # is it a run at all?
     chosen = evaluations.best(run) if best else None
     recipe, found, model = runs.trained(run, chosen=chosen)
     prompts = [words for words in prompt for _ in range(count)]
@@ -297,14 +298,16 @@ def evaluate(
         str | None, typer.Option(help="Of scenes, for a pipeline: 32, 64, 64-large or 128.")
     ] = None,
     resolution: Annotated[
-        int | None, typer.Option(min=8, help="Side of a pipeline's pictures; its own if left out.")
+        int | None,
+        typer.Option(min=8, help="Side of a pipeline's pictures, or those of coco30k."),
     ] = None,
     controls: Annotated[
         bool, typer.Option("--controls", help="Beside scenes: diversity, memory, no prompt.")
     ] = False,
     best: Best = False,
     seed: Annotated[
-        int | None, typer.Option(min=0, help="Of the questions; follows from the weights.")
+        int | None,
+        typer.Option(min=0, help="Of the questions; follows from the weights, 0 for validation."),
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
@@ -462,6 +465,7 @@ def export(
     from daybreak.generate import pipeline
     from daybreak.train import evaluations, runs, scoring
 
+    runs.recorded(run)  # is it a run at all?
     chosen = evaluations.best(run) if best else None
     recipe, found, model = runs.trained(run, torch.float32, chosen)
     facts = (

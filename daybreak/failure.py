@@ -6,7 +6,7 @@ keeps its traceback (code 1).
 
     2   recipe, command line or run folder refused, before anything was touched
     3   data that cannot be used
-    4   no good checkpoint, although one was needed
+    4   no run where one was named, or no good checkpoint, although one was needed
     5   the loss or its gradient stopped being finite
     6   the processes of a run lost one another; the same command continues
     7   storage: full, read-only, or failing
@@ -32,7 +32,7 @@ class BadData(Failure):
 
 
 class NoCheckpoint(Failure):
-    """A checkpoint was asked for and none that can be trusted exists."""
+    """A run's checkpoint was asked for, and there is no run or none that can be trusted."""
 
     code = 4
 

@@ -126,8 +126,26 @@ def test_weights_that_are_not_safetensors_are_refused(foreign: Path, tmp_path: P
 
 def test_a_size_that_a_pipeline_cannot_draw_is_refused(foreign: Path) -> None:
     by = artist.pipeline(foreign, steps=1)
-    with pytest.raises(ValueError, match="divisible by 8"):
-        by.draw(PROMPTS[:1], [0], 17, 17)
+    for draw in (
+        lambda: by.draw(PROMPTS[:1], [0], 17, 17),
+        lambda: artist.pipeline(foreign, side=100, steps=1),
+    ):
+        with pytest.raises(BadRecipe, match=r"cannot draw what is asked \(.* divisible by 8"):
+            draw()
+
+
+@pytest.mark.parametrize(("patch", "side"), [(8, 32), (32, 64)])
+def test_an_exported_run_draws_the_sides_that_the_run_draws(
+    model: TextToImage, patch: int, side: int, tmp_path: Path
+) -> None:
+    size = dit.Config(patch=patch, bottleneck=8, width=32, depth=1, heads=2)
+    network = build(size, model.text.config, model.text.tokenizer)
+    card = pipeline.Card("a run", "a circle", "scenes", (), "")
+    exported = artist.pipeline(
+        pipeline.export(network, tmp_path / "pipeline", side, HOW, FLOW, card), steps=1
+    )
+    assert exported.unit == artist.ours(network, side, HOW, FLOW).unit == patch
+    assert drawn(exported, [1], side + patch).shape == (1, side + patch, side + patch, 3)
 
 
 def test_two_processes_draw_the_pictures_of_one(on_ranks: Callable[..., str]) -> None:

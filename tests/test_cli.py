@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -117,6 +118,24 @@ def test_a_folder_that_is_no_run_is_one_sentence_and_code_4(tmp_path: Path) -> N
         done = daybreak(*verb)
         assert done.returncode == 4, done.stderr
         assert "is not a run folder" in done.stderr
+
+
+@pytest.mark.parametrize("best", [False, True])
+def test_a_path_that_does_not_exist_is_called_no_run_with_and_without_best(
+    tmp_path: Path, best: bool
+) -> None:
+    from daybreak import cli
+    from daybreak.failure import NoCheckpoint
+
+    verbs: list[Callable[[], None]] = [
+        lambda: cli.sample(["a circle"], tmp_path / "no", best=best),
+        lambda: cli.export(tmp_path / "no", best=best),
+        lambda: cli.evaluate(tmp_path / "no", best=best),
+    ]
+    for verb in verbs:
+        with pytest.raises(NoCheckpoint, match="no is not a run folder"):
+            verb()
+    assert not (tmp_path / "no").exists()
 
 
 def test_doctor_looks_at_this_machine() -> None:

@@ -1,6 +1,12 @@
 """Distances against closed forms, brute force and other people's programs."""
 
+import json
 import math
+import os
+import resource
+import subprocess
+import sys
+import time
 import tracemalloc
 from collections.abc import Callable
 
@@ -249,8 +255,16 @@ def test_memory_is_a_few_copies_of_the_features() -> None:
     "distance", [lambda x, y: frechet(x, moments(y)), kernel, cmmd, distances.manifold]
 )
 def test_too_few_pictures_are_refused(distance: Callable[[Floats, Floats], object]) -> None:
-    with pytest.raises(BadData, match="2 pictures are too few"):
+    with pytest.raises(BadData, match="2 pictures of the model are too few"):
         distance(normal(2, 4), normal(40, 4))
+
+
+@pytest.mark.parametrize("distance", [kernel, cmmd, distances.manifold])
+def test_of_two_sets_the_one_that_is_too_small_is_named(
+    distance: Callable[[Floats, Floats], object],
+) -> None:
+    with pytest.raises(BadData, match="2 pictures of the reference are too few"):
+        distance(normal(40, 4), normal(2, 4))
 
 
 def test_features_that_do_not_fit_are_refused() -> None:
@@ -264,6 +278,36 @@ def test_features_that_do_not_fit_are_refused() -> None:
         kernel(np.zeros((10, 4), dtype=np.uint8), normal(10, 4))
     with pytest.raises(ValueError, match="no direction"):
         cmmd(np.zeros((10, 4)), normal(10, 4))
+
+
+# How long it takes, and how much memory, of sets as large as people use
+
+
+def measured(pictures: int, width: int) -> dict[str, float]:
+    """Seconds and bytes that all distances of two sets take in a process of their own."""
+    two = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
+    done = subprocess.run(
+        [sys.executable, __file__, str(pictures), str(width)],
+        env=os.environ | two,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    found: dict[str, float] = json.loads(done.stdout)
+    sys.stdout.write(f"{pictures:,} x {width}: {found}\n")
+    return found
+
+
+@pytest.mark.slow
+def test_all_distances_of_5000_pictures_take_less_than_20_seconds_on_two_cores() -> None:
+    assert measured(5_000, 768)["seconds"] < 20
+
+
+@pytest.mark.slow
+def test_the_memory_of_50000_pictures_is_a_few_copies_of_their_features() -> None:
+    """All pairs at once would be 20 GB."""
+    copies = 6 * 50_000 * 64 * 8
+    assert measured(50_000, 64)["bytes"] < copies + 8 * 8 * distances.BLOCK**2
 
 
 # Other people's programs, where they are installed
@@ -294,3 +338,15 @@ def test_torch_fidelity_agrees() -> None:
     assert frechet(x, moments(y)).value == pytest.approx(theirs, rel=1e-6)
     theirs = kernel_mmd(x, y, kid_kernel="poly")
     assert kernel(x, y).value == pytest.approx(theirs, rel=1e-6)
+
+
+if __name__ == "__main__":
+    n, f = map(int, sys.argv[1:])
+    features, reference = (normal(n, f, seed).astype(np.float32) for seed in (0, 1))
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    frechet(features, moments(reference))
+    kernel(features, reference)
+    cmmd(features, reference)
+    distances.manifold(features, reference)
+    took, peak = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    sys.stdout.write(json.dumps({"seconds": round(took, 1), "bytes": 1024 * (peak - before)}))

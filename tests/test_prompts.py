@@ -45,7 +45,7 @@ def listed(folder: Path, text: str | bytes, name: str = "prompts.txt") -> Path:
 
 
 def written(folder: Path) -> list[dict[str, Any]]:
-    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").splitlines()
+    lines = (folder / "prompts.jsonl").read_text(encoding="utf-8").split("\n")[:-1]
     return [json.loads(line) for line in lines]
 
 
@@ -59,6 +59,14 @@ def test_a_list_is_read_in_its_order(tmp_path: Path) -> None:
     assert found.rows[1] == {"prompt": "two foxes", "tag": "counting"}
 
 
+def test_only_a_newline_ends_a_prompt(tmp_path: Path) -> None:
+    odd = [f"a fox{sign}in the snow" for sign in "\u2028\u2029\x85\x0b\x0c\x1c"]
+    assert prompts.read(listed(tmp_path, "\r\n".join(odd))).texts == odd
+    rows = "".join(json.dumps({"prompt": text}, ensure_ascii=False) + "\n" for text in odd)
+    for name in ("prompts.jsonl", "PROMPTS.JSONL"):
+        assert prompts.read(listed(tmp_path, rows, name)).texts == odd
+
+
 @pytest.mark.parametrize(
     ("text", "name", "words"),
     [
@@ -70,6 +78,9 @@ def test_a_list_is_read_in_its_order(tmp_path: Path) -> None:
         ('{"text": "a fox"}', "p.jsonl", r"line 1 has no prompt"),
         ('{"prompt": "a fox"}\n["a fox"]', "p.jsonl", r"line 2 has no prompt"),
         ("a fox", "p.jsonl", r"line 1 is not JSON"),
+        ("a fox\n\n", "p.txt", r"line 2 is empty"),
+        ('["a fox", "a house"]', "p.json", r"p\.json is no list of prompts.*\.jsonl"),
+        ('[\n"a fox"\n]', "P.JSON", r"is no list of prompts"),
     ],
 )
 def test_a_list_that_cannot_be_used_is_refused_with_its_line(

@@ -60,6 +60,12 @@ def test_a_run_goes_through_every_suite(run: Path, tmp_path: Path) -> None:
     loss = score(run, out, suite="validation", number=32).result.values["loss"]
     best = score(run, out, suite="validation", number=32, best=True).result.values["loss"]
     assert best.value <= loss.value
+    usual = kept(score(run, out, suite="validation", number=32))
+    assert (usual["seed"], usual["examples_seed"]) == (0, 0), "one table for every model"
+    other = kept(score(run, out, suite="validation", number=32, seed=9))
+    assert (other["seed"], other["examples_seed"]) == (9, 9)
+    assert other["examples"] != usual["examples"]
+    assert other["values"]["loss"] != usual["values"]["loss"]
 
     apart = kept(score(run, out, suite="distribution", number=32, steps=2))
     assert "scenes.kernel" in apart["values"]
@@ -131,6 +137,7 @@ def test_the_results_of_geneval_are_read_without_a_model(tmp_path: Path) -> None
         ({"suite": "prompts"}, BadRecipe, "with --prompts"),
         ({"suite": "prompts", "prompts": Path("no.txt")}, BadData, "cannot read the prompts"),
         ({"suite": "prompts", "prompts": "one", "clip": "no/clip"}, BadRecipe, "no/clip"),
+        ({"suite": "prompts", "prompts": "one", "resolution": 100}, BadRecipe, "divisible by 8"),
         ({"suite": "geneval", "prompts": "one"}, BadData, r"evaluation_metadata\.jsonl"),
         ({"suite": "geneval", "results": Path("no")}, BadData, "cannot read GenEval's results"),
         ({"suite": "coco30k", "prompts": "one"}, BadRecipe, "give --reference"),
@@ -178,9 +185,17 @@ def test_encoders_of_the_training_do_not_judge(tiny: Path) -> None:
     assert scoring.taught(config.load(tiny, (own,))) == frozenset()
 
 
+def test_a_run_draws_its_own_resolution(run: Path, tmp_path: Path) -> None:
+    with pytest.raises(BadRecipe, match="leave --resolution out, it is for pipelines"):
+        score(run, tmp_path, resolution=64)
+    with pytest.raises(BadRecipe, match="are 64 px and this run draws 32 px: leave --canvas out"):
+        score(run, tmp_path, canvas="64")
+
+
 def test_a_folder_without_a_run_or_a_checkpoint_is_refused(tiny: Path, tmp_path: Path) -> None:
-    with pytest.raises(NoCheckpoint, match="is not a run folder"):
-        score(tmp_path, tmp_path)
+    for best in (False, True):
+        with pytest.raises(NoCheckpoint, match="is not a run folder"):
+            score(tmp_path, tmp_path, best=best)
     recipe = config.load(tiny)
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "recipe.toml").write_text(config.dump(recipe))

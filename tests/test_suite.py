@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from daybreak.data import scenes as drawn_scenes
-from daybreak.evaluate import examples, scenes_suite, suite
+from daybreak.evaluate import examples, scenes_suite, suite, validation
 from daybreak.evaluate.artist import Artist, Pictures, ours
 from daybreak.evaluate.distances import Estimate
 from daybreak.evaluate.suite import Result
@@ -142,6 +142,20 @@ def test_a_record_says_all_that_decided_the_result(model: TextToImage, tmp_path:
     for key in ("suite", "examples", "pictures", "remarks", "seed", "seed_rule", "weights_sha256"):
         assert key in kept
     assert (kept["revision"], kept["weights"]) == ("1234", "ema")
+    assert (kept["seed"], kept["seed_rule"]) == (4, suite.SEED_RULE)
+
+
+def test_a_record_holds_the_seed_and_the_rule_that_its_suite_has_used(model: TextToImage) -> None:
+    by = perfect(7, 5)
+    loss = suite.validate(model, examples.of_scenes(CONFIG, 1, 10), seed=2)
+    kept = suite.record("validation", by, loss, 9, {})
+    assert (kept["seed"], kept["seed_rule"]) == (2, validation.SEED_RULE)
+    assert kept["examples_seed"] == 1
+
+    kept = suite.record("scenes", by, suite.scenes(by, CONFIG, 7, 5), 7, {})
+    assert kept["seed_rule"] == scenes_suite.SEED_RULE
+    start = int(np.random.Philox(key=kept["seed"]).random_raw() >> 2)
+    assert kept["items"][0]["seed"] == start, "the first item has index 0"
 
 
 def test_a_place_that_cannot_be_written_is_a_storage_failure(tmp_path: Path) -> None:

@@ -39,7 +39,7 @@ from daybreak.train import dice
 Pictures = npt.NDArray[np.uint8]
 Draw = Callable[[Sequence[str], Sequence[int], int, int], Pictures]
 
-UNIT = 16  # pixels; every pipeline of diffusers draws sides that are multiples of it
+UNIT = 16  # pixels; a pipeline with a VAE draws sides that are multiples of it
 INDEX = "model_index.json"
 
 
@@ -127,7 +127,7 @@ def pipeline(
     The first picture it draws says how large they are.
 
     Errors  BadRecipe if the folder cannot be loaded without running code of its own, if the
-            pipeline does not draw from a prompt, or not as it is asked to.
+            pipeline does not draw from a prompt, or not as it is asked to; so does its `draw`.
     """
     loaded = _load(folder, dtype).to(device)
     loaded.set_progress_bar_config(disable=True)
@@ -142,7 +142,12 @@ def pipeline(
 
     def one(prompt: str, seed: int, size: Mapping[str, int]) -> Image.Image:
         generator = torch.Generator().manual_seed(dice.key(seed, 0, 0))  # as a run's own noise
-        drawn = loaded(prompt=prompt, generator=generator, return_dict=False, **size, **settings)
+        asked = {**size, **settings}
+        try:
+            drawn = loaded(prompt=prompt, generator=generator, return_dict=False, **asked)
+        except ValueError as error:  # what it was asked for is not what it can do
+            said = str(error).partition("\n")[0]
+            raise BadRecipe(f"{folder}: {name} cannot draw what is asked ({said})") from error
         picture = drawn[0][0]
         if not isinstance(picture, Image.Image):
             raise BadRecipe(f"{folder}: {name} draws no single pictures")
@@ -177,10 +182,9 @@ def pipeline(
         "sampler": given | {"class": type(loaded.scheduler).__name__},
         "precision": str(dtype).removeprefix("torch."),
     }
-    unit = math.gcd(first.width, UNIT)
     draws = shared(draw) if dist.is_initialized() else draw
     taught = frozenset(_scheduler(folder).get("_taught", ()))
-    return Artist(draws, first.width, unit, _digest(folder), facts, taught)
+    return Artist(draws, first.width, _unit(loaded, first.width), _digest(folder), facts, taught)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:
@@ -202,6 +206,21 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         raise BadRecipe(
             f"{folder} cannot be loaded as a pipeline of diffusers ({str(error).splitlines()[0]})"
         ) from error
+
+
+def _unit(loaded: Any, side: int) -> int:
+    """What the sides of its pictures are multiples of, known from one that it has drawn.
+
+    A transformer on pixels fills them with patches, as ours does; one on latents with patches as
+    large as the VAE makes them, and some classes pair those.
+    """
+    network = getattr(loaded, "transformer", None)
+    patch = None if network is None else network.config.get("patch_size")
+    if not isinstance(patch, int):  # a U-Net, or patches of a film
+        return math.gcd(side, UNIT)
+    if getattr(loaded, "vae", None) is None:
+        return patch
+    return math.gcd(side, math.lcm(UNIT, int(getattr(loaded, "vae_scale_factor", 1)) * patch))
 
 
 def _scheduler(folder: Path) -> dict[str, Any]:

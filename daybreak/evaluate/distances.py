@@ -43,6 +43,7 @@ BLOCK = 2048  # rows of one set compared with as many of the other at a time: 32
 GROUPS = 10  # left out in turn to find out how much the Frechet distance would vary
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 NEIGHBOURS = 5
+FEWEST, FEWEST_TRUE = 2 * GROUPS, NEIGHBOURS + 1  # pictures of model and reference for all of them
 
 
 class Estimate(NamedTuple):
@@ -76,9 +77,15 @@ class Manifold(NamedTuple):
     coverage: Estimate
 
 
+def check(number: int, of: str, least: int = FEWEST) -> None:
+    """Refuse what would be refused when all is drawn. Errors: BadData for fewer than `least`."""
+    if number < least:
+        raise BadData(f"{number} {of} are too few for these distances: give {least} or more")
+
+
 def moments(features: Features) -> Moments:
     """Mean and covariance (divided by n - 1)."""
-    x = _matrix(features, least=2)
+    x = _matrix(features, 2, "pictures")
     mean = x.mean(0)
     return Moments(mean, (x - mean).T @ (x - mean) / (len(x) - 1))
 
@@ -94,7 +101,7 @@ def frechet(features: Features, reference: Moments) -> Estimate:
     Interval and bias are found by leaving out a tenth of the pictures at a time. The bias is that
     of first order: subtract it to compare different numbers, and trust it where it is small.
     """
-    x = _matrix(features, least=2 * GROUPS)
+    x = _matrix(features, FEWEST, "pictures of the model")
     if x.shape[1] != len(reference.mean):
         raise ValueError(f"features {x.shape} and a reference of {len(reference.mean)} features")
     root = _root(reference.covariance)
@@ -129,7 +136,7 @@ def kernel(features: Features, reference: Features) -> Estimate:
 
 
 def cmmd(features: Features, reference: Features) -> Estimate:
-    """The kernel distance of CLIP features, which are brought to length 1 here.
+    """The kernel distance of features, in the paper CLIP's, which are brought to length 1 here.
 
     Errors  ValueError for features of length zero.
     """
@@ -263,19 +270,17 @@ def _blocks(n: int) -> Iterator[slice]:
 
 
 def _pair(features: Features, reference: Features, least: int) -> tuple[Floats, Floats]:
-    x, y = _matrix(features, least), _matrix(reference, least)
+    x = _matrix(features, least, "pictures of the model")
+    y = _matrix(reference, least, "pictures of the reference")
     if x.shape[1] != y.shape[1]:
         raise ValueError(f"features {x.shape} and {y.shape} are not of one network")
     return x, y
 
 
-def _matrix(features: Features, least: int) -> Floats:
+def _matrix(features: Features, least: int, of: str) -> Floats:
     if features.ndim != 2 or not np.issubdtype(features.dtype, np.floating):
         raise ValueError(f"features are floats (n, f), not {features.dtype} {features.shape}")
-    if len(features) < least:
-        raise BadData(
-            f"{len(features)} pictures are too few for this distance: give {least} or more"
-        )
+    check(len(features), of, least)
     if not np.isfinite(features).all():
         raise ValueError("features are not finite")
     return features.astype(np.float64)

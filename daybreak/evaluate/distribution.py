@@ -47,6 +47,7 @@ def distribution(
 
     Errors  BadData for too few pictures; BadStorage if the cache cannot be written.
     """
+    distances.check(examples.total, f"pictures of {examples.source} to compare with")
     places = [_place(cache, examples.digest, extractor) for extractor in extractors]
     known = [features.kept(place, examples.total) for place in places]
     drawn: list[list[Features]] = [[] for _ in extractors]
@@ -75,6 +76,7 @@ def distribution(
         remarks += said + _taught_by(artist, extractor)
     details = {
         "examples": examples.digest,
+        "examples_seed": examples.seed,
         "source": examples.source,
         "extractors": {extractor.name: extractor.digest for extractor in extractors},
         "resize": "bicubic with antialiasing, once, to the side of the network",
@@ -86,7 +88,7 @@ def coco30k(
     artist: Artist,
     prompts: Prompts,
     reference: Path,
-    extractor: Extractor,
+    extractors: Sequence[Extractor],
     cache: Path,
     clip: Clip | None = None,
     side: int = COCO_SIDE,
@@ -96,9 +98,11 @@ def coco30k(
     """Draw every caption of the list once, scale it to `side`, and compare with all of a folder.
 
     The list's sha256 is part of the result; with a CLIP so is the mean CLIPScore, the other axis of
-    the usual curve over guidance.
+    the usual curve over guidance. True pictures smaller than `side`, of which COCO has some, are
+    enlarged and counted.
 
-    Errors  BadRecipe for a model that draws smaller pictures; BadData as `features.reference`.
+    Errors  BadRecipe for a model that draws smaller pictures; BadData for too few captions or
+            pictures, and as `features.reference`; all before a picture is drawn.
     """
     if artist.side < side:
         raise BadRecipe(
@@ -108,30 +112,46 @@ def coco30k(
     files = sorted(path for path in reference.rglob("*") if path.suffix.lower() in images.SUFFIXES)
     if not files:
         raise BadData(f"{reference} holds no pictures to compare with")
-    true = features.reference(extractor, files, side, side, cache)
-    found, scores, cut, texts = [], [], 0, prompts.texts
+    texts = prompts.texts
+    distances.check(len(texts), "captions to draw")
+    distances.check(len(files), f"pictures in {reference}", distances.FEWEST_TRUE)
+    true = [features.reference(one, files, side, side, cache) for one in extractors]
+    found: list[list[Features]] = [[] for _ in extractors]
+    scores, cut = [], 0
     for first in range(0, len(texts), BATCH):
         some = texts[first : first + BATCH]
         seeds = list(range(seed + first, seed + first + len(some)))
         pictures = artist.draw(some, seeds, artist.side, artist.side)
         pictures = np.stack([features.fit(picture, side, side) for picture in pictures])
-        found.append(features.extract(extractor, pictures))
+        for seen, extractor in zip(found, extractors, strict=True):
+            seen.append(features.extract(extractor, pictures))
         if clip is not None:
             scored = clip_score.score(clip, pictures, some)
             scores.append(scored.values)
             cut += scored.cut
         if progress is not None:
             progress(first + len(some), len(texts))
-    values, remarks = compare(extractor, np.concatenate(found), true.features)
-    remarks += _taught_by(artist, extractor)
+    values: dict[str, Estimate] = {}
+    remarks: list[str] = []
+    if true and true[0].enlarged:
+        remarks.append(
+            f"{true[0].enlarged} of the {len(files)} true pictures are smaller than {side} px and "
+            "were enlarged"
+        )
+    for seen, extractor, against in zip(found, extractors, true, strict=True):
+        apart, said = compare(extractor, np.concatenate(seen), against.features)
+        values |= apart
+        remarks += said + _taught_by(artist, extractor)
     if clip is not None:
         values["clip_score"] = mean(np.concatenate(scores))
         remarks += _cut(cut)
     details = {
         "captions": prompts.digest,
-        "reference": true.digest,
+        "reference": {one.name: of.digest for one, of in zip(extractors, true, strict=True)},
         "reference_pictures": len(files),
-        "extractors": {extractor.name: extractor.digest},
+        "reference_enlarged": true[0].enlarged if true else 0,
+        "extractors": {extractor.name: extractor.digest for extractor in extractors},
+        "clip": None if clip is None else clip.pictures.digest,
         "side": side,
         "resize": f"bicubic with antialiasing to {side} px, bytes, then as the network demands",
     }
@@ -154,10 +174,12 @@ def compare(
     n, name = len(drawn), Path(extractor.name).name
     frechet = distances.frechet(drawn, distances.moments(reference))
     values = {"frechet": frechet, "kernel": distances.kernel(drawn, reference)}
-    if "clip" in extractor.name:
-        values["cmmd"] = distances.cmmd(drawn, reference)
-    values |= distances.manifold(drawn, reference)._asdict()
     remarks = []
+    if drawn.any(1).all() and reference.any(1).all():
+        values["cmmd"] = distances.cmmd(drawn, reference)
+    else:
+        remarks.append(f"{name}.cmmd is left out: of some picture the network says nothing at all")
+    values |= distances.manifold(drawn, reference)._asdict()
     if said := distances.warning(f"{name}.frechet", frechet, n):
         remarks.append(said)
     elif n < SAFE:
@@ -168,7 +190,7 @@ def compare(
 
 
 def _taught_by(artist: Artist, extractor: Extractor) -> list[str]:
-    families = [family for family in artist.taught if family in extractor.name]
+    families = [family for family in artist.taught if extractor.family.startswith(family)]
     return [
         f"{extractor.name} took part in the training of this model: look at its distances, and "
         "report those of another network"

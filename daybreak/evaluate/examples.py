@@ -44,6 +44,7 @@ class Examples(NamedTuple):
     digest: str  # 16 hex digits that name the pictures
     total: int
     read: Callable[[], Iterator[Batch]]
+    seed: int = 0  # that they were chosen with
 
 
 def of_scenes(config: scenes.Config, seed: int, count: int) -> Examples:
@@ -60,7 +61,7 @@ def of_scenes(config: scenes.Config, seed: int, count: int) -> Examples:
 
     # What is left out of captions depends on the index, and theirs lie beyond any `complete`.
     facts = [config.model_dump(mode="json", exclude={"complete"}), seed, count]
-    return Examples("scenes", _digest(facts), count, read)
+    return Examples("scenes", _digest(facts), count, read, seed)
 
 
 def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Examples:
@@ -98,7 +99,7 @@ def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Exa
                 first += len(samples)
 
     facts = [sorted(opened.files.values()), side, seed, count, [list(slot) for slot in slots]]
-    return Examples(str(folder), _digest(facts), count, read)
+    return Examples(str(folder), _digest(facts), count, read, seed)
 
 
 def _shape(slot: Slot) -> tuple[int, int]:

@@ -58,6 +58,7 @@ class Extractor(NamedTuple):
     digest: str  # 16 hex digits of the sha256 of weights and preparation
     side: int | None  # of the square its pictures are brought to; None takes them as they are
     network: Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "b f"]]
+    family: str = ""  # what kind of network it is, wherever it lies: clip, dinov2, dinov3_vit, ...
 
 
 class Reference(NamedTuple):
@@ -65,6 +66,7 @@ class Reference(NamedTuple):
 
     features: Features
     digest: str
+    enlarged: int  # pictures that are smaller than those they are compared with
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Extractor:
@@ -129,7 +131,11 @@ def scenes(device: torch.device | str = "cpu") -> Extractor:
     """The network that was taught with coloured shapes."""
     network = scenes_features.load().to(device)
     return Extractor(
-        "scenes", _digest(network, ()), None, lambda x: network(x.to(device).float() / 127.5 - 1)
+        "scenes",
+        _digest(network, ()),
+        None,
+        lambda x: network(x.to(device).float() / 127.5 - 1),
+        "scenes",
     )
 
 
@@ -159,7 +165,8 @@ def from_model(name: str, model: Any, processor: Any) -> Extractor:
         return found
 
     preparation = (side, list(processor.image_mean), list(processor.image_std))
-    return Extractor(name, _digest(model, preparation), side, network)
+    family = str(model.config.model_type)
+    return Extractor(name, _digest(model, preparation), side, network, family)
 
 
 def inception(weights: Path, device: torch.device | str = "cpu") -> Extractor:
@@ -186,7 +193,8 @@ def inception(weights: Path, device: torch.device | str = "cpu") -> Extractor:
         )
     torch.load(weights, weights_only=True)  # the package would also run code, had it any
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
-    return Extractor("inception", _digest(network, ()), None, lambda x: network(x.to(device))[0])
+    digest = _digest(network, ())
+    return Extractor("inception", digest, None, lambda x: network(x.to(device))[0], "inception")
 
 
 def inception_home() -> Path:
@@ -256,10 +264,11 @@ def reference(
     """Features of picture files at the size a model draws, computed once.
 
     They are kept in `cache` under a hash of the files' contents, the size and the extractor: names
-    and order do not matter, and any change of a byte makes another reference.
+    and order do not matter, and any change of a byte makes another reference. A picture that is
+    smaller is enlarged, as others do who publish such numbers, and counted.
 
-    Errors  BadData for a picture that is damaged or smaller than the model's, or for none;
-            BadStorage if the cache cannot be written.
+    Errors  BadData for a picture that is damaged, or for none; BadStorage if the cache cannot be
+            written.
     """
     if not files:
         raise BadData("there are no pictures to compare with")
@@ -269,34 +278,35 @@ def reference(
         parts_of_key = [VERSION, height, width, extractor.name, extractor.digest, *sorted(hashes)]
         digest = hashlib.sha256(json.dumps(parts_of_key).encode()).hexdigest()[:16]
         place = cache / f"{digest}.safetensors"
-        known = kept(place, len(files))
-        if known is not None:
-            return Reference(known, digest)
-        parts = []
+        known, small = kept(place, len(files)), kept(place, len(files), "enlarged")
+        if known is not None and small is not None:
+            return Reference(known, digest, int(small.sum()))
+        parts, enlarged = [], []
         for first in range(0, len(ordered), BATCH):
             some = ordered[first : first + BATCH]
-            pictures = np.stack(list(pool.map(lambda file: _read(file, height, width), some)))
-            parts.append(extract(extractor, pictures))
+            read = list(pool.map(lambda file: _read(file, height, width), some))
+            parts.append(extract(extractor, np.stack([picture for picture, _ in read])))
+            enlarged += [smaller for _, smaller in read]
     features = np.concatenate(parts)
-    keep(place, features)
-    return Reference(features, digest)
+    keep(place, features, enlarged=np.array(enlarged, dtype=np.float32))
+    return Reference(features, digest, sum(enlarged))
 
 
-def kept(place: Path, number: int) -> Features | None:
+def kept(place: Path, number: int, what: str = "features") -> Features | None:
     """Features found in a cache; None if they are not there or not whole."""
     try:
-        found: Features = load_file(place)["features"]
+        found: Features = load_file(place)[what]
     except (OSError, SafetensorError, KeyError):
         return None
     return found if len(found) == number else None
 
 
-def keep(place: Path, features: Features) -> None:
-    """Put features into a cache, whole or not at all. Errors: BadStorage."""
+def keep(place: Path, features: Features, **others: Features) -> None:
+    """Put features, and what else is known, into a cache, whole or not. Errors: BadStorage."""
     staged = place.with_suffix(f".{os.environ.get('RANK', '0')}-{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features}, staged)
+        save_file({"features": features, **others}, staged)
         staged.replace(place)
     except OSError as error:
         raise BadStorage(
@@ -304,14 +314,11 @@ def keep(place: Path, features: Features) -> None:
         ) from error
 
 
-def _read(file: Path, height: int, width: int) -> Pictures:
+def _read(file: Path, height: int, width: int) -> tuple[Pictures, bool]:
+    """A picture of the wanted shape, and whether it had to be enlarged for that."""
     picture = images.decode(file.read_bytes(), str(file))
-    if picture.shape[0] < height or picture.shape[1] < width:
-        raise BadData(
-            f"{file}: is {picture.shape[1]} x {picture.shape[0]} pixels and the model draws "
-            f"{width} x {height}: compare with pictures at least as large"
-        )
-    return fit(picture, height, width)
+    smaller = picture.shape[0] < height or picture.shape[1] < width
+    return fit(picture, height, width), smaller
 
 
 def _hash(file: Path) -> str:

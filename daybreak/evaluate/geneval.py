@@ -111,7 +111,7 @@ def read(results: Path) -> Result:
 
 def _rows(results: Path) -> list[Mapping[str, Any]]:
     try:
-        lines = results.read_text(encoding="utf-8").splitlines()
+        lines = results.read_text(encoding="utf-8").split("\n")
         rows = [json.loads(line) for line in lines if line.strip()]
         wrong = next(
             (i for i, row in enumerate(rows, 1) if not {"tag", "prompt", "correct"} <= row.keys()),

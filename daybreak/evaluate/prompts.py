@@ -4,7 +4,7 @@
     FOLDER/prompts.jsonl    one line for each picture, so that any judge outside can read the folder
     FOLDER/grid-0.png       sheets of SHEET pictures
 
-A list of prompts is UTF-8 text, one a line, or JSON lines with a `prompt` each.
+A list of prompts is UTF-8 text, one a line, or (.jsonl) JSON lines with a `prompt` each.
 """
 
 import hashlib
@@ -44,28 +44,38 @@ class Prompts(NamedTuple):
 def read(file: Path) -> Prompts:
     """Read a list of prompts.
 
+    Only a newline ends a line: text from elsewhere may hold other signs that break one on paper.
+
     Errors  BadData, naming the line, for a file that is missing, empty or not UTF-8, for an empty
-            line or one without a prompt.
+            line or one without a prompt; and for .json, of which only a part would be a prompt.
     """
     try:
         data = file.read_bytes()
     except OSError as error:
         raise BadData(f"cannot read the prompts {file}: {error.strerror}") from error
+    form = file.suffix.lower()
+    if form == ".json":
+        raise BadData(
+            f'{file} is no list of prompts: write one {{"prompt": "..."}} a line into a file whose '
+            "name ends in .jsonl, or plain text into one that ends in .txt"
+        )
     try:
-        lines = data.decode("utf-8-sig").splitlines()
+        lines = data.decode("utf-8-sig").split("\n")
     except UnicodeDecodeError as error:
         place = data[: error.start].count(b"\n") + 1
         raise BadData(
             f"{file}, line {place}: byte {data[error.start]:#04x} is not UTF-8: save the file as "
             "UTF-8"
         ) from error
+    if not lines[-1]:  # what follows the last newline
+        lines.pop()
     if not lines:
         raise BadData(f"{file} holds no prompts")
     texts, rows = [], []
     for number, text in enumerate(lines, start=1):
         if not text.strip():
             raise BadData(f"{file}, line {number} is empty: give a prompt or remove it")
-        row = _row(text, f"{file}, line {number}") if file.suffix == ".jsonl" else text.strip()
+        row = _row(text, f"{file}, line {number}") if form == ".jsonl" else text.strip()
         rows.append(row)
         texts.append(row if isinstance(row, str) else row["prompt"])
     return Prompts(texts, hashlib.sha256(data).hexdigest(), rows)

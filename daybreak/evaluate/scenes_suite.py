@@ -53,6 +53,7 @@ TASKS = (*SCORED, "size", "three")
 ATTRIBUTES = ("count", "colours", "shapes", "relation")
 BATCH = 60  # pictures per call of the generator
 FIRST = 1 << 62  # index of the first scene that belongs to the evaluation
+SEED_RULE = "an item's noise is that of its own seed: Philox(seed)'s first number >> 2, + its index"
 
 
 class Item(NamedTuple):
@@ -289,6 +290,7 @@ def _result(
         "canvas": config.canvas,
         "objects": list(config.objects),
         "seed": seed,
+        "seed_rule": SEED_RULE,
         "checker": {"version": VERSION, "thresholds": thresholds_hash()},
         "prompts": len(asked),
         "overall": _mean([(item, score.verdict) for item, score in scored]),

@@ -10,8 +10,8 @@ A suite is a function from an artist and what it is asked for to a `Result`:
 A metric is named by its suite: `scenes.exact`, `validation.loss`, `distribution.clip.cmmd`. What
 follows from it (a best checkpoint, a comparison) needs to know which way is up: `lower_is_better`.
 
-Picture i of a suite is drawn with the noise of seed + i, so no two share one and any of them can be
-drawn again.
+No two pictures of a suite share their noise, and any of them can be drawn again: its seed follows
+from that of the result by the rule that stands beside it.
 """
 
 import json
@@ -46,6 +46,7 @@ METRICS: dict[Suite, tuple[str, ...]] = {
     "validation": tuple(validation.values(validation.Summary(0.0, (0.0,) * 3, (0.0,) * 3))),
     "distribution": DISTANCES,
 }
+SEED_RULE = "picture i is drawn with the noise of seed + i"  # where a suite says no other
 FEW = 240  # pictures for which further processes would take longer to start than to judge
 
 
@@ -113,7 +114,13 @@ def validate(
     names = validation.values(validation.summarise(errors))
     columns = [errors.velocity @ np.diff(validation.EDGES), *errors.velocity.T, *errors.image.T]
     values = {name: mean(column) for name, column in zip(names, columns, strict=True)}
-    details = {"examples": examples.digest, "source": examples.source}
+    details = {
+        "examples": examples.digest,
+        "examples_seed": examples.seed,
+        "source": examples.source,
+        "seed": seed,
+        "seed_rule": validation.SEED_RULE,
+    }
     return Result(values, examples.total, details)
 
 
@@ -158,12 +165,15 @@ def _value(metric: str) -> str:
 def record(
     name: str, artist: Artist, result: Result, seed: int, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that is known of a result, ready for JSON; `about` is code and machine."""
+    """All that is known of a result, ready for JSON; `about` is code and machine.
+
+    A suite with a seed or a rule of its own says so in its details.
+    """
     return {
         "suite": name,
-        **plain(result),
         "seed": seed,
-        "seed_rule": "picture i is drawn with the noise of seed + i",
+        "seed_rule": SEED_RULE,
+        **plain(result),
         "weights_sha256": artist.digest,
         **artist.facts,
         **about,

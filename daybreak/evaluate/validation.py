@@ -36,6 +36,7 @@ from daybreak.train.dice import Dice
 EDGES = (0.0, 0.3, 0.6, 1.0)  # of the bins of t
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, cover an interval evenly however many
 BATCH = 64
+SEED_RULE = "level and noise of picture i in a bin of t are those of seed, bin and i"
 
 Floats = npt.NDArray[np.float64]
 

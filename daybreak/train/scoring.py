@@ -9,7 +9,8 @@
 
 What needs weights or files that are not there is refused before the first picture is drawn. Where
 no seed is given it follows from the sha256 of the weights: what is asked is then settled by a
-finished model, and no recipe can have been tuned to it.
+finished model, and no recipe can have been tuned to it. Pictures to compare with, and the table of
+the validation loss, are those of seed 0 instead: the same for every model.
 
 Under torchrun the first process asks, judges and writes, as one process would, and all of them
 draw: each its part of every batch of prompts (evaluate/artist).
@@ -50,6 +51,7 @@ from daybreak.train.checkpoint import Checkpoint
 from daybreak.train.parallel import World, together
 
 SUITES = ("scenes", "validation", "distribution", "prompts", "geneval", "coco30k")
+FIXED = 0  # seed of what is the same for every model, where none is given
 CONTROLS = "against gaming"  # key of the controls that draw pictures of their own
 
 
@@ -170,7 +172,7 @@ def _score(
     if wanted.suite == "scenes":
         result = _scenes(model, wanted, seed, tell)
     elif wanted.suite == "validation":
-        result = _validation(folder, model, wanted)
+        result = _validation(folder, model, wanted, wanted.seed or FIXED)
     elif wanted.suite == "distribution":
         found, cache = _examples(model, wanted), out / "reference"
         judges = _judges(model, wanted)
@@ -181,13 +183,13 @@ def _score(
     elif wanted.suite == "geneval":
         result = geneval.write(model.artist, asked, out / "geneval", wanted.each, seed, tell)
     else:
-        judge = features.load((wanted.features or ("inception",))[0], runs.device())
+        names = wanted.features or ("inception",)
         side = wanted.resolution or distribution.COCO_SIDE
         result = distribution.coco30k(
             model.artist,
             asked,
             wanted.reference or Path(),
-            judge,
+            [features.load(name, runs.device()) for name in names],
             out / "reference",
             clip,
             side,
@@ -200,16 +202,16 @@ def _score(
 
 def _chosen(folder: Path, wanted: Wanted) -> Checkpoint:
     """The checkpoint of a run that is asked for, every hash of it verified."""
+    runs.recorded(folder)  # is it a run at all?
     if wanted.best:
         return evaluations.best(folder)
-    runs.recorded(folder)  # is it a run at all?
     return checkpoint.required(folder, lambda line: print(line, file=sys.stderr))
 
 
 def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
     """Load the averaged weights of a run's checkpoint; without one, a pipeline.
 
-    Errors  BadRecipe for what does not go together; NoCheckpoint if it is neither.
+    Errors  BadRecipe for what does not go together.
     """
     if chosen is None:
         if wanted.sets or wanted.best:
@@ -220,6 +222,11 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         side = None if wanted.suite == "coco30k" else wanted.resolution
         return Model(artist.pipeline(folder, side, wanted.steps, wanted.guidance, device, dtype))
+    if wanted.resolution is not None and wanted.suite != "coco30k":  # there it is the list's
+        raise BadRecipe(
+            f"{folder} is a run, which draws the resolution of its last stage: leave --resolution "
+            "out, it is for pipelines"
+        )
     recipe, found, network = runs.trained(folder, chosen=chosen)
     given = {"sample.steps": wanted.steps, "sample.guidance": wanted.guidance}
     named = [f"{key}={value}" for key, value in given.items() if value is not None]
@@ -279,6 +286,12 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
         )
     else:
         wanted_scenes = recipe.scenes or Scenes()
+    size = CANVASES[wanted_scenes.canvas].size
+    if recipe is not None and size != model.artist.side:
+        raise BadRecipe(
+            f"scenes of canvas {wanted_scenes.canvas!r} are {size} px and this run draws "
+            f"{model.artist.side} px: leave --canvas out, or choose one of that size"
+        )
     if recipe is None and wanted.controls:
         raise BadRecipe("--controls look for training pictures, so they are for run folders")
     result = suite.scenes(model.artist, wanted_scenes, seed, wanted.per_task, tell)
@@ -288,20 +301,20 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
     return result._replace(details={**result.details, CONTROLS: found})
 
 
-def _validation(folder: Path, model: Model, wanted: Wanted) -> Result:
+def _validation(folder: Path, model: Model, wanted: Wanted, seed: int) -> Result:
     if model.recipe is None or model.network is None:
         raise BadRecipe(f"{folder} is a pipeline of diffusers, whose loss is not known")
     found = _examples(model, wanted)
-    return suite.validate(model.network, found, model.recipe.flow.noise_scale)
+    return suite.validate(model.network, found, model.recipe.flow.noise_scale, seed)
 
 
 def _examples(model: Model, wanted: Wanted) -> examples.Examples:
-    recipe = model.recipe
+    recipe, seed = model.recipe, wanted.seed or FIXED
     if wanted.data is not None:
         side, unit = model.artist.side, model.artist.unit
-        return examples.of_dataset(wanted.data, side, unit, 0, wanted.number)
+        return examples.of_dataset(wanted.data, side, unit, seed, wanted.number)
     if recipe is not None and recipe.data.source == "scenes":
-        return examples.of_scenes(recipe.scenes or Scenes(), 0, wanted.number)
+        return examples.of_scenes(recipe.scenes or Scenes(), seed, wanted.number)
     raise BadRecipe(
         f"the suite {wanted.suite} needs pictures to compare with: give a prepared dataset, "
         "best one that was not trained on, with --data"
