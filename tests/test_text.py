@@ -1,11 +1,15 @@
 """Words: a tokenizer that knows every text, and encoders trained or frozen."""
 
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
@@ -33,6 +37,15 @@ def test_no_text_is_unknown_and_a_frequent_word_is_one_token() -> None:
     for words in ("a zebra", "ein grüner Löwe", "数字 7", "🦓"):
         ids = tokenizer(words)["input_ids"]
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == words.lower()
+
+
+@given(st.text(st.characters(max_codepoint=255), max_size=40))
+@example("a red  circle ")
+@example("-- ``quoted'' ... fl ff (c) 1/2 #1; \\x41 %20 <b> ~")
+@example("&amp;amp; &#39;\r\n\x1b[31m")
+def test_what_can_be_broken_in_a_caption_is_mended(caption: str) -> None:
+    mended = html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
+    assert text.clean(caption) == mended
 
 
 def test_the_empty_prompt_is_one_token() -> None:
