@@ -59,6 +59,14 @@ def test_captions_are_padded_to_few_lengths_and_cut_at_the_limit() -> None:
     assert encoder.tokenize(["red " * 100])[0].shape == (1, 16)
 
 
+@pytest.mark.parametrize(
+    ("limit", "step"), [(8, 8), (24, 8), (32, 8), (64, 16), (128, 32), (256, 64)]
+)
+def test_whatever_the_limit_there_are_four_lengths_at_most(limit: int, step: int) -> None:
+    assert text.Config(max_tokens=limit).length_step == step
+    assert len({-(-words // step) for words in range(1, limit + 1)}) <= 4
+
+
 def test_the_other_captions_of_a_batch_change_nothing() -> None:
     encoder = scratch()
     alone = encoder(["a red circle"])

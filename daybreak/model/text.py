@@ -38,7 +38,7 @@ from daybreak.model import hub
 REACH = 6  # words a convolution sees: from the circle "to the left of a" to the blue of a square
 WORD = 0.5  # standard deviation of the numbers in a new word vector
 LENGTH_STEP = 8  # token counts are multiples of it
-LENGTHS = 8  # so many of them, no more: each is a variant of every block to compile
+LENGTHS = 4  # so many of them, no more: each is a variant of every block to compile, times buckets
 
 
 class Config(BaseModel):
