@@ -95,6 +95,22 @@ def test_captions_are_chosen_by_weight_and_dropped_by_share(tmp_path: Path) -> N
     assert abs(counts["x"] / (counts["x"] + counts["y, z"]) - 0.75) < 0.04
 
 
+def test_workers_look_as_far_ahead_as_memory_allows() -> None:
+    picture = 3 * 512**2
+    assert batches.foresight(0, 32, 512) is None
+    assert batches.foresight(8, 32, 512) == batches.FORESIGHT
+    assert batches.foresight(8, 256, 512) == 1
+    assert batches.foresight(16, 2**14, 1024) == 1
+    for workers in (1, 2, 5, 8, 64):
+        for share in (1, 7, 100, 300, 1000):
+            ahead = batches.foresight(workers, share, 512)
+            assert ahead is not None
+            assert 1 <= ahead <= batches.FORESIGHT
+            assert ahead == 1 or ahead * workers * share * picture <= batches.UNDERWAY
+            more = (ahead + 1) * workers * share * picture
+            assert ahead == batches.FORESIGHT or more > batches.UNDERWAY
+
+
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_vanishes_is_named(pictures: Path, workers: int) -> None:
     config = batches.Config(source=str(pictures), workers=workers)

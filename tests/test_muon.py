@@ -215,6 +215,36 @@ def test_a_matrix_without_gradient_is_left_alone() -> None:
     assert list(optimizer.state) == [one]
 
 
+def test_gradients_that_come_and_go_are_dealt_anew() -> None:
+    """An optimiser that has stepped before takes the step of one that knows only its state."""
+    shapes = [(8, 6)] * 3 + [(6, 4)] * 2
+    mine, theirs = list(Matrices(shapes).each), list(Matrices(shapes).each)
+    optimizer, before = ours(mine), ours(theirs).state_dict()
+    generator = torch.Generator().manual_seed(1)
+    for learning in ([0, 1, 2, 3, 4], [0, 2, 3], [0, 2, 3], [1, 4], [], [0, 1, 2, 3, 4]):
+        for number, (one, other) in enumerate(zip(mine, theirs, strict=True)):
+            gradient = torch.randn(one.shape, generator=generator)
+            one.grad, other.grad = (
+                gradient.clone() if number in learning else None for _ in range(2)
+            )
+        optimizer.step()
+        fresh = ours(theirs)
+        fresh.load_state_dict(before)
+        fresh.step()
+        before = fresh.state_dict()
+        for one, other in zip(mine, theirs, strict=True):
+            assert torch.equal(one, other)
+
+
+def test_the_same_matrices_are_dealt_once() -> None:
+    weights = list(Matrices(EVEN).parameters())
+    optimizer = ours(weights)
+    dealt = optimizer._stacks(0, weights)
+    assert optimizer._stacks(0, list(weights)) is dealt
+    assert optimizer._stacks(0, weights[1:]) is not dealt
+    assert "_dealt" not in optimizer.state_dict()
+
+
 def test_what_is_not_a_matrix_is_refused() -> None:
     with pytest.raises(ValueError, match=r"not a parameter of shape \(3,\)"):
         Muon([nn.Parameter(torch.zeros(3))], lr=0.1)

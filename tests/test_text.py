@@ -1,11 +1,15 @@
 """Words: a tokenizer that knows every text, and encoders trained or frozen."""
 
+import html
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import ftfy
 import pytest
 import torch
+from hypothesis import example, given
+from hypothesis import strategies as st
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
@@ -35,6 +39,15 @@ def test_no_text_is_unknown_and_a_frequent_word_is_one_token() -> None:
         assert tokenizer.decode(ids, skip_special_tokens=True).strip() == words.lower()
 
 
+@given(st.text(st.characters(max_codepoint=255), max_size=40))
+@example("a red  circle ")
+@example("-- ``quoted'' ... fl ff (c) 1/2 #1; \\x41 %20 <b> ~")
+@example("&amp;amp; &#39;\r\n\x1b[31m")
+def test_what_can_be_broken_in_a_caption_is_mended(caption: str) -> None:
+    mended = html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
+    assert text.clean(caption) == mended
+
+
 def test_the_empty_prompt_is_one_token() -> None:
     _, mask = scratch().tokenize(["", "a red circle"])
     assert mask.sum(1).tolist() == [1, 4]
@@ -44,6 +57,14 @@ def test_captions_are_padded_to_few_lengths_and_cut_at_the_limit() -> None:
     encoder = scratch()
     assert encoder.tokenize(["a red circle"])[0].shape == (1, 8)
     assert encoder.tokenize(["red " * 100])[0].shape == (1, 16)
+
+
+@pytest.mark.parametrize(
+    ("limit", "step"), [(8, 8), (24, 8), (32, 8), (64, 16), (128, 32), (256, 64)]
+)
+def test_whatever_the_limit_there_are_four_lengths_at_most(limit: int, step: int) -> None:
+    assert text.Config(max_tokens=limit).length_step == step
+    assert len({-(-words // step) for words in range(1, limit + 1)}) <= 4
 
 
 def test_the_other_captions_of_a_batch_change_nothing() -> None:

@@ -142,6 +142,18 @@ def test_what_is_expected_is_in_memory_when_it_is_asked_for(tmp_path: Path) -> N
     assert not late.tokens.any()
 
 
+def test_a_caption_that_was_expected_is_not_cleaned_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    encoder = loaded(saved(tmp_path / "encoder"))
+    text_cache.write(tmp_path, encoder, CAPTIONS)
+    reader = opened(tmp_path, encoder)
+    text_cache._digest.cache_clear()
+    reader.expect(CAPTIONS)
+    monkeypatch.setattr(text_cache, "clean", None)
+    assert reader.tokens(CAPTIONS) is not None
+
+
 def test_only_new_captions_are_encoded(tmp_path: Path) -> None:
     encoder = loaded(saved(tmp_path / "encoder"))
     asked: list[str] = []

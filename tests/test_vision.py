@@ -84,6 +84,30 @@ def test_scaling_down_counts_every_pixel() -> None:
     assert board.grad.min() > 0
 
 
+@pytest.mark.parametrize(
+    ("before", "after"),
+    [
+        *(((64, 64), (32, 32)), ((64, 48), (37, 29)), ((51, 33), (17, 33)), ((33, 51), (33, 8))),
+        *(((16, 24), (32, 56)), ((17, 9), (40, 31)), ((40, 9), (13, 31)), ((5, 7), (1, 1))),
+        *(((256, 224), (126, 112)), ((3, 1), (9, 4))),
+    ],
+    ids=str,
+)
+def test_scaling_is_that_of_interpolate_and_so_is_its_gradient(
+    before: tuple[int, int], after: tuple[int, int]
+) -> None:
+    ours, theirs = noise(2, 3, *before).requires_grad_(), noise(2, 3, *before).double()
+    theirs.requires_grad_()  # in float32 its filters are rounded, and it misses by 1e-5 itself
+    small = vision.resize(ours, *after)
+    exact = nn.functional.interpolate(theirs, after, mode="bilinear", antialias=True)
+    torch.testing.assert_close(small.double(), exact, rtol=0, atol=2e-6)
+    pull = torch.randn(exact.shape, generator=torch.Generator().manual_seed(2))
+    small.backward(pull)
+    exact.backward(pull.double())
+    assert ours.grad is not None
+    torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=0, atol=5e-6)
+
+
 def test_a_picture_of_the_right_size_is_left_alone() -> None:
     picture = noise(1, 3, 16, 24)
     assert vision.resize(picture, 16, 24) is picture

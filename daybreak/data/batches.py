@@ -39,6 +39,7 @@ CHECK = 1.0  # seconds of silence after which the workers are looked after
 MOMENT = 0.2  # seconds until a process that was killed is known to be dead
 PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
 READY = 2  # batches that lie received when a step asks for one
+FORESIGHT, UNDERWAY = 4, 2 * 2**30  # a worker's batches ahead, and the bytes of all workers' ones
 
 
 class Config(BaseModel):
@@ -350,6 +351,13 @@ def _as_floats(arriving: Generator[Stacked]) -> Generator[Stacked]:
         yield stacked if isinstance(stacked, BadData) else (to_unit(stacked[0]), *stacked[1:])
 
 
+def foresight(workers: int, share: int, resolution: int) -> int | None:
+    """How many batches each worker makes ahead: one at least, and few enough for the memory."""
+    if not workers:
+        return None
+    return max(1, min(FORESIGHT, UNDERWAY // (workers * share * 3 * resolution**2)))
+
+
 def stream(
     source: Pictures,
     config: Config,
@@ -391,7 +399,7 @@ def stream(
         ),
         collate_fn=_stack,
         num_workers=config.workers,
-        prefetch_factor=4 if config.workers else None,
+        prefetch_factor=foresight(config.workers, share, resolution),
         timeout=CHECK if config.workers else 0,
         worker_init_fn=_step_aside,
         pin_memory=torch.device(device).type == "cuda",

@@ -25,6 +25,7 @@ import json
 from collections import ChainMap, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import lru_cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
 from typing import Any
@@ -43,6 +44,7 @@ SCHEMA = 1
 SHARD_BYTES = 2**30
 BATCH, AHEAD = 32, 4096  # captions encoded together, out of so many sorted by length
 SOON = 6  # batches whose words are held before they are asked for
+RECENT = 2**14  # captions whose digests are known: those of these batches
 DIGITS = 24  # 96 bits: among a billion captions two are alike with a chance of 1e-11
 OURS = {"encoder", "width", "depth", "heads", "vocabulary"}  # settings a frozen encoder has not
 
@@ -74,6 +76,7 @@ class Reader:
     def __init__(self, folders: Sequence[Path], config: Config) -> None:
         """Map the shards. Errors: BadData if one is not as its manifest says."""
         self.step = config.length_step
+        self.pinned = torch.cuda.is_available()  # so that nobody waits until they are on a device
         self.shards: list[Tensor] = []
         digests = [np.empty(0, f"S{DIGITS}")]
         entries = [np.empty((0, 3), np.int64)]  # shard, start, end
@@ -111,9 +114,11 @@ class Reader:
         words = [here.get(digest, one) for digest, one in zip(wanted, words, strict=True)]
         lengths = torch.tensor([len(one) for one in words])
         length = -(-int(lengths.max()) // self.step) * self.step
-        tokens = words[0].new_zeros(len(words), length, words[0].shape[1])
+        shape = len(words), length, words[0].shape[1]
+        tokens = torch.empty(shape, dtype=words[0].dtype, pin_memory=self.pinned)
         for row, one in zip(tokens, words, strict=True):
             row[: len(one)] = one
+            row[len(one) :] = 0
         return Text(tokens, torch.arange(length) < lengths[:, None])
 
     def _words(self, wanted: Sequence[bytes]) -> list[Tensor] | None:
@@ -226,6 +231,7 @@ def _encoded(encoder: TextEncoder, captions: Iterator[str]) -> Iterator[tuple[by
                 yield _digest(caption), row[there]
 
 
+@lru_cache(RECENT)
 def _digest(caption: str) -> bytes:
     """A hash of the caption as it is tokenised: with other cleaning it is another caption."""
     return hashlib.sha256(clean(caption).encode()).hexdigest()[:DIGITS].encode()

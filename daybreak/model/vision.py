@@ -16,7 +16,6 @@ from functools import cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -29,10 +28,30 @@ KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # in all of them patc
 
 
 def resize(image: Float[Tensor, "b c h w"], height: int, width: int) -> Float[Tensor, "b c y x"]:
-    """Scale pictures with antialiasing, so that every pixel counts and every one gets gradient."""
-    if image.shape[-2:] == (height, width):
+    """Scale pictures with antialiasing, so that every pixel counts and every one gets gradient.
+
+    It is `interpolate` with `antialias`, written as two products: on a GPU the gradient of that is
+    added up in any order, and no run would repeat another.
+    """
+    rows, columns = image.shape[-2:]
+    if (rows, columns) == (height, width):
         return image
-    return F.interpolate(image, (height, width), mode="bilinear", antialias=True)
+    image = image if rows == height else _filter(rows, height, image.dtype, image.device) @ image
+    if columns == width:
+        return image
+    return image @ _filter(columns, width, image.dtype, image.device).mT
+
+
+@cache
+def _filter(
+    before: int, after: int, dtype: torch.dtype, device: torch.device
+) -> Float[Tensor, "after before"]:
+    """What each new pixel takes of each old one: a triangle as wide as both kinds are seen."""
+    stride = before / after
+    pixels = torch.arange(before, dtype=torch.float64) + 0.5
+    centres = stride * (torch.arange(after, dtype=torch.float64) + 0.5)
+    shares = (1 - (pixels - centres[:, None]).abs() / max(stride, 1.0)).clamp(min=0)
+    return (shares / shares.sum(1, keepdim=True)).to(device, dtype)
 
 
 def standardise(image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:

@@ -83,8 +83,9 @@ def activations(vgg: Vgg, image: Float[Tensor, "b 3 h w"]) -> Iterator[Float[Ten
         x = F.max_pool2d(x, 2) if number else x
         for kernel, bias in convolutions:
             x = F.relu(F.conv2d(x, kernel, bias, padding=1))
+        full = x.float()
         # Where a place is dead in all channels a written-out root would have no gradient.
-        yield x.float() / (torch.linalg.vector_norm(x.float(), dim=1, keepdim=True) + 1e-10)
+        yield full / (torch.linalg.vector_norm(full, dim=1, keepdim=True) + 1e-10)
 
 
 def load(

@@ -157,14 +157,14 @@ def perceived(depths: Iterable[tuple[int, int]], side: int, c: int) -> float:
     """What LPIPS keeps of a guess: each activation, and what a pooling chose.
 
     Of the last of each depth also the distance to the truth and, where the network computes in
-    less than float32, two copies in that.
+    less than float32, a copy in that.
     """
     total = float(c * CHANNELS * side**2)
     pooled = 0
     for channels, convolutions in depths:
         places = channels * side**2
         total += c * (convolutions * places + pooled) + 8 * pooled
-        total += (3 if c < FULL else 1) * FULL * places
+        total += (2 if c < FULL else 1) * FULL * places
         side //= 2
         pooled = channels * side**2
     return total

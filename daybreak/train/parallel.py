@@ -326,6 +326,8 @@ def _device() -> torch.device:
             f"--nproc-per-node {there}"
         )
     torch.cuda.set_device(number)
+    torch.backends.cudnn.deterministic = True  # a run's convolutions repeat another's, bit for bit
+    torch.backends.cudnn.benchmark = False
     torch.set_float32_matmul_precision("high")  # TF32: more bits than bfloat16, ten times as fast
     return torch.device("cuda", number)
 
