@@ -195,7 +195,7 @@ def test_what_cannot_be_measured_is_refused_on_load(
             "there are distribution.scenes.frechet",
         ),
         (
-            "suites=['distribution'], best='distribution.scenes.cmmd'",
+            "suites=['distribution'], best='distribution.dinov2.cmmd'",
             BadRecipe,
             "would not be measured",
         ),

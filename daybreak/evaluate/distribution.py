@@ -160,8 +160,7 @@ def coco30k(
 
 def names(network: str) -> list[str]:
     """What `compare` measures with a network of this name."""
-    known = [name for name in DISTANCES if name != "cmmd" or "clip" in network]
-    return [f"{Path(network).name}.{name}" for name in known]
+    return [f"{Path(network).name}.{name}" for name in DISTANCES]
 
 
 def compare(
