@@ -4,6 +4,7 @@ import errno
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -16,6 +17,8 @@ from daybreak.failure import BadRecipe, BadStorage, Failure
 if TYPE_CHECKING:
     from daybreak.config import Recipe
     from daybreak.data.shards import Progress
+
+FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
 
 app = typer.Typer(
     help="Train a text-to-image model from nothing, in pixels, within a budget.",
@@ -677,20 +680,24 @@ def _remaining() -> "Callable[[Progress], None]":
 
 @contextmanager
 def _plain_failures() -> Iterator[None]:
-    """Print a failure as one sentence and leave with its code."""
+    """Print a failure as one sentence, what nobody foresaw as it is, and leave with its code."""
     try:
         yield
-    except Failure as failure:
-        print(f"daybreak: {failure}", file=sys.stderr)
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            _leave(failure.code)
-        raise SystemExit(failure.code) from None
-    except OSError as error:
-        if error.errno not in {errno.ENOSPC, errno.EDQUOT, errno.EROFS}:
+    except Exception as error:
+        many, code = int(os.environ.get("WORLD_SIZE", "1")) > 1, 1
+        if isinstance(error, Failure):
+            code = error.code
+            print(f"daybreak: {error}", file=sys.stderr)
+        elif isinstance(error, OSError) and error.errno in FULL:
+            code, what = BadStorage.code, error.filename or "what it says"
+            print(f"daybreak: cannot write {what}: {error.strerror}", file=sys.stderr)
+        elif many:
+            traceback.print_exc()
+        else:
             raise
-        what = error.filename or "what it says"
-        print(f"daybreak: cannot write {what}: {error.strerror}", file=sys.stderr)
-        raise SystemExit(BadStorage.code) from None
+        if many:
+            _leave(code)
+        raise SystemExit(code) from None
 
 
 def _leave(code: int) -> NoReturn:

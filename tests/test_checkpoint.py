@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from daybreak import config
 from daybreak.data import disk
@@ -89,6 +90,34 @@ def test_the_newest_are_kept(run: Path, recipe: config.Recipe) -> None:
         parts.save(run, step)
     assert [found.step for found in checkpoint.found(run)] == [15, 10]
     assert not list(run.glob(".*-checkpoint-*"))
+
+
+def test_a_rank_writes_its_rows_in_pieces(
+    run: Path, recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(saving, "PIECE", 20_000)
+    saved, loaded = Parts(recipe), Parts(recipe, seed=5)
+    store = dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    try:
+        here = parallel.World(0, 1, torch.device("cpu"), None, store, dist.group.WORLD)
+        with saving.Saver(recipe, run, here, saved.model) as saver:
+            saver.save(7, saved.state)
+            saver.finish()
+        files = sorted((run / "checkpoint-7" / "state").iterdir())
+        assert len(files) > 5
+        assert files[0].name.startswith("shard-00001-model-00001-of-")
+        largest = max(value.nbytes for value in saved.tensors().values())
+        headers = 2_000
+        assert max(file.stat().st_size for file in files) < max(20_000, largest) + headers
+        checkpoint.load(checkpoint.required(run, pytest.fail), loaded.state)
+    finally:
+        dist.destroy_process_group()
+    actual = loaded.tensors()
+    assert all(torch.equal(value, actual[name]) for name, value in saved.tensors().items())
+    checkpoint.load(checkpoint.required(run, pytest.fail), Parts(recipe, seed=5).state)  # alone
+    damage_flip(files[3])
+    assert files[3].name in str(checkpoint.verify(run / "checkpoint-7"))
 
 
 def damage_flip(path: Path) -> None:

@@ -269,3 +269,31 @@ def test_alone_there_is_nothing_to_compare() -> None:
     with parallel.world(parallel.Config()) as here:
         health.compare(here, {"weight": torch.ones(3)})
         assert health.Pace(here.device).laggards(here) == []
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
+@pytest.mark.parametrize("shape", [(), (3,), (5, 7), (4, 8)])
+def test_any_flipped_bit_is_another_sum(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    tensor = torch.randn(shape).to(dtype)
+    before = health._bits(tensor)
+    assert before.dtype == torch.int64
+    flat = tensor.view(-1).view(torch.uint8)
+    for place in {0, len(flat) // 2, len(flat) - 1}:
+        for bit in range(8):
+            flat[place] ^= 1 << bit
+            assert health._bits(tensor) != before
+            flat[place] ^= 1 << bit
+    assert health._bits(tensor) == before
+
+
+def test_equal_bits_are_one_sum_wherever_they_lie() -> None:
+    wide = torch.randn(3, 9)
+    for mine in (wide[:, 1:], wide.flatten()[1:9], wide.T[:, :2]):
+        assert health._bits(mine) == health._bits(mine.clone(memory_format=torch.contiguous_format))
+    assert health._bits(torch.ones(0, 4)) == 0
+
+
+def test_a_sum_of_bits_makes_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = torch.randn(64, 64, dtype=torch.bfloat16)
+    monkeypatch.setattr(health, "WORDS", {})  # of narrow words, which are copied
+    assert health._bits(whole) == whole.view(torch.int64).sum()

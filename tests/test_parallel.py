@@ -178,6 +178,12 @@ def train(out: Path) -> None:
             save_file({"guess": drawn, "rows": rows}, out / "other.safetensors")
 
 
+ERRORS = {
+    "broken": "CUDA error: uncorrectable ECC error encountered\nSearch for `cudaErrorECC...",
+    "wrong": "CUDA error: device-side assert triggered\nSearch for `cudaErrorAssert' in ...",
+}
+
+
 def fail(how: str) -> None:
     """Let rank 1 fail in the middle of a run, one way or the other."""
     with parallel.world(Config(start_timeout=60)) as here:
@@ -185,6 +191,8 @@ def fail(how: str) -> None:
         if here.rank == 1:
             if how == "killed":
                 os.kill(os.getpid(), signal.SIGKILL)
+            if how in ERRORS:
+                raise torch.AcceleratorError(ERRORS[how])
             raise BadData("tooth.png is not a picture")
         parallel.gather(here, torch.ones(1))
 
@@ -349,6 +357,8 @@ def test_ranks_that_do_not_meet_say_so_in_time(
     [
         ("killed", r"rank 0 lost the others \(rank 1 does not answer\): the same command"),
         ("failed", r"rank 0 lost the others \(rank 1: tooth.png is not a picture\)"),
+        ("broken", r"rank 0 lost the others \(rank 1: cpu on .* failed \(.*ECC error enc.*\): the"),
+        ("wrong", r"rank 0 lost the others \(rank 1: CUDA error: device-side assert triggered"),
     ],
 )
 def test_who_is_left_says_why_and_leaves_too(how: str, sentence: str) -> None:
@@ -367,4 +377,5 @@ def test_who_is_left_says_why_and_leaves_too(how: str, sentence: str) -> None:
     assert ranks[0].returncode == LostPeer.code, said
     assert re.search(sentence, said)
     ranks[1].communicate(timeout=60)
-    assert ranks[1].returncode == {"killed": -signal.SIGKILL, "failed": BadData.code}[how]
+    codes = {"killed": -signal.SIGKILL, "failed": BadData.code, "broken": LostPeer.code, "wrong": 1}
+    assert ranks[1].returncode == codes[how]

@@ -15,9 +15,8 @@ from pathlib import Path
 
 import torch
 
-from daybreak.failure import LostPeer
-from daybreak.train import parallel
-from daybreak.train.watchdog import Watchdog
+from daybreak.failure import BadData, Failure, LostPeer
+from daybreak.train import parallel, watchdog
 
 LIMIT = 1.0
 
@@ -38,34 +37,49 @@ def main(how: str, out: Path) -> None:
     """Let the last rank hang after a few steps."""
     if compiles := how == "compiles":  # what the compiler needs is loaded before time counts
         torch.compile(torch.cos, backend="eager")(torch.ones(1))
+    limit, watchdog.HEARD = (60.0 if "fails" in how else LIMIT), 2 * LIMIT
     with (
         parallel.world(parallel.Config(start_timeout=60)) as here,
-        Watchdog(here, LIMIT, (out / f"rank-{here.rank}").write_text, compiles) as watchdog,
+        watchdog.Watchdog(here, limit, (out / f"rank-{here.rank}").write_text, compiles) as dog,
     ):
         for step in range(1, 4):
             parallel.gather(here, torch.ones(1))
-            watchdog.beat(step)
+            dog.beat(step)
         if how == "patience":
-            with watchdog.patience(60):
+            with dog.patience(60):
                 time.sleep(3 * LIMIT)
-            watchdog.beat(4)
+            dog.beat(4)
             time.sleep(0.5 * LIMIT)
             return
         if compiles:
             if here.rank == here.size - 1:
                 torch.compile(torch.sin, backend=slow)(torch.ones(1))
             parallel.gather(here, torch.ones(1))
-            watchdog.beat(4)
+            dog.beat(4)
             time.sleep(0.5 * LIMIT)
+        if how == "fails, and another busily":  # none of its steps needs the one that has failed
+            for step in range(4, 9):
+                if here.rank == here.size - 1:
+                    raise BadData("tooth.png is not a picture")
+                time.sleep(LIMIT)
+                dog.beat(step)
         if here.rank == here.size - 1:
+            if how == "fails":
+                raise BadData("tooth.png is not a picture")
             if how == "stops":
                 os.kill(os.getpid(), signal.SIGSTOP)
             spin()
+        if how == "fails":
+            time.sleep(120)  # as NCCL waits for one that is gone
         parallel.gather(here, torch.ones(1))
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], Path(sys.argv[2]))
+    try:
+        main(sys.argv[1], Path(sys.argv[2]))
+    except Failure as failure:
+        print(failure, file=sys.stderr, flush=True)
+        os._exit(failure.code)  # as the command line leaves
 
 
 @contextmanager
@@ -135,3 +149,21 @@ def test_ranks_wait_for_one_that_compiles_and_not_for_what_it_does_after(tmp_pat
     assert [process.returncode for process in started] == [LostPeer.code] * 2
     assert all("for a step after 4 to be done" in text for text in said)
     assert "in spin" in said[1]
+
+
+def test_who_does_not_notice_that_another_has_failed_leaves_for_its_reason(tmp_path: Path) -> None:
+    with ranks(2, "fails", tmp_path) as started:
+        said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [LostPeer.code, BadData.code]
+    reason = (tmp_path / "rank-0").read_text()
+    assert reason.startswith("rank 0 lost the others (rank 1: tooth.png is not a picture): ")
+    assert reason in said[0]
+    assert not (tmp_path / "rank-1").exists()
+
+
+def test_who_still_takes_steps_notices_by_itself(tmp_path: Path) -> None:
+    with ranks(2, "fails, and another busily", tmp_path) as started:
+        said = [process.communicate(timeout=60)[1] for process in started]
+    assert [process.returncode for process in started] == [LostPeer.code, BadData.code]
+    assert "lost the others (rank 1: tooth.png is not a picture)" in said[0]
+    assert not (tmp_path / "rank-0").exists()

@@ -1,7 +1,7 @@
 """Checkpoints: a step of a run, whole or not there.
 
     RUN/checkpoint-1000/    model, ema, optimizer .safetensors (objective, if a term learns
-                            something), or state/shard-....safetensors: a file of each rank's rows
+                            something), or state/shard-....safetensors: each rank's rows, in pieces
                             tokenizer/; recipe.toml; trainer.json
                             manifest.json (bytes and sha256 of every other file, and its own)
     RUN/latest -> checkpoint-1000

@@ -272,12 +272,21 @@ def _probe(device: torch.device) -> float:
 
 
 def _bits(tensor: Tensor) -> Int[Tensor, ""]:
-    """Add up the bits of this rank's part of a tensor, as integers that wrap around."""
+    """Add up the bits of this rank's part of a tensor, as integers that wrap around.
+
+    In words of eight bytes, if they come out even: a sum of narrower ones would copy them to wide
+    ones first, which for a frozen encoder's embedding takes gigabytes.
+    """
     from torch.distributed.tensor import DTensor
 
     mine = tensor.detach()
     mine = mine.to_local() if isinstance(mine, DTensor) else mine
-    return mine.contiguous().view(WORDS[mine.element_size()]).sum(dtype=torch.int64)
+    mine = mine.contiguous().flatten()
+    if mine.nbytes % 8:
+        return mine.view(WORDS[mine.element_size()]).sum(dtype=torch.int64)
+    if mine.storage_offset() * mine.element_size() % 8:
+        mine = mine.clone()  # a view of wide words begins at one
+    return mine.view(torch.int64).sum()
 
 
 def _cut(file: Path, start: int) -> None:

@@ -351,9 +351,9 @@ def _step(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -
     sums = _gradient(run, stage, batch, step)
     trained = [*run.state.model.parameters(), *run.objective.learned.parameters()]
     norm = parallel.clip(here, trained, run.recipe.clip)
-    counts = norm.new_tensor([batch.substituted, run.stop.code])
-    row = torch.stack([sums["loss"], norm, *(sums[name] for name in sums if name != "loss")])
-    table = parallel.gather(here, torch.cat([row, counts])).cpu()
+    counts = [norm.new_full((), count) for count in (batch.substituted, run.stop.code)]  # no copy
+    parts = [sums[name] for name in sums if name != "loss"]
+    table = parallel.gather(here, torch.stack([sums["loss"], norm, *parts, *counts])).cpu()
 
     first = batch.first - parallel.share(here, stage.batch)[0]
     verdict = run.guard.judge(step, table[:, :2], range(first, first + stage.batch))

@@ -129,16 +129,22 @@ def world(config: Config, batches: Iterable[int] = ()) -> Iterator[World]:
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE)
         yield World(rank, size, device, mesh["dp_shard"] if one_axis else mesh, store, group)
     except Exception as error:
+        if _is_broken(error):
+            broken = LostPeer(
+                f"{device} on {socket.gethostname()} failed ({str(error).splitlines()[0]}): the "
+                "same command continues from the last checkpoint; if it fails again, without it",
+                rank,
+            )
+            _leave_note(store, rank, broken)
+            raise broken from error
         if not _is_loss(error):
             _leave_note(store, rank, error)
             raise
-        note = _note(store)
-        gone = [] if note else _absent(store, rank, size)
+        known = note(store)
+        gone = [] if known else _absent(store, rank, size)
         silent = f"{', '.join(f'rank {number}' for number in gone)} does not answer" if gone else ""
         raise LostPeer(
-            f"rank {rank} lost the others ({note or silent or str(error).splitlines()[0]}): the "
-            "same command continues from the last checkpoint",
-            gone[0] if gone else None,
+            lost(rank, known or silent or str(error).splitlines()[0]), gone[0] if gone else None
         ) from error
     _farewell(store, rank, size)
     dist.destroy_process_group()  # only where nobody is lost: it may wait for them
@@ -279,6 +285,20 @@ def answer(here: World) -> None:
             here.store.set(f"rank {here.rank} is there", "")
 
 
+def note(store: Store) -> str:
+    """Return what the first rank that failed has left, if one has and could."""
+    with suppress(dist.DistError):
+        if store.check(["note"]):
+            return store.get("note").decode()
+    return ""
+
+
+def lost(rank: int, why: str) -> str:
+    """The sentence of a rank that cannot go on without the others."""
+    again = "the same command continues from the last checkpoint"
+    return f"rank {rank} lost the others ({why}): {again}"
+
+
 def _absent(store: Store, rank: int, size: int) -> list[int]:
     """Return the ranks that do not answer; none where nobody keeps notes any more."""
     until, gone = time.monotonic() + ROLL_CALL, list[int]()
@@ -408,6 +428,14 @@ def _farewell(store: Store, rank: int, size: int) -> None:
         store.wait([f"rank {number} is done" for number in range(size)], GOODBYE)
 
 
+def _is_broken(error: Exception) -> bool:
+    """Whether this rank's device is to blame (ECC, Xid, NVLink), and neither code nor memory."""
+    others = ("device-side assert triggered", "out of memory")
+    return isinstance(error, torch.AcceleratorError) and not any(
+        other in str(error) for other in others
+    )
+
+
 def _is_loss(error: Exception) -> bool:
     """Whether another rank is to blame. gloo has no error class; its messages name its source."""
     signs = ("gloo/transport", "caused pair closure", "NCCL")
@@ -420,11 +448,3 @@ def _leave_note(store: Store, rank: int, error: Exception) -> None:
     """Tell the others why this rank goes; the first note is the cause."""
     with suppress(dist.DistError):
         store.compare_set("note", "", f"rank {rank}: {error}"[:500])
-
-
-def _note(store: Store) -> str:
-    """Return what the first rank that failed has left, if it could."""
-    with suppress(dist.DistError):
-        if store.check(["note"]):
-            return store.get("note").decode()
-    return ""

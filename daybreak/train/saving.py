@@ -43,6 +43,7 @@ from daybreak.train.parallel import World, fulfil, together
 
 PAUSES = (0.5, 2.0)  # seconds before what failed is tried again
 FAILURES = 3  # saves in a row
+PIECE = 2**28  # bytes of a file of a rank's rows: each is put together in memory, at one go
 GOODBYE = 20.0  # seconds that a run which has failed gives to a save under way
 HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 
@@ -294,13 +295,25 @@ def _write_shards(here: World, folder: Path, tensors: Tensors) -> None:
     from torch.distributed.checkpoint.state_dict_saver import save
 
     flat = dict(sorted(checkpoint.flat(tensors).items()))  # equal states are equal files
-    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    pieces = _pieces(flat, here.replicas)
+    writer = HuggingFaceStorageWriter(str(folder), pieces, save_distributed=True)
     try:
         save(flat, storage_writer=writer, process_group=here.group)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         number, reason = _reason(cause)
         raise OSError(number, f"rank {rank}: {reason}") from error
+
+
+def _pieces(flat: Mapping[str, Tensor], replicas: int) -> dict[str, int]:
+    """Return the number of the file that each tensor's rows go to, from 1; replicas share them."""
+    number, held, numbers = 1, 0.0, dict[str, int]()
+    for name, value in flat.items():
+        more = _local(value).nbytes / replicas
+        if held and held + more > PIECE:
+            number, held = number + 1, 0.0
+        numbers[name], held = number, held + more
+    return numbers
 
 
 def _tokenizer(model: TextToImage) -> dict[str, bytes]:

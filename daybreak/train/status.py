@@ -125,7 +125,7 @@ class Status:
     def fail(self, error: BaseException) -> None:
         """Enter why the run has failed, unless another rank has done so."""
         with contextlib.suppress(OSError, ValueError, KeyError):
-            if self.rank and json.loads(self.file.read_text())["state"] != "running":
+            if json.loads(self.file.read_text())["state"] != "running":
                 return
         rank = error.rank if isinstance(error, LostPeer) else self.rank
         reason = str(error) if isinstance(error, Failure) else f"{type(error).__name__}: {error}"

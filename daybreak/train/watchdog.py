@@ -5,6 +5,9 @@ seconds since the last step. When they are too many it prints what every thread 
 doing, and all ranks do so at about the same time: the one whose stack is not in a collective is
 the one that the others wait for. A rank that does not even answer is named.
 
+A rank that fails leaves a note. gloo tells the others at once, by an error; NCCL lets them wait. So
+who has taken no step for a while since leaves too, for the reason in the note.
+
 A shape that is new in the middle of a run is compiled then, and all others wait for that as well. A
 step in which some rank compiles is given the time of the first one.
 
@@ -22,20 +25,24 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import Self, TextIO
+from typing import NoReturn, Self, TextIO
 
 import torch.distributed as dist
 
 from daybreak.failure import LostPeer
-from daybreak.train.parallel import World, answer
+from daybreak.train import parallel
+from daybreak.train.parallel import World
 
 FIRST = 5  # times the limit for what happens seldom: compilation, first pictures
 USUAL = 10  # times the median of the last steps
 ANSWER = 5.0  # seconds in which the other ranks say that they noticed too
+HEARD = 10.0  # seconds in which a rank notices by itself that another has failed
 
 
 class Watchdog:
     """Ends the process with code 6 if no step is done for `limit` seconds and ten usual steps.
+
+    Also soon after another rank has failed, if this one has not noticed.
 
         with Watchdog(here, config.step_timeout, leave) as watchdog:
             for ...:
@@ -112,10 +119,16 @@ class Watchdog:
         self.compiling = True
 
     def _watch(self) -> None:
+        note, heard = "", 0.0
         while not self.done.wait(min(1.0, self.limit / 10)):
-            answer(self.here._replace(store=self.store))
+            parallel.answer(self.here._replace(store=self.store))
             self._say_compiling()
-            waited = time.monotonic() - self.last
+            now = time.monotonic()
+            if not note and (note := parallel.note(self.store)):
+                heard = now
+            if note and now - max(heard, self.last) > HEARD:
+                self._leave(parallel.lost(self.here.rank, note))
+            waited = now - self.last
             if waited > self.allowed and not (
                 waited <= FIRST * self.limit and self._somebody_compiles()
             ):
@@ -137,7 +150,7 @@ class Watchdog:
             return any(self.store.check([f"{name} compiles"]) for name in self.names)
         return False
 
-    def _end(self, waited: float) -> None:
+    def _end(self, waited: float) -> NoReturn:
         """Print the stacks, wait for the others to do so, and leave."""
         rank = self.here.rank
         with suppress(OSError, ValueError):  # nobody has to listen
@@ -149,8 +162,12 @@ class Watchdog:
         silent = self._silent()
         if silent:
             sentence += f"; {', '.join(silent)} does not answer"
+        self._leave(sentence, "; the stacks above say where")
+
+    def _leave(self, sentence: str, more: str = "") -> NoReturn:
+        """Say why, write it down, and end the process."""
         with suppress(OSError, ValueError):
-            print(f"daybreak: {sentence}; the stacks above say where", file=self.stream, flush=True)
+            print(f"daybreak: {sentence}{more}", file=self.stream, flush=True)
         with suppress(Exception):
             self.leave(sentence)
         os._exit(LostPeer.code)

@@ -236,6 +236,8 @@ def test_P5_out_of_memory_says_what_to_lower(place: Place, how: str) -> None:
     assert Failure.code in ended.codes, ended.said
     assert "micro" in ended.said
     assert "24 at 32 px" in ended.said
+    status = place.status()  # of the rank that knows why, not of one that misses it
+    assert (status["code"], status["rank"]) == (Failure.code, RANKS - 1)
 
 
 @pytest.mark.fault
