@@ -284,11 +284,14 @@ def test_features_that_do_not_fit_are_refused() -> None:
 
 
 def measured(pictures: int, width: int) -> dict[str, float]:
-    """Seconds and bytes that all distances of two sets take in a process of their own."""
-    two = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "2")
+    """Seconds of one core, and bytes, that all distances of two sets take in their own process.
+
+    Seconds are the core's, so that it does not matter what else runs on the machine.
+    """
+    one = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     done = subprocess.run(
         [sys.executable, __file__, str(pictures), str(width)],
-        env=os.environ | two,
+        env=os.environ | one,
         capture_output=True,
         text=True,
         check=True,
@@ -299,7 +302,7 @@ def measured(pictures: int, width: int) -> dict[str, float]:
 
 
 @pytest.mark.slow
-def test_all_distances_of_5000_pictures_take_less_than_20_seconds_on_two_cores() -> None:
+def test_all_distances_of_5000_pictures_take_less_than_20_seconds_of_one_core() -> None:
     assert measured(5_000, 768)["seconds"] < 20
 
 
@@ -343,10 +346,10 @@ def test_torch_fidelity_agrees() -> None:
 if __name__ == "__main__":
     n, f = map(int, sys.argv[1:])
     features, reference = (normal(n, f, seed).astype(np.float32) for seed in (0, 1))
-    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.monotonic()
+    before, began = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.process_time()
     frechet(features, moments(reference))
     kernel(features, reference)
     cmmd(features, reference)
     distances.manifold(features, reference)
-    took, peak = time.monotonic() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    took, peak = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sys.stdout.write(json.dumps({"seconds": round(took, 1), "bytes": 1024 * (peak - before)}))
