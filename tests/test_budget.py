@@ -257,12 +257,12 @@ def test_where_no_pass_is_small_enough_that_is_said() -> None:
 
 
 def test_where_no_device_is_large_enough_more_of_them_are_named() -> None:
-    large = {"dit": {"width": 5120, "heads": 80, "depth": 32, "bottleneck": 0}}
+    large = {"dit": {"width": 5120, "heads": 80, "depth": 16, "bottleneck": 0}}
     recipe = config.parse(PUBLISHED | large | {"parallel": {}}, "large")
-    few = Cluster(1, hardware.DEVICES["A100"])
-    with pytest.raises(BadRecipe, match=r"\d x A100 with .*--set micro=\d+ would fit") as said:
+    few = Cluster(1, hardware.DEVICES["B200"])
+    with pytest.raises(BadRecipe, match=r"\d x B200 with .*--set micro=\d+ would fit") as said:
         budget.check_memory(recipe, budget.plan(recipe, few))
-    more = Cluster(int(str(said.value).partition(" x A100 with")[0].split()[-1]), few.device)
+    more = Cluster(int(str(said.value).partition(" x B200 with")[0].split()[-1]), few.device)
     fitted = budget.fitted(recipe, more)
     budget.check_memory(fitted, budget.plan(fitted, more))
 

@@ -40,7 +40,7 @@ def test_what_is_refused_ends_all_processes_and_writes_nothing(
     given = ("evaluate", str(trained.run), "--canvas", "64", "--out", str(out))
     ended = trained.verb(*given, ranks=2)
     assert ended.codes == [BadRecipe.code] * 2, ended.said
-    assert "are 64 px and the model draws 32 px" in ended.said
+    assert "are 64 px and this run draws 32 px" in ended.said
     assert not out.exists()
 
 

@@ -75,13 +75,17 @@ def check_pairs(recipe: config.Recipe, here: World) -> None:
             )
 
 
+# What CPU kernels say when there is no memory: torch's own, and those of oneDNN.
+FULL = ("allocate", "could not create a primitive")
+
+
 @contextmanager
 def room(recipe: config.Recipe) -> Iterator[None]:
     """Say what to lower when memory runs out."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "allocate" not in str(error):
+        if isinstance(error, RuntimeError) and not any(sign in str(error) for sign in FULL):
             raise
         sides = ", ".join(str(stage.resolution) for stage in recipe.stage)
         shares = ", ".join(str(stage.batch) for stage in recipe.stage)
