@@ -109,6 +109,7 @@ def test_a_configuration_without_sizes_is_one_sentence(tmp_path: Path, text: str
         networks.named(str(tmp_path), "repa.teacher")
 
 
-def test_an_unknown_network_is_one_sentence_that_names_known_ones() -> None:
-    with pytest.raises(BadRecipe, match=r"text\.encoder = 'nobody/nothing' .*flan-t5-small"):
-        networks.named("nobody/nothing", "text.encoder")
+@pytest.mark.parametrize("source", ["nobody/nothing", "nothing", "/nowhere", "../no/where"])
+def test_an_unknown_network_is_one_sentence_that_names_known_ones(source: str) -> None:
+    with pytest.raises(BadRecipe, match=r"text\.encoder = '.*' is neither .*flan-t5-small"):
+        networks.named(source, "text.encoder")

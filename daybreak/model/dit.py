@@ -193,10 +193,11 @@ def attend(
 ) -> Float[Tensor, "b a n d"]:
     """softmax(q k^T / sqrt(d) + bias) v; a key whose bias is minus infinity is not there.
 
-    Short sequences in bfloat16 on a CPU are written out: there the fused kernel's backward pass
-    costs 2.5 times as much as two products and a softmax (docs/performance.md).
+    Short sequences on a CPU are written out, in bfloat16 or compiled: there the fused kernel's
+    backward pass costs up to 2.5 times as much as two products and a softmax (docs/performance.md).
     """
-    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > SHORT:
+    pays = q.dtype == torch.bfloat16 or torch.compiler.is_compiling()
+    if q.device.type != "cpu" or not pays or q.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     score = torch.add(bias, (q @ k.mT).float(), alpha=q.shape[-1] ** -0.5)
     return score.softmax(-1).to(q.dtype) @ v

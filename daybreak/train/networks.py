@@ -98,8 +98,12 @@ def named(source: str, key: str) -> Network:
         if source in NETWORKS:
             return NETWORKS[source]
         from huggingface_hub import try_to_load_from_cache
+        from huggingface_hub.errors import HFValidationError
 
-        cached = try_to_load_from_cache(source, "config.json") if source.count("/") == 1 else None
+        try:
+            cached = try_to_load_from_cache(source, "config.json")
+        except HFValidationError:  # a path
+            cached = None
         if not isinstance(cached, str):
             raise BadRecipe(
                 f"{key} = {source!r} is neither on this machine nor among the networks whose size "
