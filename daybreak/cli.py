@@ -240,7 +240,6 @@ def sample(
     from daybreak.generate import draw, grid
     from daybreak.train import evaluations, runs
 
-    runs.recorded(run)  # is it a run at all?
     chosen = evaluations.best(run) if best else None
     recipe, found, model = runs.trained(run, chosen=chosen)
     prompts = [words for words in prompt for _ in range(count)]
@@ -468,7 +467,6 @@ def export(
     from daybreak.generate import pipeline
     from daybreak.train import evaluations, runs, scoring
 
-    runs.recorded(run)  # is it a run at all?
     chosen = evaluations.best(run) if best else None
     recipe, found, model = runs.trained(run, torch.float32, chosen)
     facts = (

@@ -132,12 +132,20 @@ class Reader:
 
 def reader(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> Reader | None:
     """The embeddings that datasets hold for an encoder; None if there are none at all."""
+    there = present(datasets, config, compute)
+    return Reader(there, config) if there else None
+
+
+def present(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> list[Path]:
+    """The folders of embeddings for an encoder, of those datasets that have one.
+
+    Errors  BadRecipe as `settings`.
+    """
     if config.encoder is None or not any((dataset / "text").is_dir() for dataset in datasets):
-        return None
+        return []
     made_with = settings(config, compute)
     folders = [place(dataset, made_with) for dataset in datasets]
-    there = [folder for folder in folders if (folder / "manifest.json").is_file()]
-    return Reader(there, config) if there else None
+    return [folder for folder in folders if (folder / "manifest.json").is_file()]
 
 
 def write(

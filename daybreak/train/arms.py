@@ -29,7 +29,6 @@ from typing import Any, Literal, NamedTuple
 
 from daybreak import config
 from daybreak.config import Recipe
-from daybreak.data.scenes import Config as Scenes
 from daybreak.evaluate import examples, suite
 from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe
@@ -112,7 +111,7 @@ def arms(
             raise BadRecipe("a --metric of distribution needs its network: give it with --features")
         whole = _with(recipe, out="run", budget=None, evaluate=evaluation.model_dump())
         evaluations.check(whole, metric)
-        _ask_alike(loaded[0], (name, recipe), evaluation)
+    _ask_alike([(name, questions(recipe, evaluation)) for name, recipe in loaded])
     first = loaded[0][1]
     made: list[Arm] = []
     for name, recipe in loaded:
@@ -134,7 +133,7 @@ def questions(recipe: Recipe, evaluation: Evaluate) -> dict[str, object]:
 
     Errors  BadData, as `examples.of_dataset`.
     """
-    scenes = recipe.scenes or Scenes() if recipe.data.source == "scenes" else None
+    scenes = evaluations.scenes_of(recipe)
     shown = set(evaluation.suites) - {"scenes"}
     found: dict[str, object] = {}
     if scenes is not None and (evaluation.data is None or "scenes" in evaluation.suites):
@@ -154,21 +153,23 @@ def questions(recipe: Recipe, evaluation: Evaluate) -> dict[str, object]:
     return found
 
 
-def _ask_alike(
-    baseline: tuple[str, Recipe], other: tuple[str, Recipe], evaluation: Evaluate
-) -> None:
-    """Refuse two recipes whose values would answer different questions. Errors: BadRecipe."""
-    ours, theirs = (questions(recipe, evaluation) for _, recipe in (baseline, other))
-    differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
-    if not differ:
-        return
-    remedy = "compare recipes that agree in it"
-    if differ[0] == "scenes.under_specified":
-        remedy = "take --metric scenes.exact, or one dataset for all with --data"
-    raise BadRecipe(
-        f"{other[0]} would be asked other things than {baseline[0]}, because {differ[0]} differs: "
-        + remedy
-    )
+def _ask_alike(asked: Sequence[tuple[str, dict[str, object]]]) -> None:
+    """Refuse recipes whose values would answer other questions than the first's.
+
+    Errors  BadRecipe.
+    """
+    (baseline, ours), *others = asked
+    for other, theirs in others:
+        differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
+        if not differ:
+            continue
+        remedy = "compare recipes that agree in it"
+        if differ[0] == "scenes.under_specified":
+            remedy = "take --metric scenes.exact, or one dataset for all with --data"
+        raise BadRecipe(
+            f"{other} would be asked other things than {baseline}, because {differ[0]} differs: "
+            + remedy
+        )
 
 
 def runs(arms: Sequence[Arm], seeds: int, out: Path) -> Iterator[Run]:

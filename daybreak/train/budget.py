@@ -244,14 +244,11 @@ def real_steps(recipe: Recipe, cluster: Cluster) -> tuple[float, ...]:
 def has_words(recipe: Recipe, dtype: torch.dtype) -> bool:
     """Whether the datasets are here and hold their captions, encoded as the run wants them."""
     folders = [Path(folder) for folder, _ in recipe.data.folders]
-    if recipe.text.encoder is None or not all((folder / "text").is_dir() for folder in folders):
-        return False
     try:
-        made_with = text_cache.settings(recipe.text, dtype)
+        there = text_cache.present(folders, recipe.text, dtype)
     except BadRecipe:  # the encoder is not here, so it is not known which one of that name it was
         return False
-    places = [text_cache.place(folder, made_with) for folder in folders]
-    return all((place / "manifest.json").is_file() for place in places)
+    return recipe.text.encoder is not None and len(there) == len(folders)
 
 
 def different(recipe: Recipe) -> int | None:

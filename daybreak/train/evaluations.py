@@ -60,7 +60,7 @@ def check(recipe: Recipe, metric: str | None = None) -> None:
         if after == recipe.steps or before // config.every < after // config.every:
             resolutions.append(stage.resolution)
         before = after
-    interim.check(config, _scenes(recipe), resolutions, recipe.dit.patch, metric or config.best)
+    interim.check(config, scenes_of(recipe), resolutions, recipe.dit.patch, metric or config.best)
 
 
 def due(recipe: Recipe, step: int) -> bool:
@@ -109,7 +109,7 @@ def take(
     config = recipe.evaluate
     assert config is not None
     began = time.monotonic()
-    scenes, resolution = _scenes(recipe), _resolution(recipe, step)
+    scenes, resolution = scenes_of(recipe), recipe.stage[recipe.stage_at(step)].resolution
     sides = {name: interim.side(config, name, scenes, resolution) for name in config.suites}
     drawn_by = artist.ours(model, resolution, recipe.sample, recipe.flow, recipe.tread)
     found = interim.measure(
@@ -188,7 +188,11 @@ def keep(run: Path, step: int) -> None:
 
 
 def best(run: Path) -> Checkpoint:
-    """Return the best checkpoint of a run. Errors: NoCheckpoint if none was kept, or is damaged."""
+    """Return the best checkpoint of a run.
+
+    Errors  NoCheckpoint if it is no run, if none was kept, or if that is damaged.
+    """
+    runs.recorded(run)  # is it a run at all?
     folder = run / "best"
     if not (folder / "trainer.json").is_file():
         raise NoCheckpoint(
@@ -213,18 +217,9 @@ def _heeding(draw: "Draw", heed: Callable[[], object]) -> "Draw":
     return heedful
 
 
-def _scenes(recipe: Recipe) -> Scenes | None:
+def scenes_of(recipe: Recipe) -> Scenes | None:
     """The scenes that a run trains on, if it does."""
     return recipe.scenes or Scenes() if recipe.data.source == "scenes" else None
-
-
-def _resolution(recipe: Recipe, step: int) -> int:
-    """Of the stage that a step belongs to."""
-    for stage in recipe.stage:
-        step -= stage.count
-        if step <= 0:
-            break
-    return stage.resolution
 
 
 def _note(step: int, values: Mapping[str, Mapping[str, float | None]], took: float) -> str:

@@ -123,15 +123,6 @@ def known(title: str) -> Device | None:
     return next((d for d in DEVICES.values() if _plain(d.name) in _plain(title)), None)
 
 
-@cache
-def peak(title: str | None, dtype: torch.dtype) -> float:
-    """FLOP/s that a GPU, by its driver's name, or this processor can do: known, or measured."""
-    if title is None:
-        return speed(dtype, "cpu")
-    found = known(title)
-    return found.at(dtype).flops if found else speed(dtype, "cuda")
-
-
 def processor(dtype: torch.dtype) -> Device:
     """Measure the processor of this machine, with the threads torch would use."""
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
@@ -140,8 +131,12 @@ def processor(dtype: torch.dtype) -> Device:
     return Device("cpu", speed(dtype, "cpu"), memory, 10 * GB, None, None)
 
 
+@cache
 def speed(dtype: torch.dtype, kind: str, seconds: float = 0.2) -> float:
-    """Measure the FLOP/s of one large product, the best of those that fit into `seconds`."""
+    """Measure the FLOP/s of one large product, the best of those that fit into `seconds`.
+
+    Once for a process: what it finds first holds.
+    """
     side = 1024 if kind == "cpu" else 8192
     left = torch.ones(side, side, dtype=dtype, device=kind)
     best, until = 0.0, time.perf_counter() + seconds

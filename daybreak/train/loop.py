@@ -235,13 +235,11 @@ def _counted(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
 
 def _rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float, float | None]:
     """FLOP/s that all devices can do, and dollars an hour of them costs, if that is known."""
-    title = torch.cuda.get_device_name(here.device) if here.device.type == "cuda" else None
-    peak = hardware.peak(title, dtype)
-    device = hardware.known(title) if title else None
-    price = device.price * here.size if device and device.price else None
+    device = hardware.here(dtype).device
+    price = device.price * here.size if device.price else None
     if recipe.budget and recipe.budget.price:
         price = recipe.budget.price
-    return peak * here.size, price
+    return device.flops * here.size, price
 
 
 def _open(

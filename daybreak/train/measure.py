@@ -69,9 +69,7 @@ def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
     """The same steps, fewer of them, and nothing between them."""
     before, stages = 0, []
     for stage in recipe.stage:
-        # A term that has left by then is left out: these steps are the first of a run.
-        gone = recipe.repa and recipe.repa.until is not None and recipe.repa.until <= before
-        without = {*stage.without, *(("repa",) if gone else ())}
+        without = recipe.resting(stage, before + 1)  # here the stage's first step comes sooner
         before += stage.count
         changed = {"steps": FIRST + STEPS, "samples": None, "batch": stage.batch // count}
         stages.append(stage.model_copy(update=changed | {"without": tuple(sorted(without))}))

@@ -202,9 +202,9 @@ def _score(
 
 def _chosen(folder: Path, wanted: Wanted) -> Checkpoint:
     """The checkpoint of a run that is asked for, every hash of it verified."""
-    runs.recorded(folder)  # is it a run at all?
     if wanted.best:
         return evaluations.best(folder)
+    runs.recorded(folder)  # is it a run at all?
     return checkpoint.required(folder, lambda line: print(line, file=sys.stderr))
 
 
