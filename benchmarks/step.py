@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")
 
 import torch
+import torch._functorch.config as functorch
 from diffusers import PRXTransformer2DModel
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -155,6 +156,10 @@ def ours(
             way = tread.draw(route, noisy.x, case.size.patch, dice)
         return model(noisy.x_t, noisy.t, given.text, way).x
 
+    if compiled:  # here and now, as train/parallel has it; diffusers' class as torch does it
+        with functorch.patch(ban_recompute_materialized_backward=False):
+            guess().sum().backward()
+        model.zero_grad()
     return Arm(model, guess)
 
 

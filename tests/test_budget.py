@@ -257,7 +257,7 @@ def test_where_no_pass_is_small_enough_that_is_said() -> None:
 
 
 def test_where_no_device_is_large_enough_more_of_them_are_named() -> None:
-    large = {"dit": {"width": 5120, "heads": 80, "depth": 16, "bottleneck": 0}}
+    large = {"dit": {"width": 6144, "heads": 96, "depth": 16, "bottleneck": 0}}
     recipe = config.parse(PUBLISHED | large | {"parallel": {}}, "large")
     few = Cluster(1, hardware.DEVICES["B200"])
     with pytest.raises(BadRecipe, match=r"\d x B200 with .*--set micro=\d+ would fit") as said:

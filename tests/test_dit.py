@@ -4,7 +4,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
-from daybreak.model import dit, tread
+from daybreak.model import backward, dit, tread
 from daybreak.model.text import Text
 from daybreak.train.dice import Dice
 
@@ -94,14 +94,14 @@ def test_attention_written_out_equals_the_fused_kernel() -> None:
 def test_compiled_or_not_a_turn_is_the_same_to_the_last_bit() -> None:
     torch.manual_seed(0)
     x, angles = torch.randn(2, 3, 15, 16), dit.rope(3, 5, 16)
-    compiled = torch.compile(dit.rotate, backend="eager")
-    assert torch.equal(compiled(x, angles), dit.rotate(x, angles))
+    compiled = torch.compile(backward.rotate, backend="eager")
+    assert torch.equal(compiled(x, angles), backward.rotate(x, angles))
 
 
 def test_compiled_or_not_gelu_is_the_same_function() -> None:
     x = torch.linspace(-8, 8, 999)
-    compiled = torch.compile(dit.gelu, backend="eager")
-    torch.testing.assert_close(compiled(x), dit.gelu(x), atol=1e-6, rtol=1e-6)
+    compiled = torch.compile(backward.gelu, backend="eager")
+    torch.testing.assert_close(compiled(x), backward.gelu(x), atol=1e-6, rtol=1e-6)
     assert compiled(x.bfloat16()).dtype == torch.bfloat16
 
 
@@ -109,8 +109,8 @@ def test_turning_keeps_lengths_and_depends_on_differences_of_position() -> None:
     angles = dit.rope(3, 5, 16)
     torch.manual_seed(0)
     q, k = torch.randn(1, 1, 1, 16), torch.randn(1, 1, 1, 16)
-    turned_q = dit.rotate(q.expand(1, 1, 15, 16), angles)[0, 0]
-    turned_k = dit.rotate(k.expand(1, 1, 15, 16), angles)[0, 0]
+    turned_q = backward.rotate(q.expand(1, 1, 15, 16), angles)[0, 0]
+    turned_k = backward.rotate(k.expand(1, 1, 15, 16), angles)[0, 0]
     torch.testing.assert_close(turned_q.norm(dim=-1), q.norm().expand(15))
     score = (turned_q @ turned_k.T).reshape(3, 5, 3, 5)
     torch.testing.assert_close(score[0, 1, 1, 3], score[1, 2, 2, 4], atol=1e-4, rtol=1e-4)

@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._functorch.config as functorch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -135,7 +136,8 @@ def test_a_compiled_block_keeps_as_much_as_autograd_says(dtype: torch.dtype, n: 
     size = dit.Config(patch=4, bottleneck=0, width=192, depth=3, heads=3)
     paper = memory.compiled(size, n, 40, dtype, "cpu").times(3)
     outside = 3 * memory.outside(size, n, 40, 256, dtype.itemsize)
-    measured = walk(size, dtype, n, compiled=True)
+    with functorch.patch(ban_recompute_materialized_backward=False):  # as parallel.prepare has it
+        measured = walk(size, dtype, n, compiled=True)
     assert 3 * paper.each + paper.once + outside == pytest.approx(measured, rel=0.1)
 
 

@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from daybreak.model import tread
+from daybreak.model import backward, tread
 from daybreak.model.text import Text
 from daybreak.model.tread import Route
 
@@ -145,36 +145,20 @@ def rope(
     return torch.stack((angle.cos(), angle.sin()), dim=-1).flatten(-2).float()
 
 
-def rotate(
-    x: Float[Tensor, "b a n d"], angles: Float[Tensor, "... n d"]
-) -> Float[Tensor, "b a n d"]:
-    """Turn neighbouring pairs: (x + i y) -> (x + i y) (cos + i sin).
-
-    The compiler has no complex numbers, so it is given the same product written out.
-    """
-    pairs, turns = x.unflatten(-1, (-1, 2)), angles.unflatten(-1, (-1, 2))
-    if not torch.compiler.is_compiling():
-        turned = torch.view_as_complex(pairs) * torch.view_as_complex(turns)
-        return torch.view_as_real(turned).flatten(-2)
-    (even, odd), (cos, sin) = pairs.unbind(-1), turns.unbind(-1)
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2)
-
-
-def normalise(x: Tensor) -> Tensor:
-    """LayerNorm without parameters, in float32."""
-    return F.layer_norm(x.float(), x.shape[-1:], eps=1e-6)
-
-
 class HeadNorm(nn.Module):
-    """RMSNorm over the width of a head, in float32, with one learned scale shared by all heads."""
+    """RMSNorm over the width of a head, in float32, with one learned scale shared by all heads.
+
+    With `angles` each place turns afterwards, still in float32.
+    """
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x.float()
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6) * self.weight
+    def forward(
+        self, x: Float[Tensor, "b a n d"], angles: Float[Tensor, "... n d"] | None = None
+    ) -> Float[Tensor, "b a n d"]:
+        return backward.head_norm(x, self.weight, angles)
 
 
 def bias_of(mask: Bool[Tensor, "b k"], dtype: torch.dtype) -> Float[Tensor, "b 1 1 k"]:
@@ -199,19 +183,7 @@ def attend(
     pays = q.dtype == torch.bfloat16 or torch.compiler.is_compiling()
     if q.device.type != "cpu" or not pays or q.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
-    score = torch.add(bias, (q @ k.mT).float(), alpha=q.shape[-1] ** -0.5)
-    return score.softmax(-1).to(q.dtype) @ v
-
-
-def gelu(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, x (1 + tanh z) / 2 = x sigmoid(2 z).
-
-    Compiled, the second form costs half: an exponential instead of a hyperbolic tangent.
-    """
-    if not torch.compiler.is_compiling():
-        return F.gelu(x, approximate="tanh")
-    cube = x.float() * (1 + 0.044715 * x.float().square())
-    return (x.float() * torch.sigmoid(math.sqrt(8 / math.pi) * cube)).to(x.dtype)
+    return backward.attention(q, k, v, bias)
 
 
 class Attention(nn.Module):
@@ -241,10 +213,8 @@ class Attention(nn.Module):
         word_k, word_v = rearrange(
             self.txt_kv_proj(words), "b l (two a d) -> two b a l d", two=2, a=self.heads
         ).unbind(0)
-        q = rotate(self.norm_q(q), angles).to(x.dtype)
-        k = rotate(self.norm_k(k), angles).to(x.dtype)
-        word_k = self.norm_added_k(word_k).to(x.dtype)
-        answer = attend(q, torch.cat((word_k, k), dim=2), torch.cat((word_v, v), dim=2), bias)
+        k = torch.cat((self.norm_added_k(word_k), self.norm_k(k, angles)), dim=2)
+        answer = attend(self.norm_q(q, angles), k, torch.cat((word_v, v), dim=2), bias)
         projected: Tensor = self.to_out[0](rearrange(answer, "b a n d -> b n (a d)"))
         return projected
 
@@ -281,12 +251,11 @@ class Block(nn.Module):
         angles: Float[Tensor, "... n d"],
     ) -> Float[Tensor, "b n h"]:
         shift1, scale1, gate1, shift2, scale2, gate2 = self.modulation(time)
-        u = ((1 + scale1) * normalise(x) + shift1).to(x.dtype)
+        u = backward.modulate(x, scale1, shift1)
         x = x + gate1 * self.attention(u, words, bias, angles)
-        u = ((1 + scale2) * normalise(x) + shift2).to(x.dtype)
-        hidden = gelu(self.gate_proj(u)) * self.up_proj(u)
-        projected: Tensor = self.down_proj(hidden)
-        return x + gate2 * projected
+        u = backward.modulate(x, scale2, shift2)
+        down = self.down_proj.weight.to(x.dtype)
+        return x + gate2 * backward.gated(self.gate_proj(u), self.up_proj(u), down)
 
 
 def sinusoids(x: Float[Tensor, " b"], features: int) -> Float[Tensor, "b f"]:
@@ -333,7 +302,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Float[Tensor, "b n h"], time: Float[Tensor, "b h"]) -> Tensor:
         shift, scale = self.adaLN_modulation(time)[:, None].chunk(2, dim=-1)
-        pixels: Tensor = self.linear((1 + scale) * normalise(x) + shift)
+        pixels: Tensor = self.linear(backward.modulate(x.float(), scale, shift))
         return pixels
 
 

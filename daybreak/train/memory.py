@@ -183,20 +183,19 @@ def looked(view: flops.View, c: int) -> float:
 
 
 def compiled(size: dit.Config, n: int, l: int, dtype: torch.dtype, kind: str) -> Saved:  # noqa: E741
-    """What one compiled block keeps.
+    """What one compiled block keeps. Copies of weights in its precision are made anew.
 
-    Of each image token: its gate, its value and their product (m each); query, key and value as
-    they come out of their product; input of the block, of the attention, of the MLP; outputs of
-    both; the answers, and the queries once turned (10 h). Keys and values of all tokens, turned and
-    joined; of words also as they come and go (3 h). Attention keeps a number for each query, or,
-    written out, its scores.
+    Of each image token: its gate and its value (m each); query, key and value as they come out of
+    their product, the queries once turned, the answers, input and output of attention, and the
+    block's input (8 h). Keys of all tokens, turned and joined; of words also as they come and go
+    (3 h). Fused attention keeps the joined values and a number for each query, or, written out, its
+    scores and their shares. Four numbers for each row of a norm.
     """
     h, m, c = size.width, size.mlp_width, dtype.itemsize
     written_out = kind == "cpu" and n <= dit.SHORT
-    scores = n * (n + l) if written_out else n
-    tokens = n * (3 * m + 10 * h) + (0 if written_out else n * h)
-    each = c * (tokens + 2 * h * (n + l) + 3 * h * l) + FULL * size.heads * scores
-    return Saved(each, _copies(12 * h**2 + 3 * h * m, dtype))
+    attention = 2 * c * size.heads * n * (n + l) if written_out else c * h * (n + l)
+    rows = 4 * FULL * n * (1 + size.heads)
+    return Saved(c * (n * (2 * m + 8 * h) + h * (n + l) + 3 * h * l) + attention + rows, 0)
 
 
 @lru_cache

@@ -181,6 +181,9 @@ def prepare(
 
             checkpoint(block, preserve_rng_state=False)
         if compiled:
+            # What a product needs on the way back may be worked out again: half as much is kept,
+            # for no time (docs/performance.md).
+            torch._functorch.config.ban_recompute_materialized_backward = False
             block.compile(dynamic=False)
     if here.mesh is None:
         return

@@ -197,7 +197,8 @@ class Saver:
             else:
                 for file, some in tensors.items():
                     plain = {name: value.detach().contiguous() for name, value in some.items()}
-                    save_file(plain, staged / f"{file}.safetensors")
+                    with _memory():
+                        save_file(plain, staged / f"{file}.safetensors")
                 mine = list(staged.glob("*.safetensors"))
             if self.here.first:
                 mine += [path for path in staged.rglob("*") if path.suffix != ".safetensors"]
@@ -289,20 +290,46 @@ def _stager(device: torch.device) -> Callable[[Tensors], Tensors]:
 
 
 def _write_shards(here: World, folder: Path, tensors: Tensors) -> None:
-    """Write the rows that this rank holds. Errors: OSError, on all ranks if on one."""
+    """Write the rows that this rank holds.
+
+    Errors  OSError, on all ranks if on one; MemoryError on the rank that has none left.
+    """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
+    from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save
 
     flat = dict(sorted(checkpoint.flat(tensors).items()))  # equal states are equal files
     pieces = _pieces(flat, here.replicas)
-    writer = HuggingFaceStorageWriter(str(folder), pieces, save_distributed=True)
+
+    class Writer(HuggingFaceStorageWriter):
+        def write_data(self, plan: SavePlan, planner: SavePlanner) -> Any:  # a future of torch's
+            with _memory():
+                return super().write_data(plan, planner)
+
+    writer = Writer(str(folder), pieces, save_distributed=True)
     try:
         save(flat, storage_writer=writer, process_group=here.group)
     except CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
+        if isinstance(cause, MemoryError) and rank == here.rank:
+            raise cause from error  # its own end; the others hear of it
         number, reason = _reason(cause)
         raise OSError(number, f"rank {rank}: {reason}") from error
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Turn a panic of safetensors, which is how it meets the end of memory, into MemoryError.
+
+    A panic is no Exception, and cannot be sent to another rank.
+    """
+    try:
+        yield
+    except BaseException as error:
+        if type(error).__name__ == "PanicException":
+            raise MemoryError(f"safetensors: {error}") from None
+        raise
 
 
 def _pieces(flat: Mapping[str, Tensor], replicas: int) -> dict[str, int]:

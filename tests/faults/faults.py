@@ -183,7 +183,7 @@ class Limit:
     def __init__(self, kind: int, amount: int) -> None:
         self.kind, self.amount = kind, amount
 
-    def __call__(self) -> None:
+    def __call__(self, *_: str) -> None:
         """Take it away from here on."""
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
         resource.setrlimit(self.kind, (self.amount, self.amount))

@@ -221,14 +221,15 @@ def test_P4_who_insists_is_obeyed_at_once(place: Place) -> None:
 
 
 @pytest.mark.fault
-@pytest.mark.parametrize("how", ["device", "process"])
+@pytest.mark.parametrize("how", ["device", "process", "save"])
 def test_P5_out_of_memory_says_what_to_lower(place: Place, how: str) -> None:
-    fault = (
-        At(8, out_of_memory)
-        if how == "device"
-        else At(8, Limit(resource.RLIMIT_AS, 1 << 20))  # no more than it has
-    )
-    job = place.begin(ranks=RANKS, fault=fault, faulty=RANKS - 1)
+    no_more = Limit(resource.RLIMIT_AS, 1 << 20)  # than it has
+    faults: dict[str, Callable[[], object]] = {
+        "device": At(8, out_of_memory),
+        "process": At(8, no_more),
+        "save": Touch(10, 2, no_more),
+    }
+    job = place.begin(ranks=RANKS, fault=faults[how], faulty=RANKS - 1)
     place.wait(job, 7)
     began = time.monotonic()
     ended = job.end()

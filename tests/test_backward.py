@@ -1,0 +1,105 @@
+"""Backward passes written by hand are those of autograd, and keep less."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+from daybreak.model import backward, dit
+
+
+class Case(NamedTuple):
+    """A function written by hand, and the same as its equation has it."""
+
+    by_hand: Callable[..., Tensor]
+    written_out: Callable[..., Tensor]
+    shapes: tuple[tuple[int, ...], ...]  # of what gradients flow to
+    rest: tuple[Tensor | None, ...] = ()
+
+
+ANGLES = dit.rope(3, 4, 16)
+BIAS = dit.bias_of(torch.arange(17).expand(2, 17) > 2, torch.float32)
+
+
+def modulated(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    return (1 + scale) * F.layer_norm(x, x.shape[-1:], eps=1e-6) + shift
+
+
+def turned(x: Tensor, weight: Tensor, angles: Tensor | None) -> Tensor:
+    u = F.rms_norm(x, x.shape[-1:], weight, eps=1e-6)
+    return u if angles is None else backward.rotate(u, angles)
+
+
+def gated(gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
+    return (F.gelu(gate, approximate="tanh") * up) @ weight.mT
+
+
+def attended(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
+
+
+CASES = {
+    "modulated norm": Case(backward.modulate, modulated, ((2, 12, 32), (2, 1, 32), (2, 1, 32))),
+    "turned norm": Case(backward.head_norm, turned, ((2, 3, 12, 16), (16,)), (ANGLES,)),
+    "norm": Case(backward.head_norm, turned, ((2, 3, 12, 16), (16,)), (None,)),
+    "gated MLP": Case(backward.gated, gated, ((2, 12, 56), (2, 12, 56), (16, 56))),
+    "attention": Case(
+        backward.attention, attended, ((2, 3, 12, 16), (2, 3, 17, 16), (2, 3, 17, 16)), (BIAS,)
+    ),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_value_and_gradients_are_those_of_the_equation(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    given = [torch.randn(shape).to(dtype) for shape in case.shapes]
+    if "norm" in name and name != "modulated norm":
+        given[1] = given[1].float()  # the scale of a head is a weight
+    exact = [tensor.float() for tensor in given]
+    for tensor in (*given, *exact):
+        tensor.requires_grad_()
+    mine = case.by_hand(*given, *case.rest)
+    reference = case.written_out(*exact, *case.rest)
+    assert mine.dtype == dtype
+    direction = torch.randn(mine.shape).to(dtype)
+    mine.backward(direction)
+    reference.backward(direction.float())
+    atol, rtol = (1e-5, 1e-5) if dtype == torch.float32 else (0.1, 0.02)
+    torch.testing.assert_close(mine.float(), reference, atol=atol, rtol=rtol)
+    for tensor, wanted in zip(given, exact, strict=True):
+        assert tensor.grad is not None
+        assert tensor.grad.dtype == tensor.dtype
+        torch.testing.assert_close(tensor.grad.float(), wanted.grad, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_what_is_kept_is_what_came_in_and_a_little_for_each_row(name: str) -> None:
+    case = CASES[name]
+    given = [torch.randn(shape, requires_grad=True) for shape in case.shapes]
+    came_in = {tensor.untyped_storage().data_ptr() for tensor in (*given, ANGLES, BIAS)}
+    kept = []
+
+    def note(tensor: Tensor) -> Tensor:
+        if tensor.untyped_storage().data_ptr() not in came_in:
+            kept.append(tensor.numel())
+        return tensor
+
+    with saved_tensors_hooks(note, lambda tensor: tensor):
+        case.by_hand(*given, *case.rest)
+    b, n = given[0].shape[0], given[0].shape[-2]
+    a_little = {"modulated norm": 2 * b * n, "gated MLP": 0, "attention": b * 3 * n * 17}
+    assert sum(kept) == a_little.get(name, b * 3 * n)
+
+
+def test_a_second_derivative_is_refused() -> None:
+    x = torch.randn(1, 2, 4, 16, requires_grad=True)
+    u = backward.head_norm(x, torch.ones(16), None)
+    (gradient,) = torch.autograd.grad(u.square().sum(), x, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
