@@ -352,6 +352,17 @@ def test_ranks_that_do_not_meet_say_so_in_time(
         assert time.monotonic() - began < 10
 
 
+def test_a_broken_device_is_told_and_a_fault_of_the_code_keeps_its_traceback() -> None:
+    def alone(how: str) -> None:
+        with parallel.world(Config()):
+            raise torch.AcceleratorError(ERRORS[how])
+
+    with pytest.raises(LostPeer, match=r"cpu on .* failed \(.*ECC error.*\): the same command"):
+        alone("broken")
+    with pytest.raises(torch.AcceleratorError, match="device-side assert"):
+        alone("wrong")
+
+
 @pytest.mark.parametrize(
     ("how", "sentence"),
     [

@@ -107,7 +107,12 @@ def world(config: Config, batches: Iterable[int] = ()) -> Iterator[World]:
     shards = _shards(config, size, batches)
     device = _device()
     if size == 1:  # nothing to cut: FSDP would copy, and change nothing
-        yield World(0, 1, device, None, HashStore())
+        try:
+            yield World(0, 1, device, None, HashStore())
+        except torch.AcceleratorError as error:
+            if not _is_broken(error):
+                raise
+            raise _broken(device, 0, error) from error
         return
 
     rank = int(os.environ["RANK"])
@@ -130,11 +135,7 @@ def world(config: Config, batches: Iterable[int] = ()) -> Iterator[World]:
         yield World(rank, size, device, mesh["dp_shard"] if one_axis else mesh, store, group)
     except Exception as error:
         if _is_broken(error):
-            broken = LostPeer(
-                f"{device} on {socket.gethostname()} failed ({str(error).splitlines()[0]}): the "
-                "same command continues from the last checkpoint; if it fails again, without it",
-                rank,
-            )
+            broken = _broken(device, rank, error)
             _leave_note(store, rank, broken)
             raise broken from error
         if not _is_loss(error):
@@ -436,6 +437,14 @@ def _is_broken(error: Exception) -> bool:
     others = ("device-side assert triggered", "out of memory")
     return isinstance(error, torch.AcceleratorError) and not any(
         other in str(error) for other in others
+    )
+
+
+def _broken(device: torch.device, rank: int, error: Exception) -> LostPeer:
+    return LostPeer(
+        f"{device} on {socket.gethostname()} failed ({str(error).splitlines()[0]}): the same "
+        "command continues from the last checkpoint; if it fails again, without it",
+        rank,
     )
 
 
