@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
+from safetensors.torch import load_file, save_file
 
 from daybreak.evaluate import artist
 from daybreak.evaluate.artist import Artist, Pictures
@@ -76,17 +77,21 @@ def test_a_pipeline_of_another_class_draws(foreign: Path) -> None:
     assert artist.pipeline(foreign, side=32, steps=1).side == 32
 
 
-def test_a_folder_is_known_by_every_byte_but_its_own_evaluation(
+def test_a_folder_is_known_by_every_byte_of_its_weights_and_by_nothing_else(
     foreign: Path, tmp_path: Path
 ) -> None:
     folder = tmp_path / "copy"
     shutil.copytree(foreign, folder)
     before = artist.pipeline(folder, steps=1).digest
     assert before == artist.pipeline(foreign, steps=1).digest
-    (folder / "evaluation").mkdir()
-    (folder / "evaluation" / "scenes.json").write_text("{}")
+    (folder / "evaluation" / "reference").mkdir(parents=True)
+    save_file({"seen": torch.zeros(1)}, folder / "evaluation" / "reference" / "0.safetensors")
+    (folder / "README.md").write_text("written by another version")
     assert artist.pipeline(folder, steps=1).digest == before
-    (folder / "README.md").write_text("other")
+    weights = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    next(iter(tensors.values())).view(-1)[0] += 1
+    save_file(tensors, weights, {"format": "pt"})
     assert artist.pipeline(folder, steps=1).digest != before
 
 

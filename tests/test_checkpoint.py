@@ -1,6 +1,7 @@
 """Checkpoints: whole or not there, verified before they are believed."""
 
 import errno
+import hashlib
 import json
 import os
 import subprocess
@@ -261,6 +262,18 @@ def rewrite(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
     del manifest["sha256"]
     change(manifest)
     path.write_text(json.dumps(manifest | {"sha256": checkpoint.digest(manifest)}))
+
+
+def test_weights_are_known_by_their_bytes_and_not_by_who_wrote_them(
+    run: Path, recipe: config.Recipe
+) -> None:
+    folder = Parts(recipe).save(run, 5)
+    found = checkpoint.required(run, print)
+    of_weights, of_all = found.weights, found.digest
+    assert of_weights == hashlib.sha256((folder / "ema.safetensors").read_bytes()).hexdigest()
+    rewrite(folder, lambda manifest: manifest.update(revision="of another day"))
+    assert checkpoint.verify(folder) is None
+    assert (found.weights, found.digest != of_all) == (of_weights, True)
 
 
 def test_what_a_manifest_does_not_list_or_may_not_list_is_refused(

@@ -125,7 +125,9 @@ def test_two_ranks_take_the_steps_of_one(alone: Path, pair: Path) -> None:
 
 def test_what_several_have_saved_one_can_draw_from(alone: Path, pair: Path) -> None:
     models = [runs.trained(run)[2] for run in (pair, alone)]
-    assert checkpoint.required(pair, print).sharded
+    found = checkpoint.required(pair, print)
+    assert found.sharded
+    assert found.weights != checkpoint.required(alone, print).weights
     for mine, other in zip(*(model.weights().values() for model in models), strict=True):
         assert (mine - other).norm() <= 1e-3 * other.norm()
 

@@ -233,9 +233,9 @@ def _scheduler(folder: Path) -> dict[str, Any]:
 
 
 def _digest(folder: Path) -> str:
-    """The sha256 of every file of the folder but those of its own evaluation."""
+    """The sha256 of names and sha256 of the folder's weights, whoever wrote what else is there."""
     whole = hashlib.sha256()
-    for path in sorted(path for path in folder.rglob("*") if path.is_file()):
+    for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
         if not name.startswith("evaluation/"):
             with path.open("rb") as file:

@@ -53,6 +53,17 @@ class Checkpoint(NamedTuple):
         return _sha256(self.folder / "manifest.json")
 
     @property
+    def weights(self) -> str:
+        """The sha256 of its averaged weights, whoever wrote them: that of `ema.safetensors`.
+
+        Ranks keep them in pieces beside all else: then that of what the manifest says of those.
+        """
+        listed = json.loads((self.folder / "manifest.json").read_text())["files"]
+        if not self.sharded:
+            return str(listed["ema.safetensors"]["sha256"])
+        return digest({name: listed[name] for name in listed if name.startswith("state/")})
+
+    @property
     def sharded(self) -> bool:
         """Whether several ranks have written it, each its rows."""
         return (self.folder / "state").is_dir()

@@ -237,7 +237,7 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
         recipe.sample,
         recipe.flow,
         recipe.tread,
-        found.digest,
+        found.weights,
         {"checkpoint": {"step": found.step, "manifest": found.digest}},
         taught(recipe),
     )
