@@ -15,6 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # before the library that reads it is imported
+
 TINY = """
 out = "{out}"
 seed = 3
