@@ -26,7 +26,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from daybreak import host
+
+host.settle()
 
 import numpy as np
 import torch

@@ -14,7 +14,6 @@ of the processor, which other work on the machine changes less.
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 import time
@@ -24,7 +23,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from daybreak import host
+
+host.settle()
 
 import torch.distributed as dist
 from torch.distributed import HashStore  # type: ignore[attr-defined]

@@ -10,7 +10,6 @@ replaced by noise.
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 from collections import defaultdict
@@ -19,7 +18,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from daybreak import host
+
+host.settle()
 
 from torch import nn
 from turns import now, write

@@ -8,14 +8,15 @@ several, in float32 as theirs, or in the precision a run here would have. Arms t
 """
 
 import argparse
-import os
 import statistics
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from daybreak import host
+
+host.settle()
 
 import torch
 from diffusers import PRXPixelPipeline

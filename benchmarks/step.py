@@ -22,7 +22,6 @@ anything is timed.
 """
 
 import argparse
-import os
 import statistics
 from collections.abc import Callable
 from functools import partial
@@ -30,7 +29,9 @@ from itertools import count
 from pathlib import Path
 from typing import Any, NamedTuple
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+from daybreak import host
+
+host.settle()
 
 import torch
 import torch._functorch.config as functorch

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 
 import typer
 
+from daybreak import host
 from daybreak.failure import BadRecipe, BadStorage, Failure
 
 if TYPE_CHECKING:
@@ -707,9 +708,6 @@ def _leave(code: int) -> NoReturn:
 
 def main() -> None:
     """Run the command line. Exit codes: daybreak/failure.py, 75 preempted, 130 interrupted."""
-    # Threads that wait for one another spin only briefly before they sleep. The default is faster
-    # by a few per cent on an idle machine, but beside one busy process it makes a step five times
-    # as slow (docs/performance.md). OpenMP reads it when torch is imported.
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+    host.settle()
     with _plain_failures():
         app()
