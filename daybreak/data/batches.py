@@ -14,7 +14,7 @@ Letters  b pictures of the batch, c channels.
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -38,6 +38,7 @@ SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: so many, and this 
 CHECK = 1.0  # seconds of silence after which the workers are looked after
 MOMENT = 0.2  # seconds until a process that was killed is known to be dead
 PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
+LAST = 19  # niceness of a worker beside a step on the same processor
 READY = 2  # batches that lie received when a step asks for one
 FORESIGHT, UNDERWAY = 4, 2 * 2**30  # a worker's batches ahead, and the bytes of all workers' ones
 
@@ -308,8 +309,11 @@ def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
         asked = time.monotonic()
 
 
-def _step_aside(_: int) -> None:
+def _step_aside(niceness: int, _: int) -> None:
     """Keep a worker out of the way of the step, and of signals meant for the main process.
+
+    Where the step itself needs the cores, one that a worker takes makes the others wait for it: so
+    it is given what nobody else wants (docs/performance.md).
 
     In a process group of its own it does not hear a Ctrl-C or a kill of the whole group, after
     which the main process still wants to save; it ends when its loader does.
@@ -317,6 +321,7 @@ def _step_aside(_: int) -> None:
     import os
 
     os.setpgrp()
+    os.nice(niceness)
     torch.set_num_threads(1)
 
 
@@ -392,6 +397,7 @@ def stream(
         )
     share = batch // world
     plan = source.plan(resolution, batch, first)
+    here = torch.device(device).type == "cpu"
     loader = DataLoader(
         _Samples(source, config, seed),
         batch_sampler=(
@@ -401,10 +407,9 @@ def stream(
         num_workers=config.workers,
         prefetch_factor=foresight(config.workers, share, resolution),
         timeout=CHECK if config.workers else 0,
-        worker_init_fn=_step_aside,
+        worker_init_fn=partial(_step_aside, LAST if here else 0),
         pin_memory=torch.device(device).type == "cuda",
     )
-    here = torch.device(device).type == "cpu"
     arriving = _told(_arriving(loader), expect)
     arriving = _as_floats(arriving) if here else arriving
     failed, told = 0, dict[str, None]()

@@ -113,10 +113,7 @@ class Muon(Optimizer):
         """Take one step. All that can be on its way at once is."""
         for number, group in enumerate(self.param_groups):
             stacks = self._stacks(number, [p for p in group["params"] if p.grad is not None])
-            coming = [
-                stack.gather(self._updates(stack, group["momentum"]).to(self.precision))
-                for stack in stacks
-            ]
+            coming = [stack.gather(self._updates(stack, group["momentum"])) for stack in stacks]
             going = [
                 stack.scatter(orthogonal(stack.whole(rows.open())))
                 for stack, rows in zip(stacks, coming, strict=True)
@@ -138,7 +135,10 @@ class Muon(Optimizer):
         return stacks
 
     def _updates(self, stack: "Stack", momentum: float) -> Float[Tensor, "k held columns"]:
-        """Let the momentum follow the gradients; return this rank's rows of what it points to."""
+        """Let the momentum follow the gradients; return this rank's rows of what it points to.
+
+        On a CPU one matrix after the other, which stays in its cache; else all at once.
+        """
         buffers, gradients = [], []
         for weight in stack.weights:
             gradient, state = weight.grad, self.state[weight]
@@ -147,8 +147,15 @@ class Muon(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             buffers.append(_local(state["momentum_buffer"]))
             gradients.append(_local(gradient))
-        torch._foreach_lerp_(buffers, gradients, 1 - momentum)
-        return torch.stack(torch._foreach_lerp(gradients, buffers, momentum))
+        first = gradients[0]
+        ahead = first.new_empty((len(gradients), *first.shape), dtype=self.precision)
+        at_once = 1 if first.device.type == "cpu" else len(gradients)
+        for begin in range(0, len(gradients), at_once):
+            some = slice(begin, begin + at_once)
+            torch._foreach_lerp_(buffers[some], gradients[some], 1 - momentum)
+            points = torch._foreach_lerp(gradients[some], buffers[some], momentum)
+            torch._foreach_copy_(list(ahead[some]), points)
+        return ahead
 
 
 class Parcel(NamedTuple):
@@ -196,7 +203,8 @@ class Stack(NamedTuple):
         rows, columns = self.weights[0].shape
         directions = pieces.view(len(self.weights), self.held[self.rank], columns)
         for weight, direction in zip(map(_local, self.weights), directions, strict=True):
-            weight.mul_(1 - lr * weight_decay)
+            if weight_decay:
+                weight.mul_(1 - lr * weight_decay)
             weight.add_(direction, alpha=-0.2 * lr * math.sqrt(max(rows, columns)))
 
     def _by_owner(self) -> list[int]:

@@ -232,7 +232,9 @@ def clip(here: World, parameters: Iterable[nn.Parameter], limit: float) -> Float
         norm = norm.full_tensor()
     if here.mesh is not None and here.mesh.ndim > 1:
         dist.broadcast(norm, 0)
-    clip_grads_with_norm_(learning, limit, norm)
+    # Times one changes nothing; but only where no device has to be waited for is it known before.
+    if norm.device.type != "cpu" or not norm + 1e-6 <= limit:
+        clip_grads_with_norm_(learning, limit, norm)
     return norm
 
 
