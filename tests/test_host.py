@@ -15,7 +15,7 @@ import torch
 def step():
     return sum(one.sum() for one in [torch.ones(4 * 2**20) for _ in range(6)])  # 16 MiB each
 
-for _ in range(3):
+for _ in range(10):
     step()
 before = getrusage(RUSAGE_SELF).ru_minflt
 for _ in range(3):
@@ -40,8 +40,9 @@ def faults(settle: bool, **given: str) -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library is another one")
 def test_a_step_asks_for_no_page_that_the_step_before_it_had() -> None:
-    assert faults(settle=True) < 100
-    assert faults(settle=False) > 10_000, "else there is nothing to settle"
+    tensor = 16 * 2**20 // os.sysconf("SC_PAGE_SIZE")
+    assert faults(settle=True) < 2 * tensor, "one may have moved"
+    assert faults(settle=False) > 12 * tensor, "else there is nothing to settle"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library is another one")

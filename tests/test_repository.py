@@ -21,9 +21,11 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 ANYONE = {"failure", "train/dice", "train/health", "train/ledger", "train/log", "train/parallel"}
 ANYONE |= {"model/flow"}
 EVERYTHING = {"data", "model", "objective", "optim", "generate", "evaluate", "config", "doctor"}
+EVERYTHING |= {"host"}
 MAY_IMPORT = {
     "failure": set[str](),
     "doctor": set[str](),
+    "host": set[str](),
     "data": {"data"},
     "optim": {"optim"},
     "model": {"model"},

@@ -20,6 +20,8 @@ from torch import Tensor
 from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 
+from daybreak.model import product
+
 EPSILON = 1e-6  # of norms
 
 
@@ -161,7 +163,7 @@ def gated(
 ) -> Float[Tensor, "b n h"]:
     """(gelu(gate) up) W^T: the gate of an MLP and its last product."""
     if torch.compiler.is_compiling():
-        return F.linear(gelu(gate) * up, weight)
+        return product.linear(gelu(gate) * up, weight)
     projected: Tensor = _Gated.apply(gate, up, weight)  # type: ignore[no-untyped-call]
     return projected
 
@@ -175,16 +177,16 @@ class _Gated(Function):
     @staticmethod
     def forward(ctx: Any, gate: Tensor, up: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(gate, up, weight)
-        return F.linear(gelu(gate).mul_(up), weight)
+        return product.product(gelu(gate).mul_(up), weight)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         gate, up, weight = ctx.saved_tensors
-        e, g = du @ weight, gelu(gate)
+        e, g = product.product(du, weight.mT), gelu(gate)
         dgate = torch.ops.aten.gelu_backward(e * up, gate, approximate="tanh")
         dup = e.mul_(g)
-        return dgate, dup, du.flatten(0, -2).mT @ g.mul_(up).flatten(0, -2)
+        return dgate, dup, product.outer(du, g.mul_(up))
 
 
 def gelu(x: Tensor) -> Tensor:

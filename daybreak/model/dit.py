@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from daybreak.model import backward, tread
+from daybreak.model import backward, product, tread
 from daybreak.model.text import Text
 from daybreak.model.tread import Route
 
@@ -105,7 +105,7 @@ class Linear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         bias = None if self.bias is None else self.bias.to(x.dtype)
-        return F.linear(x, self.weight.to(x.dtype), bias)
+        return product.linear(x, self.weight.to(x.dtype), bias)
 
 
 def silent(linear: Linear) -> Linear:
@@ -180,7 +180,7 @@ def attend(
     Short sequences on a CPU are written out, in bfloat16 or compiled: there the fused kernel's
     backward pass costs up to 2.5 times as much as two products and a softmax (docs/performance.md).
     """
-    pays = q.dtype == torch.bfloat16 or torch.compiler.is_compiling()
+    pays = q.dtype == torch.bfloat16
     if q.device.type != "cpu" or not pays or q.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return backward.attention(q, k, v, bias)

@@ -24,6 +24,7 @@ import torch
 
 from daybreak import doctor
 from daybreak.failure import BadRecipe
+from daybreak.model.product import product
 
 GB = 10**9
 NETWORK = 50 * GB  # between nodes, per GPU: 400 Gb/s, what clusters of these boards are sold with
@@ -142,7 +143,7 @@ def speed(dtype: torch.dtype, kind: str, seconds: float = 0.2) -> float:
     best, until = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < until or not best:
         began = time.perf_counter()
-        left @ left
+        product(left, left)
         if kind == "cuda":
             torch.cuda.synchronize()
         best = max(best, 2 * side**3 / (time.perf_counter() - began))

@@ -192,7 +192,7 @@ def compiled(size: dit.Config, n: int, l: int, dtype: torch.dtype, kind: str) ->
     scores and their shares. Four numbers for each row of a norm.
     """
     h, m, c = size.width, size.mlp_width, dtype.itemsize
-    written_out = kind == "cpu" and n <= dit.SHORT
+    written_out = kind == "cpu" and n <= dit.SHORT and c < FULL
     attention = 2 * c * size.heads * n * (n + l) if written_out else c * h * (n + l)
     rows = 4 * FULL * n * (1 + size.heads)
     return Saved(c * (n * (2 * m + 8 * h) + h * (n + l) + 3 * h * l) + attention + rows, 0)

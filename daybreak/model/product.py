@@ -1,0 +1,107 @@
+"""x W^T by the faster of the two libraries that torch has for it on a processor.
+
+torch gives products in float32 to MKL, which on a processor that is not Intel's uses half the width
+of AVX512: 220 GFLOP/s where oneDNN, to which those in bfloat16 go, makes 490 (docs/performance.md).
+So there large ones in float32 are asked of oneDNN; everything else is torch's own.
+
+Letters  m rows, k and n sides of the weight.
+Errors   What goes to oneDNN has one derivative: a second one (`create_graph=True`) raises
+         RuntimeError.
+"""
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd import Function
+from torch.autograd.function import once_differentiable
+from torch.utils.flop_counter import register_flop_formula
+
+SMALL = 2**25  # multiplications up to which a product stays with torch
+
+
+def linear(
+    x: Float[Tensor, "*m k"], weight: Float[Tensor, "n k"], bias: Float[Tensor, " n"] | None = None
+) -> Float[Tensor, "*m n"]:
+    """X W^T + b, in the precision of both."""
+    if not _pays(x, weight):
+        return F.linear(x, weight, bias)
+    y: Tensor = _Linear.apply(x, weight)  # type: ignore[no-untyped-call]
+    return y if bias is None else y + bias
+
+
+class _Linear(Function):
+    """y = x W^T; dx = dy W, dW = dy^T x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return product(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        of_x, of_weight = ctx.needs_input_grad
+        return product(dy, weight.mT) if of_x else None, outer(dy, x) if of_weight else None
+
+
+def product(x: Float[Tensor, "*m k"], weight: Float[Tensor, "n k"]) -> Float[Tensor, "*m n"]:
+    """X W^T, of which nothing is kept for a way back."""
+    if not _pays(x, weight):
+        return F.linear(x, weight)
+    return _onednn(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
+
+
+def outer(y: Float[Tensor, "*m n"], x: Float[Tensor, "*m k"]) -> Float[Tensor, "n k"]:
+    """Y^T X, the sum over all rows."""
+    left, right = y.flatten(0, -2).mT, x.flatten(0, -2).mT
+    if not _pays(left, right):
+        return left @ right.mT
+    if len(left) > len(right):  # oneDNN wants the rows of the first in order: the smaller is copied
+        return _onednn(right, left).mT
+    return _onednn(left, right)
+
+
+@torch.library.custom_op("daybreak::onednn", mutates_args=())
+def _onednn(x: Tensor, weight: Tensor) -> Tensor:
+    """X W^T, (m, k) by (n, k). As an operator of its own the compiler leaves it as it is."""
+    made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
+    return made
+
+
+@_onednn.register_fake
+def _(x: Tensor, weight: Tensor) -> Tensor:
+    return x.new_empty(len(x), len(weight))
+
+
+@register_flop_formula(torch.ops.daybreak.onednn)
+def _flops(x: Sequence[int], weight: Sequence[int], **_: object) -> int:
+    return 2 * math.prod(x) * weight[0]
+
+
+def _pays(x: Tensor, weight: Tensor) -> bool:
+    return (
+        x.dtype == weight.dtype == torch.float32
+        and x.device.type == "cpu"
+        and x.numel() * len(weight) > SMALL
+        and MKL_IS_SLOW
+    )
+
+
+def _mkl_is_slow() -> bool:
+    """Whether this processor has AVX512 and is not made by Intel, whose library MKL is."""
+    try:
+        maker = "GenuineIntel" not in Path("/proc/cpuinfo").read_text(errors="replace")
+    except OSError:
+        return False
+    wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return wide and maker and torch.backends.mkldnn.is_available()
+
+
+MKL_IS_SLOW = _mkl_is_slow()
