@@ -10,7 +10,7 @@ Errors   What goes to oneDNN has one derivative: a second one (`create_graph=Tru
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -68,19 +68,25 @@ def outer(y: Float[Tensor, "*m n"], x: Float[Tensor, "*m k"]) -> Float[Tensor, "
     return _onednn(left, right)
 
 
-@torch.library.custom_op("daybreak::onednn", mutates_args=())
-def _onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """X W^T, (m, k) by (n, k). As an operator of its own the compiler leaves it as it is."""
+# An operator of its own: the compiler cannot translate the other one, and leaves this as it is.
+torch.library.define("daybreak::onednn", "(Tensor x, Tensor weight) -> Tensor")
+
+
+@torch.library.impl("daybreak::onednn", "CPU")
+def _(x: Tensor, weight: Tensor) -> Tensor:
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return made
 
 
-@_onednn.register_fake
+@torch.library.register_fake("daybreak::onednn")
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(len(x), len(weight))
 
 
-@register_flop_formula(torch.ops.daybreak.onednn)
+_onednn: Callable[[Tensor, Tensor], Tensor] = torch.ops.daybreak.onednn.default
+
+
+@register_flop_formula(torch.ops.daybreak.onednn)  # type: ignore[untyped-decorator]
 def _flops(x: Sequence[int], weight: Sequence[int], **_: object) -> int:
     return 2 * math.prod(x) * weight[0]
 
@@ -97,11 +103,11 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
 def _mkl_is_slow() -> bool:
     """Whether this processor has AVX512 and is not made by Intel, whose library MKL is."""
     try:
-        maker = "GenuineIntel" not in Path("/proc/cpuinfo").read_text(errors="replace")
+        another = "GenuineIntel" not in Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:
         return False
     wide = torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return wide and maker and torch.backends.mkldnn.is_available()
+    return wide and another and torch.backends.mkldnn.is_available()
 
 
 MKL_IS_SLOW = _mkl_is_slow()

@@ -140,6 +140,7 @@ def speed(dtype: torch.dtype, kind: str, seconds: float = 0.2) -> float:
     """
     side = 1024 if kind == "cpu" else 8192
     left = torch.ones(side, side, dtype=dtype, device=kind)
+    product(left, left)  # the first one looks for its kernel
     best, until = 0.0, time.perf_counter() + seconds
     while time.perf_counter() < until or not best:
         began = time.perf_counter()
