@@ -78,7 +78,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
     return made
 
 
-@torch.library.register_fake("daybreak::onednn")
+@torch.library.register_fake("daybreak::onednn")  # type: ignore[untyped-decorator]
 def _(x: Tensor, weight: Tensor) -> Tensor:
     return x.new_empty(len(x), len(weight))
 
@@ -86,7 +86,7 @@ def _(x: Tensor, weight: Tensor) -> Tensor:
 _onednn: Callable[[Tensor, Tensor], Tensor] = torch.ops.daybreak.onednn.default
 
 
-@register_flop_formula(torch.ops.daybreak.onednn)  # type: ignore[untyped-decorator]
+@register_flop_formula(torch.ops.daybreak.onednn)
 def _flops(x: Sequence[int], weight: Sequence[int], **_: object) -> int:
     return 2 * math.prod(x) * weight[0]
 

@@ -18,10 +18,10 @@ Source   encoder: LFM2, arXiv 2511.23404, convolution and attention by turns; to
          BPE. Leaving layers out: `clip_skip` of diffusers, which applies the final norm too.
 """
 
+import contextlib
 import html
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -186,6 +186,7 @@ class TextEncoder(nn.Module):
         self.config, self.tokenizer, self.compute, self.known = config, tokenizer, compute, known
         self.trained = config.encoder is None
         self.encoder = encoder if self.trained else encoder.eval().requires_grad_(False)
+        self._asked = False
 
     @property
     def width(self) -> int:
@@ -215,7 +216,9 @@ class TextEncoder(nn.Module):
             return Text(*(_sent(tensor, device) for tensor in known))
         ids, mask = (_sent(tensor, device) for tensor in self.tokenize(captions))
         weights = {name: value.to(self.compute) for name, value in self.encoder.named_parameters()}
-        with _quietly(), torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
+        quiet = contextlib.nullcontext() if self._asked else _quietly()  # then it has spoken
+        self._asked = True
+        with quiet, torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             output = functional_call(
                 self.encoder, weights, kwargs={"input_ids": ids, "attention_mask": mask}
             )
@@ -338,7 +341,7 @@ def framed(tokenizer: Any, config: Config) -> Any:
     )
 
 
-@contextmanager
+@contextlib.contextmanager
 def _quietly() -> Iterator[None]:
     """Keep `transformers` from listing weights left out on purpose, and kernels only GPUs have."""
     from transformers.utils import logging

@@ -191,11 +191,11 @@ class Stack(NamedTuple):
         """Put the matrices owned here together from what every holder has sent."""
         mine, columns = self.owned[self.rank], self.weights[0].shape[1]
         parts = zip(pieces.split(self._by_holder()), self.held, strict=True)
-        return torch.cat([part.view(mine, held, columns) for part, held in parts], dim=1)
+        return _joined([part.view(mine, held, columns) for part, held in parts], dim=1)
 
     def scatter(self, matrices: Float[Tensor, "mine rows columns"]) -> Parcel:
         """Send the rows of the matrices owned here home."""
-        pieces = torch.cat([rows.flatten() for rows in matrices.split(self.held, dim=1)])
+        pieces = _joined([rows.flatten() for rows in matrices.split(self.held, dim=1)])
         return self._exchange(pieces, self._by_holder(), self._by_owner())
 
     def move(self, pieces: Float[Tensor, " n"], lr: float, weight_decay: float) -> None:
@@ -251,6 +251,10 @@ def _sharers(weight: Tensor) -> dist.ProcessGroup | None:
         raise ValueError(f"Muon shares matrices by rows, not as {weight.placements}")
     groups = [weight.device_mesh.get_group(axis) for axis in sharded]
     return next((group for group in groups if group.size() > 1), None)
+
+
+def _joined(parts: list[Tensor], dim: int = 0) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, dim)
 
 
 def _local(tensor: Tensor) -> Tensor:
