@@ -1,6 +1,6 @@
 """Where the time of a recipe's step goes, and how much of the machine it reaches.
 
-    python benchmarks/recipe.py [quickstart] [--set KEY=VALUE] [--batch N] [--json FILE]
+    python benchmarks/recipe.py [quickstart] [--set KEY=VALUE] [--batch N] [--plain] [--json FILE]
 
 Real steps of each stage, taken apart: pictures, words, denoiser, what the other terms of the loss
 ask of their teachers, the way back, each optimiser, the average. Between two parts the device is
@@ -27,6 +27,7 @@ from turns import now, write
 
 from daybreak import config
 from daybreak.data import batches
+from daybreak.model import product
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
@@ -117,9 +118,11 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--batch", type=int, help="pictures of a step, on this device")
     parser.add_argument("--steps", type=int, default=20)
+    parser.add_argument("--plain", action="store_true", help="products as torch makes them")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
+    product.MKL_IS_SLOW &= not arguments.plain
     recipe = config.load(arguments.recipe, tuple(arguments.set))
     with tempfile.TemporaryDirectory(prefix="daybreak-benchmark-") as folder:
         recipe = measure.shortened(recipe, 1, Path(folder))

@@ -273,7 +273,7 @@ def _measured(recipe: Recipe, file: Path) -> list[float]:
     key = hashlib.sha256(config.dump(shape).encode()).hexdigest()[:12]
     known: dict[str, list[float]] = json.loads(file.read_text()) if file.is_file() else {}
     if key not in known:
-        known[key] = list(measure.steps(recipe, 1))
+        known[key] = [pace.step for pace in measure.steps(recipe, 1)]
         suite.write(file, known)
     return known[key]
 

@@ -69,6 +69,7 @@ class StagePlan(NamedTuple):
     flops: dict[str, float]
     seconds: dict[str, float]
     memory: dict[str, float]
+    start: float = 0.0  # seconds until steps are so fast: blocks compile; known if measured
 
     @property
     def step(self) -> float:
@@ -79,6 +80,11 @@ class StagePlan(NamedTuple):
     def limit(self) -> str:
         """What a step waits for."""
         return max(self.seconds, key=self.seconds.__getitem__)
+
+    @property
+    def whole(self) -> float:
+        """Seconds of the stage."""
+        return self.start + self.steps * self.step
 
 
 class Plan(NamedTuple):
@@ -95,8 +101,13 @@ class Plan(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """From the first step to the last, without compilation, grids and checkpoints."""
-        return sum(stage.steps * stage.step for stage in self.stages)
+        """From the start to the last step, without grids and checkpoints."""
+        return sum(stage.whole for stage in self.stages)
+
+    @property
+    def start(self) -> float:
+        """Seconds of them in which networks are built and blocks compiled, if that was measured."""
+        return sum(stage.start for stage in self.stages)
 
     @property
     def flops(self) -> float:
@@ -206,14 +217,17 @@ def plan(
         mine = stage.batch // number
         arithmetic = mine * sum(work.picture.values()) + sum(work.step.values()) / mesh.shard
         pace = {
-            "arithmetic": taken[row] if taken else arithmetic / (share * device.flops),
+            "arithmetic": taken[row].step if taken else arithmetic / (share * device.flops),
             "communication": communication(recipe, mesh, device.link),
         }
         counted = {name: stage.count * stage.batch * each for name, each in work.picture.items()}
         # Replicas do the same work on the same gradients.
         counted |= {n: stage.count * mesh.replicate * each for n, each in work.step.items()}
         parts = held(recipe, stage, mesh, passes(recipe, stage, number), dtype, device.name)
-        stages.append(StagePlan(stage.resolution, stage.count, stage.batch, counted, pace, parts))
+        start = taken[row].start if taken else 0.0
+        stages.append(
+            StagePlan(stage.resolution, stage.count, stage.batch, counted, pace, parts, start)
+        )
     if taken:
         reached = sum(sum(stage.flops.values()) for stage in stages)
         possible = number * device.flops * sum(s.steps * s.seconds["arithmetic"] for s in stages)
@@ -230,8 +244,8 @@ def plan(
     )
 
 
-def real_steps(recipe: Recipe, cluster: Cluster) -> tuple[float, ...]:
-    """Measure the seconds of a step in each stage. Errors: BadRecipe if not on such a device."""
+def real_steps(recipe: Recipe, cluster: Cluster) -> tuple[measure.Pace, ...]:
+    """Measure the pace of each stage. Errors: BadRecipe if not on such a device."""
     local = hardware.here(runs.precision(recipe))
     if local.device.name != cluster.device.name:
         raise BadRecipe(
@@ -435,21 +449,22 @@ def largest_pass(recipe: Recipe, cluster: Cluster) -> int | None:
 def bought(made: Plan, budget: Budget) -> float:
     """How many times the run a budget pays for. Errors: BadRecipe if not even for one step."""
     first = made.stages[0]
-    whole, step, unit = {
-        "seconds": (made.seconds, first.step, "s"),
-        "dollars": (made.dollars, (made.dollars or 0) * first.step / made.seconds, "usd"),
-        "flops": (made.flops, sum(first.flops.values()) / first.steps, "flop"),
-        "pictures": (made.pictures, first.batch, "images"),
+    rate = (made.dollars or 0) / made.seconds
+    start, whole, step, unit = {
+        "seconds": (made.start, made.seconds, first.step, "s"),
+        "dollars": (rate * made.start, made.dollars, rate * first.step, "usd"),
+        "flops": (0, made.flops, sum(first.flops.values()) / first.steps, "flop"),
+        "pictures": (0, made.pictures, first.batch, "images"),
     }[budget.kind]
     if not whole:
         raise BadRecipe(
             f"an hour of {made.cluster.device.name} has no price above 0: give one with --price, "
             "or a --budget in h"
         )
-    if budget.amount < step:
-        digit = 10.0 ** (math.floor(math.log10(step)) - 2)
+    if budget.amount < (least := start + step):
+        digit = 10.0 ** (math.floor(math.log10(least)) - 2)
         raise BadRecipe(
             f"a budget of {budget.amount:g} {unit} is too small for one step: give at least "
-            f"--budget {math.ceil(step / digit) * digit:.4g}{unit}"
+            f"--budget {math.ceil(least / digit) * digit:.4g}{unit}"
         )
-    return budget.amount / whole
+    return (budget.amount - start) / (whole - start)

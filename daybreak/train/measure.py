@@ -15,7 +15,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -26,8 +26,17 @@ from daybreak.data import images, scenes
 FIRST, STEPS = 4, 20  # steps that do not count: they compile; and steps that do
 
 
-def steps(recipe: Recipe, count: int) -> tuple[float, ...]:
-    """Train for a few steps; returns the median seconds of a step in each stage.
+class Pace(NamedTuple):
+    """Seconds of a step of a stage, and those that its first ones take more, once for a run."""
+
+    step: float
+    start: float
+
+
+def steps(recipe: Recipe, count: int) -> tuple[Pace, ...]:
+    """Train for a few steps; returns the pace of each stage, by the median of its steps.
+
+    The first ones build networks and compile blocks, or find their kernels of an earlier run.
 
     `count` devices share a batch, of which this process takes one share. Progress goes to stderr.
     Errors  those of training.
@@ -42,12 +51,13 @@ def steps(recipe: Recipe, count: int) -> tuple[float, ...]:
             raise SystemExit(outcome.code)
         lines = (Path(short.out) / "metrics.jsonl").read_text().splitlines()
     ends = [float(json.loads(line)["seconds"]) for line in lines]
-    medians = []
+    found, before = [], 0.0
     for number in range(len(short.stage)):
         stage = ends[number * (FIRST + STEPS) :][: FIRST + STEPS]
-        taken = [after - before for before, after in itertools.pairwise(stage)]
-        medians.append(statistics.median(taken[-STEPS:]))
-    return tuple(medians)
+        step = statistics.median(b - a for a, b in itertools.pairwise(stage[FIRST - 1 :]))
+        found.append(Pace(step, max(0.0, stage[FIRST - 1] - before - FIRST * step)))
+        before = stage[-1]
+    return tuple(found)
 
 
 def preparing(recipe: Recipe, side: int) -> float:

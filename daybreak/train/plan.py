@@ -39,7 +39,6 @@ def stages(recipe: Recipe, made: Plan) -> Table:
         table.add_column(name, justify="right", no_wrap=True)
     table.add_column("waits for")
     for number, (stage, paper) in enumerate(zip(recipe.stage, made.stages, strict=True)):
-        seconds = paper.steps * paper.step
         table.add_row(
             f"{number}: {paper.resolution} px",
             f"{paper.steps:,}",
@@ -47,8 +46,8 @@ def stages(recipe: Recipe, made: Plan) -> Table:
             _three(sum(flops.work(recipe, stage, made.cached).picture.values()) / 1e9),
             _three(paper.step),
             _three(paper.batch / paper.step),
-            _time(seconds),
-            dollars(made, seconds),
+            _time(paper.whole),
+            dollars(made, paper.whole),
             paper.limit,
         )
     last = _time(made.seconds), dollars(made, made.seconds), ""
@@ -92,6 +91,10 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
         "price": price,
         "captions": f"counted as {recipe.text.max_tokens} words (text.max_tokens)",
     }
+    if made.start:
+        found["start"] = f"{_time(made.start)} of the time: networks are built, blocks compiled"
+    elif recipe.compile:
+        found["start"] = "not counted: blocks compile, for which --measure looks"
     if made.energy is not None:
         found["energy"] = f"{made.energy:,.0f} kWh at full power"
     if count > 1:
@@ -139,6 +142,7 @@ def facts(recipe: Recipe, made: Plan, times: float | None = None) -> dict[str, A
         "flops": totals(made),
         "pictures": made.pictures,
         "seconds": made.seconds,
+        "start": made.start,
         "device_hours": made.hours,
         "price": made.price,
         "dollars": made.dollars,
