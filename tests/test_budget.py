@@ -287,7 +287,7 @@ def test_a_fitted_recipe_whose_pictures_come_in_pairs_can_be_loaded(tmp_path: Pa
     tight = Cluster(256, hardware.DEVICES["RTX 4090"])
     (tmp_path / "fitted.toml").write_text(config.dump(budget.fitted(recipe, tight)))
     assert config.load(tmp_path / "fitted.toml").micro % 2 == 0
-    with pytest.raises(BadRecipe, match=r"wants pairs.* set a batch that 1024 divides"):
+    with pytest.raises(BadRecipe, match=r"in pairs, .* set a batch that 1024 divides"):
         budget.plan(recipe, Cluster(512, H200))
 
 

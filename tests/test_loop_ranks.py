@@ -19,7 +19,7 @@ from safetensors import safe_open
 
 from daybreak import config
 from daybreak.failure import BadRecipe
-from daybreak.train import building, checkpoint, loop, parallel, runs
+from daybreak.train import checkpoint, loop, runs
 from tests import test_text
 
 QUIET = ("sample.every=1000", "stage.0.batch=24")
@@ -217,7 +217,6 @@ def test_a_folder_in_use_is_refused_by_name_and_a_dead_ones_is_taken_over(recipe
 
 def test_pairs_are_never_torn_apart(recipe: Path) -> None:
     contrastive = config.load(recipe, ("contrastive.weight=0.05",))
-    with parallel.world(parallel.Config()) as here:
-        building.check_pairs(contrastive, here._replace(size=4))
-        with pytest.raises(BadRecipe, match=r"batch = 8 each of 8 .* gets 1: .* multiple of 16"):
-            building.check_pairs(contrastive, here._replace(size=8))
+    runs.check_pairs(contrastive, 4)
+    with pytest.raises(BadRecipe, match=r"8 devices .*batch = 8: .* set a batch that 16 divides"):
+        runs.check_pairs(contrastive, 8)

@@ -285,12 +285,7 @@ def check_shares(recipe: Recipe, count: int) -> None:
 
     Where pictures are set against each other in pairs, a share is even.
     """
-    for number, stage in enumerate(recipe.stage):
-        if recipe.contrastive and stage.batch % (2 * count):
-            raise BadRecipe(
-                f"[contrastive] wants pairs, and {count} devices cannot have an even share each of "
-                f"stage.{number}.batch = {stage.batch}: set a batch that {2 * count} divides"
-            )
+    runs.check_pairs(recipe, count)
     common = math.gcd(*(stage.batch for stage in recipe.stage))
     if common % count:
         below = range(1, min(count, common + 1))

@@ -11,7 +11,7 @@ import torch
 
 from daybreak import config, doctor
 from daybreak.data import batches
-from daybreak.failure import BadRecipe, Failure
+from daybreak.failure import Failure
 from daybreak.model import text, text_to_image
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
@@ -61,18 +61,6 @@ def build(
     optimizers = groups.optimizers(model, recipe.muon, recipe.adamw, objective.learned, dtype)
     ema = Ema(twin, recipe.ema)
     return objective, State(model, ema.model, optimizers, objective.learned), ema
-
-
-def check_pairs(recipe: config.Recipe, here: World) -> None:
-    """Refuse shares that would tear pairs of pictures apart. Errors: BadRecipe."""
-    for number, stage in enumerate(recipe.stage):
-        share = stage.batch // here.size
-        if recipe.contrastive is not None and share % 2:
-            raise BadRecipe(
-                f"[contrastive] sets pictures against each other in pairs, and of "
-                f"stage.{number}.batch = {stage.batch} each of {here.size} processes gets {share}: "
-                f"start another number, or make the batch a multiple of {2 * here.size}"
-            )
 
 
 # What CPU kernels say when there is no memory: torch's own, and those of oneDNN.

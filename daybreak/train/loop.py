@@ -122,7 +122,7 @@ def train(
     ):
         begun = here.first and folder.is_dir()
         parallel.together(here, lambda: status.take() if begun else None)
-        building.check_pairs(recipe, here)
+        runs.check_pairs(recipe, here.size)
         tell = tell if here.first else _silent
         found = checkpoint.to_continue(folder, here, tell)
         if found and (why := _is_over(found, recipe, folder, here, clock)):

@@ -175,6 +175,17 @@ def provenance(recipe: config.Recipe) -> dict[str, Any]:
     return {"recipe": config.digest(recipe), "revision": revision(), "versions": versions}
 
 
+def check_pairs(recipe: config.Recipe, devices: int) -> None:
+    """Refuse shares that would tear pairs of pictures apart. Errors: BadRecipe."""
+    for number, stage in enumerate(recipe.stage):
+        if recipe.contrastive is not None and stage.batch % (2 * devices):
+            raise BadRecipe(
+                f"[contrastive] sets pictures against each other in pairs, and {devices} devices "
+                f"cannot have an even share each of stage.{number}.batch = {stage.batch}: take "
+                f"another number of them, or set a batch that {2 * devices} divides"
+            )
+
+
 def check_space(run: Path, bytes_per_checkpoint: int, keep: int) -> None:
     """Refuse to start a run whose checkpoints the disk cannot hold. Errors: BadStorage."""
     needed = int(2.2 * bytes_per_checkpoint)
