@@ -30,7 +30,7 @@ from daybreak.model.tread import Route
 
 FEATURES = 256  # sinusoids that a number is written in
 ROPE_BASE = 10_000.0
-SHORT = 256  # tokens up to which a CPU computes attention without the fused kernel
+SHORT = 256  # tokens up to which a CPU in bfloat16 does without the fused kernel of attention
 
 
 class Config(BaseModel):
@@ -177,11 +177,10 @@ def attend(
 ) -> Float[Tensor, "b a n d"]:
     """softmax(q k^T / sqrt(d) + bias) v; a key whose bias is minus infinity is not there.
 
-    Short sequences on a CPU are written out, in bfloat16 or compiled: there the fused kernel's
-    backward pass costs up to 2.5 times as much as two products and a softmax (docs/performance.md).
+    Short sequences in bfloat16 on a CPU are written out: there the fused kernel's backward pass
+    costs up to 2.5 times as much as two products and a softmax (docs/performance.md).
     """
-    pays = q.dtype == torch.bfloat16
-    if q.device.type != "cpu" or not pays or q.shape[-2] > SHORT:
+    if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
     return backward.attention(q, k, v, bias)
 
