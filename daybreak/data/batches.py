@@ -21,6 +21,7 @@ from typing import ClassVar, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 import torch
+import torch.distributed as dist
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
@@ -38,6 +39,7 @@ SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: so many, and this 
 CHECK = 1.0  # seconds of silence after which the workers are looked after
 MOMENT = 0.2  # seconds until a process that was killed is known to be dead
 PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
+HUSH = 0.05  # seconds after which threads of an exchange that is over rest
 LAST = 19  # niceness of a worker beside a step on the same processor
 READY = 2  # batches that lie received when a step asks for one
 FORESIGHT, UNDERWAY = 4, 2 * 2**30  # a worker's batches ahead, and the bytes of all workers' ones
@@ -276,7 +278,12 @@ def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
     can be asked again. It begins in this thread (data/ahead), so that no signal of a dying worker
     is raised in the middle of a step. Of a worker that is killed while it sends, only the broken
     connection is seen at first; asked again a moment later, the loader names it.
+
+    Before Python 3.12 a worker hangs as it is born if a thread of C++ wants the interpreter just
+    then, as those of gloo do that let go of a tensor. So it begins when the last exchange is over.
     """
+    if dist.is_initialized():
+        time.sleep(HUSH)
     arriving, asked = iter(loader), time.monotonic()
     broken: Exception | None = None
     while True:
