@@ -25,7 +25,7 @@ print(getrusage(RUSAGE_SELF).ru_minflt - before)
 
 
 def faults(settle: bool, **given: str) -> int:
-    """Pages that three steps asked the kernel for, after three others."""
+    """Pages that three steps asked the kernel for, after ten others."""
     environment = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
     code = STEPS.format(settle="host.settle()" if settle else "")
     done = subprocess.run(

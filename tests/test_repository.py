@@ -21,7 +21,6 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 ANYONE = {"failure", "train/dice", "train/health", "train/ledger", "train/log", "train/parallel"}
 ANYONE |= {"model/flow"}
 EVERYTHING = {"data", "model", "objective", "optim", "generate", "evaluate", "config", "doctor"}
-EVERYTHING |= {"host"}
 MAY_IMPORT = {
     "failure": set[str](),
     "doctor": set[str](),
@@ -36,7 +35,7 @@ MAY_IMPORT = {
     "config": {"data", "model", "objective", "optim", "generate", "evaluate"},
     "train": EVERYTHING | {"train"},
     "web": EVERYTHING | {"train", "web"},
-    "cli": EVERYTHING | {"train", "web"},
+    "cli": EVERYTHING | {"train", "web", "host"},
     "__main__": {"cli"},
 }
 
