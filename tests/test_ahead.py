@@ -4,7 +4,7 @@ import multiprocessing
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing, contextmanager
 from itertools import islice
 from types import FrameType
@@ -16,6 +16,7 @@ from daybreak.data import batches, scenes
 from daybreak.data.ahead import ahead
 from daybreak.data.plan import Slot
 from daybreak.data.prepared import Sample
+from daybreak.failure import BadData
 
 
 class Made:
@@ -170,10 +171,10 @@ def test_batches_left_early_leave_no_thread_and_no_worker(workers: int) -> None:
 class Slow(batches.Scenes):
     """One picture takes its time."""
 
-    def sample(self, slot: Slot) -> Sample:
-        if slot.sample == 40:
+    def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+        if any(slot.sample == 40 for slot in slots):
             time.sleep(2.5)
-        return super().sample(slot)
+        return super().samples(slots)
 
 
 @pytest.mark.parametrize("workers", [0, 1])

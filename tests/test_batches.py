@@ -5,7 +5,7 @@ import re
 import signal
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -224,10 +224,10 @@ def test_pictures_are_mirrored_by_their_share() -> None:
     class Half(batches.Scenes):
         """Dark on the left, bright on the right."""
 
-        def sample(self, slot: Slot) -> Sample:
-            picture = np.zeros((slot.height, slot.width, 3), np.uint8)
-            picture[:, slot.width // 2 :] = 255
-            return Sample(picture, "")
+        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+            picture = np.zeros((slots[0].height, slots[0].width, 3), np.uint8)
+            picture[:, slots[0].width // 2 :] = 255
+            return [Sample(picture, "")] * len(slots)
 
     config = batches.Config(source="folder", workers=0, mirrored=0.3)
     stream = batches.stream(Half(SCENES, 5), config, 5, 8, batch=100, first=0, count=20)
@@ -280,9 +280,9 @@ def test_a_worker_that_is_killed_is_named_at_once() -> None:
     class Slow(batches.Scenes):
         """Says who draws, and takes its time."""
 
-        def sample(self, slot: Slot) -> Sample:
-            time.sleep(0.05)
-            return super().sample(slot)._replace(caption=str(os.getpid()))
+        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+            time.sleep(0.2)
+            return [Sample(np.zeros((32, 32, 3), np.uint8), str(os.getpid()))] * len(slots)
 
     config = batches.Config(source="scenes", workers=1, empty_captions=0)
     stream = batches.stream(Slow(SCENES, 5), config, 5, 32, batch=4, first=0, count=1000)

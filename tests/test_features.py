@@ -258,7 +258,7 @@ def drawn(first: int, count: int, change: dict[str, str] | None = None) -> Pictu
         return scene._replace(things=things)
 
     found = [changed(scenes.scene(config, 11, first + index)) for index in range(count)]
-    return np.stack([scenes.render(scene) for scene in found])
+    return scenes.renders(found)
 
 
 def test_the_scenes_network_is_the_one_that_was_taught() -> None:

@@ -160,6 +160,14 @@ def test_a_picture_is_background_and_the_stored_colours() -> None:
     assert picture[0, 0].tolist() == [90, 90, 90]
 
 
+@pytest.mark.parametrize("canvas", ["32", "64", "64-large", "128"])
+def test_scenes_drawn_together_look_as_they_do_alone(canvas: str) -> None:
+    config = Config.model_validate({"canvas": canvas, "held_out": ()})
+    drawn = [scenes.scene(config, 3, index) for index in range(60)]
+    alone = np.stack([scenes.render(scene) for scene in drawn])
+    assert np.array_equal(scenes.renders(drawn), alone)
+
+
 def test_the_training_set_has_every_form_of_caption_in_a_useful_share() -> None:
     config = Config(canvas="32")
     drawn = [scenes.sample(config, 1, index) for index in range(4_000)]

@@ -26,6 +26,15 @@ def test_counting_points_by_rows_is_counting_points(shape: str) -> None:
     assert np.array_equal(coverage(shape, x, y, radius, 20, 20), expected)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_many_things_are_covered_as_each_of_them(shape: str) -> None:
+    x, y, radius = np.array([9.4, 8.8, 12.0]), np.array([8.1, 10.3, 7.9]), np.array([5.0, 6.4, 7.0])
+    each = [coverage(shape, *one, 19, 21) for one in zip(x, y, radius, strict=True)]
+    assert np.array_equal(coverage(shape, x, y, radius, 19, 21), each)
+    sizes = [coverage(shape, 9.4, 8.1, one, 19, 21) for one in radius]
+    assert np.array_equal(coverage(shape, 9.4, 8.1, radius, 19, 21), sizes)
+
+
 def within(shape: str, x: float, y: float) -> bool:
     """The definition of each outline, by half-planes and angles instead of half-widths."""
     if shape == "circle":

@@ -30,7 +30,7 @@ from torch.utils.data import DataLoader, Dataset
 from daybreak.data import images, scenes, sources
 from daybreak.data.ahead import ahead
 from daybreak.data.plan import Slot
-from daybreak.data.prepared import Picture, Prepared, Sample, chosen, is_prepared
+from daybreak.data.prepared import Picture, Prepared, Sample, chosen, is_prepared, one_by_one
 from daybreak.failure import BadData, BadRecipe, LostPeer
 from daybreak.train import dice
 
@@ -111,8 +111,8 @@ class Pictures(Protocol):
         Errors  BadRecipe for a stage that cannot be had.
         """
 
-    def sample(self, slot: Slot) -> Sample:
-        """Return picture (height, width, 3) and caption of a slot. Errors: BadData."""
+    def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+        """Return picture (height, width, 3) and caption of each slot, or what is wrong with it."""
 
     def captions(self) -> Iterator[str]:
         """Yield the captions a tokenizer should learn from."""
@@ -130,10 +130,17 @@ class Scenes:
         """One scene after the other, on its canvas or scaled down from it."""
         return _in_order(lambda index: index, resolution, batch, first)
 
-    def sample(self, slot: Slot) -> Sample:
-        """Draw a scene."""
-        drawn = scenes.sample(self.config, self.seed, slot.row)
-        return Sample(images.fit(drawn.image, slot.height, slot.width), drawn.caption)
+    def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+        """Draw scenes: all at once, then all that have to be scaled, and so on, for speed."""
+        drawn = [scenes.scene(self.config, self.seed, slot.row) for slot in slots]
+        fitted = [
+            images.fit(picture, slot.height, slot.width)
+            for picture, slot in zip(scenes.renders(drawn), slots, strict=True)
+        ]
+        return [
+            Sample(picture, scenes.caption(self.config, scene, slot.row))
+            for picture, scene, slot in zip(fitted, drawn, slots, strict=True)
+        ]
 
     def captions(self) -> Iterator[str]:
         """Yield the captions of the first 20,000 scenes."""
@@ -165,6 +172,10 @@ class Folder:
             return int(order(self.seed, epoch, count)[place])
 
         return _in_order(row, resolution, batch, first)
+
+    def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+        """Read the pictures of slots, or say what is wrong with them."""
+        return one_by_one(self.sample, slots)
 
     def sample(self, slot: Slot) -> Sample:
         """Return the picture of a slot, with one of its captions by dice."""
@@ -237,7 +248,7 @@ def pictures(config: Config, scene: scenes.Config | None, seed: int, patch: int)
 
 
 class _Samples(Dataset[Sample | BadData]):
-    """What a loader worker runs: slot to picture and caption.
+    """What a loader worker runs: slots to pictures and captions, the slice of a batch at once.
 
     A failure travels as a value: raised in a worker, its sentence would arrive inside a traceback.
     """
@@ -245,11 +256,13 @@ class _Samples(Dataset[Sample | BadData]):
     def __init__(self, source: Pictures, config: Config, seed: int) -> None:
         self.source, self.config, self.seed = source, config, seed
 
-    def __getitem__(self, slot: Slot) -> Sample | BadData:
-        try:
-            picture, caption, complaint = self.source.sample(slot)
-        except BadData as failure:
-            return failure
+    def __getitems__(self, slots: list[Slot]) -> list[Sample | BadData]:
+        pairs = zip(slots, self.source.samples(slots), strict=True)
+        return [one if isinstance(one, BadData) else self._diced(slot, one) for slot, one in pairs]
+
+    def _diced(self, slot: Slot, sample: Sample) -> Sample:
+        """Leave the caption out, or turn the picture left to right, as the dice say."""
+        picture, caption, complaint = sample
         if dice.fraction(self.seed, "empty", slot.sample) < self.config.empty_captions:
             caption = ""
         if dice.fraction(self.seed, "mirrored", slot.sample) < self.config.mirrored:

@@ -47,6 +47,17 @@ class Sample(NamedTuple):
     complaint: str = ""
 
 
+def one_by_one(sample: Callable[[Slot], Sample], slots: Sequence[Slot]) -> list[Sample | BadData]:
+    """Read slot after slot. A failure is a value among the samples, and the others are read."""
+    had: list[Sample | BadData] = []
+    for slot in slots:
+        try:
+            had.append(sample(slot))
+        except BadData as failure:
+            had.append(failure)
+    return had
+
+
 class Opened(NamedTuple):
     """A dataset on disk: its table, and for each row the number of its bucket in `buckets`.
 
@@ -106,6 +117,10 @@ class Prepared:
             return [Slot(start + place, int(row), *bucket) for place, row in enumerate(rows)]
 
         return slots
+
+    def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+        """Read the pictures of slots, or say what is wrong with them."""
+        return one_by_one(self.sample, slots)
 
     def sample(self, slot: Slot) -> Sample:
         """Read the picture of a slot, or the first that can be read of its substitutes."""

@@ -15,6 +15,7 @@ Units   pixels; the centre of pixel i lies at i, so the canvas reaches from -0.5
 """
 
 import math
+from collections.abc import Sequence
 from itertools import combinations
 from typing import Any, Literal, NamedTuple
 
@@ -410,16 +411,31 @@ def caption(config: Config, scene: Scene, index: int) -> str:
 
 def render(scene: Scene) -> Picture:
     """The picture of a scene: a linear mix of the stored colour values, by coverage."""
-    size = CANVASES[scene.canvas].size
-    canvas = np.full((size, size, 3), scene.background)
-    for thing in scene.things:
-        reach = 1.2 * thing.radius
-        left, top = math.floor(thing.x - reach), math.floor(thing.y - reach)
-        right, bottom = math.ceil(thing.x + reach) + 1, math.ceil(thing.y + reach) + 1
-        m = scenes_shapes.coverage(
-            thing.shape, thing.x - left, thing.y - top, thing.radius, bottom - top, right - left
-        )
-        colour = PALETTE[COLOURS.index(thing.colour)]
-        canvas[top:bottom, left:right] += m[..., None] * (colour - scene.background)
-    picture: Picture = np.rint(canvas).astype(np.uint8)
+    picture: Picture = renders([scene])[0]
     return picture
+
+
+def renders(drawn: Sequence[Scene]) -> npt.NDArray[np.uint8]:
+    """The pictures of scenes of one canvas, (b, s, s, 3).
+
+    All things of a shape are drawn at once, in less than half the time of one after the other.
+    """
+    size = CANVASES[drawn[0].canvas].size
+    canvas = np.empty((len(drawn), 3, size, size))
+    canvas[:] = np.array([scene.background for scene in drawn])[:, None, None, None]
+    placed = [(number, thing) for number, scene in enumerate(drawn) for thing in scene.things]
+    for shape in SHAPES:
+        some = [one for one in placed if one[1].shape == shape]
+        if not some:
+            continue
+        x, y, radius = np.array([(thing.x, thing.y, thing.radius) for _, thing in some]).T
+        left, top = np.floor(x - 1.2 * radius), np.floor(y - 1.2 * radius)
+        side = 2 + math.ceil(2.4 * radius.max())
+        each = scenes_shapes.coverage(shape, x - left, y - top, radius, side, side)
+        corners = zip(top.astype(int).tolist(), left.astype(int).tolist(), strict=True)
+        for (number, thing), m, (row, column) in zip(some, each, corners, strict=True):
+            part = canvas[number, :, row : row + side, column : column + side]
+            mixed = PALETTE[COLOURS.index(thing.colour)] - drawn[number].background
+            part += m[: part.shape[1], : part.shape[2]] * mixed[:, None, None]
+    pictures = np.rint(canvas, out=canvas).astype(np.uint8).transpose(0, 2, 3, 1)
+    return np.ascontiguousarray(pictures)

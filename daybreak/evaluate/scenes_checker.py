@@ -280,13 +280,8 @@ def _synthesis(
     norm = math.sqrt(float(flat @ flat)) or 1.0
     best: list[tuple[float, str, Floats]] = []
     for shape in SHAPES:
-        radius = math.sqrt(area / AREA[shape])
-        sharp = np.stack(
-            [
-                scenes_shapes.coverage(shape, x - left, y - top, radius * times, *window.shape)
-                for times in THRESHOLDS.radii
-            ]
-        )
+        radii = math.sqrt(area / AREA[shape]) * np.array(THRESHOLDS.radii)
+        sharp = scenes_shapes.coverage(shape, x - left, y - top, radii, *window.shape)
         templates = np.concatenate(
             [_blur(sharp, sigma * canvas.scale) for sigma in THRESHOLDS.blurs]
         )

@@ -76,14 +76,14 @@ def evaluate(
         for turn in range(SEEDS)
     ]
     blank = generate([""] * prompts, [free[0].seed + SEEDS + number for number in range(prompts)])
-    fresh = [scenes.render(item.scene) for items in repeated for item in items[prompts:]]
+    fresh = scenes.renders([item.scene for items in repeated for item in items[prompts:]])
 
     scored = [item for item in tasks(config, seed, prompts) if item.task in SCORED]
     known = [*scored, *held_out(config, seed, prompts)]
     searched = search(
         config,
         training_seed,
-        np.concatenate((*turns, np.stack(fresh))),
+        np.concatenate((*turns, fresh)),
         [item.specification for item in known],
         training,
     )

@@ -98,7 +98,7 @@ def teach(steps: int = STEPS) -> Network:
 def _draw(canvas: str, step: int) -> tuple[list[Scene], npt.NDArray[np.uint8]]:
     config = Config.model_validate({"canvas": canvas, "held_out": ()})
     drawn = [scenes.scene(config, SEED, step * BATCH + row) for row in range(BATCH)]
-    return drawn, np.stack([scenes.render(scene) for scene in drawn])
+    return drawn, scenes.renders(drawn)
 
 
 def _answers(drawn: list[Scene]) -> Float[Tensor, "b a"]:

@@ -111,7 +111,7 @@ def evaluate(
             pictures = generate([item.prompt for item in batch], [item.seed for item in batch])
             _inspect(pictures, len(batch), config.canvas)
             pending.append(pool.submit(look, pictures, config.canvas))
-            renders = np.stack([scenes.render(item.scene) for item in batch])
+            renders = scenes.renders([item.scene for item in batch])
             truths.append(pool.submit(look, renders, config.canvas))
             if progress is not None:
                 progress(start + len(batch), len(asked))

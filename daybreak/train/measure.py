@@ -21,9 +21,10 @@ import numpy as np
 import numpy.typing as npt
 
 from daybreak.config import Recipe
-from daybreak.data import images, scenes
+from daybreak.data import batches, images, scenes
 
 FIRST, STEPS = 4, 20  # steps that do not count: they compile; and steps that do
+DRAWN = 32  # scenes drawn at once
 
 
 class Pace(NamedTuple):
@@ -61,10 +62,11 @@ def steps(recipe: Recipe, count: int) -> tuple[Pace, ...]:
 
 
 def preparing(recipe: Recipe, side: int) -> float:
-    """Seconds in which a core draws a scene, or decodes a JPEG of this size."""
+    """Seconds in which a core draws a scene of a batch, or decodes a JPEG of this size."""
     if recipe.data.source == "scenes":
-        scene = recipe.scenes or scenes.Config()
-        return _fastest(lambda: scenes.sample(scene, recipe.seed, 0))
+        source = batches.Scenes(recipe.scenes or scenes.Config(), recipe.seed)
+        slots = source.plan(side, DRAWN, first=0)(0)
+        return _fastest(lambda: source.samples(slots)) / DRAWN
     data = images.encode(noise(side, 0), "jpeg")
     return _fastest(lambda: images.decode_to_cover(data, "a picture", side, side))
 
