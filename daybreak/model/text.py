@@ -204,9 +204,9 @@ class TextEncoder(nn.Module):
             max_length=limit,
             truncation=True,
             return_attention_mask=True,
-            return_tensors="pt",
         )
-        return tokens["input_ids"], tokens["attention_mask"].bool()
+        ids, mask = (torch.tensor(tokens[name]) for name in ("input_ids", "attention_mask"))
+        return ids, mask.bool()
 
     def forward(self, captions: Sequence[str]) -> Text:
         """Encode captions on the device of the weights."""
