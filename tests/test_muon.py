@@ -3,6 +3,7 @@
 Run as a script under torchrun, this file is what each rank does.
 """
 
+import itertools
 import json
 import math
 import sys
@@ -19,11 +20,12 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from daybreak.optim.muon import ROUNDS, A, B, C, Muon, _stacks, orthogonal
+from daybreak.optim.muon import ROUNDS, Muon, _stacks, orthogonal
 
 EVEN = [(32, 16)] * 5 + [(16, 16)] * 3 + [(16, 48)] * 2 + [(32, 16)]
 UNEVEN = [(10, 6)] * 3 + [(5, 9)] * 2 + [(3, 4)] * 5 + [(1, 8)]
 STEPS = 4
+TORCH = ((3.4445, -4.7750, 2.0315),) * 5
 
 
 class Matrices(nn.Module):
@@ -147,7 +149,7 @@ if __name__ == "__main__":
 @pytest.mark.parametrize("shapes", [[(24, 16)] * 3 + [(16, 28)] * 2, [(16, 16)]])
 def test_on_one_device_it_takes_the_steps_of_torch(shapes: list[tuple[int, int]]) -> None:
     start, mine, theirs = (Matrices(shapes) for _ in range(3))
-    train(mine, lambda p: Muon(p, lr=0.02, momentum=0.9, weight_decay=0.1))
+    train(mine, lambda p: Muon(p, lr=0.02, momentum=0.9, weight_decay=0.1, rounds=TORCH))
     train(
         theirs,
         lambda p: torch.optim.Muon(
@@ -161,10 +163,39 @@ def test_on_one_device_it_takes_the_steps_of_torch(shapes: list[tuple[int, int]]
 def rounds(x: Tensor) -> Tensor:
     """One round after the other, for matrices of any shape."""
     x = x / torch.linalg.vector_norm(x, dim=(-2, -1), keepdim=True)
-    for _ in range(ROUNDS):
+    for a, b, c in ROUNDS:
         square = x @ x.mT
-        x = A * x + (B * square + C * square @ square) @ x
+        x = a * x + (b * square + c * square @ square) @ x
     return x
+
+
+def test_each_round_is_the_best_for_where_the_last_one_leaves_the_singular_values() -> None:
+    """Chebyshev: the best of three terms errs equally often, and as far, to either side four times.
+
+    These are the ends of the interval and the two places between them where the curve is level.
+    """
+    low, high = 0.003, 1.0
+    for a, b, c in ROUNDS:
+        root = math.sqrt(9 * b * b - 20 * a * c)
+        level = [math.sqrt((-3 * b + sign * root) / (10 * c)) for sign in (-1, 1)]
+        places = [low, *level, 1.02 * high]
+        assert places == sorted(places)
+        errors = [1 - (a * s + b * s**3 + c * s**5) for s in places]
+        for one, other in itertools.pairwise(errors):
+            assert one == pytest.approx(-other, abs=2e-3)
+        low, high = 1 - errors[0], 1 + errors[0]
+    assert 0.77 < low < high < 1.23
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (32, 96), (96, 32)])
+@pytest.mark.parametrize("rank", [1, 3])
+def test_no_matrix_of_few_directions_explodes(rank: int, shape: tuple[int, int]) -> None:
+    """All of its norm lies in few singular values, so that rounding may bring one above 1."""
+    generator = torch.Generator().manual_seed(0)
+    rows, columns = (torch.randn(200, side, rank, generator=generator) for side in shape)
+    values = torch.linalg.svdvals(orthogonal((rows @ columns.mT).bfloat16()).float())
+    assert 0.7 < float(values[:, 0].min()) <= float(values[:, 0].max()) < 1.3
+    assert float(values[:, rank:].max()) < 0.5
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 32), (16, 31), (16, 16)])
