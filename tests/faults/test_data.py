@@ -232,7 +232,7 @@ def test_D7_a_loader_that_dies_is_named_and_the_run_goes_on_later(
 @fault
 @pytest.mark.parametrize("act", [os._exit, RuntimeError], ids=["exit", "error"])
 def test_D7_a_loader_that_leaves_ends_the_run(place: Place, act: Callable[[int], Any]) -> None:
-    leave = Calling("daybreak.data.scenes", "sample", Once(200, act))
+    leave = Calling("daybreak.data.scenes", "renders", Once(16, act))
     ended = place.begin("data.workers=1", ranks=RANKS, fault=leave, faulty=0).end()
     assert 0 not in ended.codes
     if act is os._exit:
@@ -244,7 +244,7 @@ def test_D7_a_loader_that_leaves_ends_the_run(place: Place, act: Callable[[int],
 def test_D8_a_slow_read_is_told_while_it_lasts_and_changes_nothing(
     place: Place, unbroken: Unbroken, workers: int
 ) -> None:
-    slow = Calling("daybreak.data.scenes", "sample", Sleep(300, 5))
+    slow = Calling("daybreak.data.scenes", "renders", Sleep(25, 5))
     ended = place.finish(f"data.workers={workers}", ranks=RANKS, fault=slow, faulty=RANKS - 1)
     assert ended.said.count("the next pictures have been waited for") == 1, ended.said
     assert place.bits()["losses"] == unbroken(ranks=RANKS).bits()["losses"]
@@ -257,7 +257,7 @@ def test_D8_a_read_that_never_ends_is_shown_and_ends_the_run(
     place: Place, many_pictures: Path, tmp_path: Path, how: str
 ) -> None:
     if how == "sleep":
-        hung = Calling("daybreak.data.scenes", "sample", Sleep(200, 0))
+        hung = Calling("daybreak.data.scenes", "renders", Sleep(16, 0))
     else:
         pictures = tmp_path / "pictures"
         shutil.copytree(many_pictures, pictures)
