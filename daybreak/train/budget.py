@@ -34,8 +34,8 @@ FILL = 0.95  # of a datasheet's memory: allocators leave gaps, and the driver wa
 # compilation in benchmarks/llama3_h100_202412_torchtitan.md; this is the middle.
 GPU_SHARE = 0.36
 GPU_SOURCE = "assumed: what torchtitan reports for Llama 3.1 8B in bfloat16 on 8 and 128 H100"
-# 360, 426 and 421 GFLOP/s in the stages of docs/records/quickstart/metrics.jsonl (medians), on two
-# cores whose products make 1,000.
+# 390, 382 and 424 GFLOP/s in the stages of docs/records/quickstart/metrics.jsonl (medians), on two
+# cores whose products make 920.
 CPU_SHARE = 0.4
 CPU_SOURCE = "assumed: what the quickstart's record reached on two cores"
 
