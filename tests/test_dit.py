@@ -174,6 +174,21 @@ def test_a_small_pictures_patches_lie_in_the_middle_of_those_they_stand_for() ->
     torch.testing.assert_close(place, parts)
 
 
+def test_a_rotary_table_is_made_once_for_a_resolution_and_serves_training_after_drawing() -> None:
+    config = dit.Config(patch=4, native=16, bottleneck=0, width=32, depth=2, heads=2)
+    model = dit.DiT(config, text_width=8)
+    words = Text(torch.randn(2, 4, 8), torch.ones(2, 4, dtype=torch.bool))
+    t = torch.rand(2)
+    with torch.inference_mode():
+        model(torch.randn(2, 3, 16, 16), t, words)
+    (table,) = model._tables.values()
+    model(torch.randn(2, 3, 16, 16), t, words).x.sum().backward()
+    assert next(iter(model._tables.values())) is table
+    model(torch.randn(2, 3, 16, 32), t, words)
+    assert len(model._tables) == 2
+    assert torch.equal(table, dit.rope(4, 4, 16))
+
+
 def test_only_pictures_smaller_than_native_are_stretched_and_all_shapes_of_a_size_alike() -> None:
     size = dit.Config(patch=4, width=32, heads=2, native=64)
     sides = [(64, 64), (48, 84), (128, 128), (32, 32), (24, 44), (16, 16)]

@@ -341,6 +341,17 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.final_layer = FinalLayer(config.width, pixels)
         self.fuse = tread.Fusion(route, config.width) if route and route.kind == "sprint" else None
+        self._tables: dict[tuple[int, int, torch.device, float], Tensor] = {}
+
+    def _angles(
+        self, rows: int, columns: int, device: torch.device, stretch: float
+    ) -> Float[Tensor, "n d"]:
+        """Make the rotary table of a resolution once."""
+        shape = rows, columns, device, stretch
+        if shape not in self._tables:
+            with torch.inference_mode(mode=False):  # else no backward pass could have it
+                self._tables[shape] = rope(rows, columns, self.config.head_width, device, stretch)
+        return self._tables[shape]
 
     def forward(
         self,
@@ -359,7 +370,7 @@ class DiT(nn.Module):
         if self.resolution_embedder is not None:
             time = time + self.resolution_embedder(x_t)
         stretch = self.config.stretch(*x_t.shape[-2:])
-        angles = rope(rows, columns, self.config.head_width, x_t.device, stretch)
+        angles = self._angles(rows, columns, x_t.device, stretch)
         bias = bias_of(F.pad(text.mask, (0, rows * columns), value=True), self.compute)
 
         x = self.img_in(patches.to(self.compute))
