@@ -27,7 +27,7 @@ from daybreak.generate import pipeline, sampler
 from daybreak.generate.draw import draw
 from daybreak.model import text, text_to_image
 from daybreak.model.text_to_image import TextToImage
-from daybreak.train import runs
+from daybreak.train import accelerator, runs
 
 PROMPT = "a red circle above a blue square"
 
@@ -36,7 +36,7 @@ def network(recipe: config.Recipe, dtype: torch.dtype) -> TextToImage:
     """Build the network of a recipe, its tokenizer learned from one prompt."""
     tokenizer = text.learn_tokenizer([PROMPT], recipe.text)
     model = text_to_image.build(recipe.dit, recipe.text, tokenizer, recipe.seed, dtype)
-    return model.to(runs.device()).eval().requires_grad_(False)
+    return model.to(accelerator.choose()).eval().requires_grad_(False)
 
 
 def loaded(recipe: config.Recipe, folder: Path, side: int) -> Any:
@@ -44,7 +44,7 @@ def loaded(recipe: config.Recipe, folder: Path, side: int) -> Any:
     card = pipeline.Card("benchmark", PROMPT, "none", (), "")
     plain = network(recipe, torch.float32)
     pipeline.export(plain, folder, side, recipe.sample, recipe.flow, card)
-    theirs = PRXPixelPipeline.from_pretrained(folder).to(runs.device())
+    theirs = PRXPixelPipeline.from_pretrained(folder).to(accelerator.choose())
     theirs.set_progress_bar_config(disable=True)
     return theirs
 

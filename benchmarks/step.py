@@ -45,7 +45,7 @@ from daybreak import config
 from daybreak.model import dit, flow, tread
 from daybreak.model.text import Text
 from daybreak.optim import groups
-from daybreak.train import flops, runs
+from daybreak.train import accelerator, flops
 from daybreak.train.dice import Dice
 
 TEXT_WIDTH = 256
@@ -110,7 +110,7 @@ def of_recipe(name: str, number: int, batch: int | None) -> Case:
 
 def feed(case: Case) -> Given:
     """Draw pictures, noise and words."""
-    device = runs.device()
+    device = accelerator.choose()
     generator = torch.Generator().manual_seed(0)
     image = torch.rand(case.batch, 3, case.side, case.side, generator=generator) * 2 - 1
     t = torch.rand(case.batch, generator=generator)
@@ -131,7 +131,7 @@ def network(case: Case) -> dit.DiT:
     with torch.no_grad():
         for weight in model.parameters():
             weight.add_(0.02 * torch.randn_like(weight))
-    return model.to(runs.device())
+    return model.to(accelerator.choose())
 
 
 def ours(
@@ -286,10 +286,13 @@ def measure(case: Case, rounds: int, compiles: bool, optimiser: bool) -> dict[st
         arms = {name: with_adamw(arm) for name, arm in arms.items()}
     found: dict[str, Any] = {"batch": case.batch}
     if kind is classes:
+        usual = torch.get_float32_matmul_precision()
+        torch.set_float32_matmul_precision("highest")
         with torch.no_grad():
             mine, other = (arms[name].guess() for name in pairs["float32"])
         found["outputs differ by"] = float((mine - other).abs().max())
         torch.testing.assert_close(mine, other, atol=1e-5, rtol=1e-5)
+        torch.set_float32_matmul_precision(usual)
     seconds = in_turn({name: partial(step, arm, given.noisy) for name, arm in arms.items()}, rounds)
     kept = {name: saved(arm) for name, arm in arms.items()}
     ratios = {}

@@ -539,8 +539,8 @@ def plan(
     fit: Annotated[
         Path | None,
         typer.Option(
-            help="Write the recipe here, with a mesh, the largest passes that fit, and blocks "
-            "recomputed if none would."
+            help="Write the recipe here, with a mesh, the largest passes that fit, blocks "
+            "recomputed if none would, and the steps that a budget buys."
         ),
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
@@ -560,6 +560,10 @@ def plan(
     from daybreak.train import budget as paper
     from daybreak.train import plan as view
 
+    if share is not None and measure:
+        raise BadRecipe("--measure finds the share that --share gives: leave one of them out")
+    if fit and fit.exists():
+        raise BadRecipe(f"--fit {fit} is there already: name another file, or remove it")
     wanted = config.load(recipe, tuple(set_ or ()), tuple(without or ()))
     given = paper.granted(wanted) if budget is None else (paper.parse(budget),)
     cluster = paper.cluster(wanted, gpus)
@@ -573,6 +577,7 @@ def plan(
             Console().print(table)
     paper.check_memory(wanted, made)
     if fit:
+        wanted = wanted if times is None else paper.shortened(wanted, times)
         try:
             fit.write_text(config.dump(wanted), encoding="utf-8")
         except OSError as error:

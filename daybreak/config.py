@@ -312,6 +312,12 @@ def differences(old: Recipe, new: Recipe) -> list[str]:
     ]
 
 
+def assignments(old: Recipe, new: Recipe) -> list[str]:
+    """List what `--set` needs to make one recipe of another, as `key=value`."""
+    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    return [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
+
+
 def resampled(recipe: Recipe, sets: tuple[str, ...]) -> Recipe:
     """Change how a finished run is sampled, and nothing else of its recipe.
 

@@ -93,7 +93,7 @@ def test_a_budget_of_pictures_is_met_to_less_than_a_batch(tiny: Path, pictures: 
     assert pictures - 16 < seen <= pictures
     first, last = fitting.stage
     assert first.count == int(pictures / 192 * 10)
-    assert (last.samples, last.lr) == (None, 1e-3)
+    assert (last.steps, last.lr) == (None, 1e-3), "what was counted in samples still is"
 
 
 @pytest.mark.parametrize("times", [0.5, 1.0, 3.7])

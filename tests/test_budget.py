@@ -159,8 +159,11 @@ def test_a_budget_buys_its_share_of_the_run_in_every_unit(published: config.Reci
         Budget("pictures", made.pictures / 2),
     ):
         assert budget.bought(made, spent) == pytest.approx(0.5)
-    assert "56,320,000 pictures" in plan.purchase(published, 0.5)
-    assert "--set stage.0.steps=50000 --set stage.1.steps=10000" in plan.purchase(published, 0.5)
+    said = plan.purchase(published, made, 0.5)
+    assert "56,320,000 pictures" in said
+    assert f"${made.dollars / 2:,.2f}" in said
+    assert "--set stage.0.steps=50000" in said
+    assert "--set stage.1.steps=10000" in said
 
 
 def test_what_compiling_takes_is_paid_for_once(published: config.Recipe) -> None:
@@ -231,6 +234,9 @@ def test_unknown_devices_are_refused_with_the_nearest(text: str, words: str) -> 
         ("NVIDIA A100-SXM4-80GB", "A100"),
         ("NVIDIA H100 PCIe", None),
         ("NVIDIA H200 NVL", None),
+        ("NVIDIA A100-PCIE-40GB", None),
+        ("NVIDIA GH200 480GB", None),
+        ("NVIDIA RTX A1000", None),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
         ("NVIDIA H100 80GB HBM3 MIG 3g.40gb", None),
     ],
@@ -325,6 +331,13 @@ def test_a_fitted_recipe_takes_the_largest_passes_that_fit(published: config.Rec
         budget.check_memory(larger, budget.plan(larger, cluster))
 
 
+def test_a_stage_of_few_pictures_does_not_make_the_passes_of_the_others_small() -> None:
+    recipe = config.load("prx_24h")
+    cluster = Cluster(32, H200)
+    assert [stage.batch // cluster.number for stage in recipe.stage] == [32, 16]
+    assert budget.fitted(recipe, cluster).micro == 32
+
+
 def test_where_blocks_fit_only_if_recomputed_that_is_said_and_fitted(tmp_path: Path) -> None:
     plain, again = (
         config.parse(
@@ -395,6 +408,21 @@ def test_real_steps_set_the_pace_of_a_plan(tiny: Path) -> None:
     assert not Path(recipe.out).exists()
 
 
+def test_matrices_that_many_share_take_each_less_than_was_measured() -> None:
+    """As on paper: prx_24h has 40.6 TFLOP of pictures and 29.1 of Muon, dealt out to eight."""
+    recipe = config.load("prx_24h")
+    eight, alone = Cluster(32, H200), budget.spread(recipe, Cluster(1, H200))
+    share = [stage.model_copy(update={"batch": stage.batch // 32}) for stage in recipe.stage]
+    one = budget.plan(alone.model_copy(update={"stage": tuple(share)}), Cluster(1, H200))
+    for row, stage in enumerate(budget.plan(recipe, eight).stages):
+        work = flops.work(recipe, recipe.stage[row], cached=False)
+        pictures, once = share[row].batch * sum(work.picture.values()), sum(work.step.values())
+        measured = one.stages[row].seconds["arithmetic"]
+        dealt = budget.dealt(measured, pictures, once, shard=8)
+        assert dealt == pytest.approx(stage.seconds["arithmetic"])
+        assert dealt < 0.8 * measured
+
+
 def test_a_recipe_for_many_nodes_is_measured_on_one_device(tiny: Path, tmp_path: Path) -> None:
     recipe = config.load(tiny, ("parallel.dp_replicate=2",))
     short = measure.shortened(recipe, 2, tmp_path)
@@ -462,14 +490,23 @@ def test_the_budget_of_a_recipe_counts_where_no_other_is_given(tiny: Path) -> No
     assert buys(*clock) == pytest.approx(0.5)
     assert buys(*clock, "--set", f"budget.flops={flops}") == pytest.approx(0.25)
     price = ("--set", f"budget.dollars={seconds}", "--set", "budget.price=3600.0")
-    assert buys(*price) == pytest.approx(0.5), "a price for all devices, that of the recipe"
+    assert buys(*price) == pytest.approx(0.5), "at the recipe's price"
+    two = json.loads(asked(tiny, "--gpus", "2xH100", "--json", "--price", 3600))
+    there = buys(*price, "--gpus", "2xH100")
+    assert there == pytest.approx(seconds / two["dollars"]), "which is one device's"
     assert buys(*clock, "--budget", "1h") == pytest.approx(3600 / whole["seconds"])
 
 
 def test_plan_writes_the_fitted_recipe_where_it_is_asked_to(tiny: Path, tmp_path: Path) -> None:
-    place = tmp_path / "fitted.toml"
+    place, shorter = tmp_path / "fitted.toml", tmp_path / "shorter.toml"
     asked(tiny, "--gpus", "4xH100", "--fit", place)
     assert config.load(place).micro == 2
+    pictures = sum(stage.count * stage.batch for stage in config.load(tiny).stage)
+    half = ("--budget", f"{pictures / 2}images")
+    asked(tiny, "--gpus", "4xH100", *half, "--fit", shorter)
+    assert config.load(shorter).steps == config.load(tiny).steps // 2
+    with pytest.raises(BadRecipe, match="is there already"):
+        asked(tiny, "--gpus", "4xH100", "--fit", place)
 
 
 def test_a_recipe_that_cannot_be_written_is_one_sentence(tiny: Path, tmp_path: Path) -> None:
@@ -480,7 +517,10 @@ def test_a_recipe_that_cannot_be_written_is_one_sentence(tiny: Path, tmp_path: P
 def test_plan_gives_json(tiny: Path) -> None:
     found = json.loads(asked(tiny, "--gpus", "2xL40S", "--json", "--price", 0.5, "--share", 0.2))
     assert found["dollars"] == pytest.approx(0.5 * found["device_hours"])
-    assert found["share_of_peak"] == 0.2
+    assert found["share_of_arithmetic"] == 0.2
+    assert found["share_of_peak"] == pytest.approx(
+        sum(found["flops"].values()) / found["seconds"] / 2 / found["devices"]["flops"]
+    )
     assert found["fits"] is True
     assert sum(found["flops"].values()) == pytest.approx(
         sum(sum(stage["flops"].values()) for stage in found["stages"])
@@ -496,6 +536,7 @@ def test_plan_gives_json(tiny: Path) -> None:
         (("--gpus", "H200", "--budget", "1e3flop"), "too small for one step"),
         (("--gpus", "cpu", "--budget", "9usd"), "--price"),
         (("--gpus", "H200", "--measure"), "--measure"),
+        (("--gpus", "cpu", "--measure", "--share", "0.3"), "leave one of them out"),
         (("--gpus", "100000xH200"), "evenly: 8 can"),
         (("--gpus", ""), "write how many and which"),
         (("--budget", ""), "for example 1500usd"),

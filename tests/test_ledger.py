@@ -1,6 +1,7 @@
 """What a run may spend, in all, however often it is interrupted."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -78,10 +79,29 @@ def test_a_slow_checkpoint_is_given_its_time(file: Path) -> None:
     assert kept.over
 
 
-def test_dollars_are_seconds_at_a_price() -> None:
-    assert Config(dollars=2, price=7200).limit == 1
-    assert Config(dollars=2, price=7200, seconds=0.5).limit == 0.5
-    assert Config(flops=1e15).limit is None
+def test_dollars_are_seconds_at_a_price(file: Path) -> None:
+    def limit(config: Config) -> float | None:
+        return Ledger(file, config, Clock(), rate=7200).limit
+
+    assert limit(Config(dollars=2, price=7200)) == 1
+    assert limit(Config(dollars=2, price=7200, seconds=0.5)) == 0.5
+    assert limit(Config(flops=1e15)) is None
+
+
+def test_dollars_are_those_of_the_devices_that_were_there(file: Path) -> None:
+    config, clock = Config(dollars=100, price=3600, cooldown=0.5), Clock()
+    one = Ledger(file, config, clock, rate=3600)
+    assert one.limit == 100
+    clock.now = 40.0
+    one.write()
+    clock.now = 0.0
+    four = Ledger(file, config, clock, rate=4 * 3600)
+    assert four.paid == 40
+    assert four.limit == 40 + 60 / 4
+    assert four.factor == 1, "60 dollars are left, more than half of them"
+    clock.now = 10.0
+    assert four.paid == 80
+    assert four.factor == pytest.approx(1 - (80 / 96 - 0.5) / 0.5, abs=1e-6)
 
 
 def test_flops_end_a_run_too(file: Path) -> None:
@@ -101,7 +121,7 @@ def test_without_a_budget_nothing_ends_and_all_is_written_down(file: Path) -> No
     assert written["recipe"] == "abc"
     assert written["ledger"] == {
         "seconds": 1e6,
-        "seconds_of_a_save": ledger.CLOSING,
+        "seconds_of_a_save": 0.0,
         "flops": 3.0,
         "flops_of_a_step": 4.0,
         "sessions": 1,
@@ -112,8 +132,50 @@ def test_a_step_that_compiled_does_not_end_a_run_early(file: Path) -> None:
     clock = Clock()
     kept = Ledger(file, Config(seconds=90), clock)
     clock.now = 45.0  # of which 40 to compile
-    kept.step(1e9, 1e9, compiled=True)
+    kept.step(1e9, 1e9, new=True)
     assert not kept.over
+
+
+def test_a_step_that_will_compile_is_given_its_time(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=90), clock)
+    clock.now = 25.0  # of which 20 to compile
+    kept.step(1e9, 1e9, new=True)
+    for clock.now in (26.0, 27.0):
+        kept.step(1e9, 1e9)
+    clock.now = 64.0
+    kept.drew(37.0)
+    assert not kept.over
+    clock.now = 65.0
+    kept.step(1e9, 1e9, compiles=True)
+    assert kept.over, "25 s more make 90"
+
+
+def test_the_first_save_is_given_the_time_that_its_bytes_take(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=90), clock, size=10e9)
+    clock.now = 71.0
+    assert kept.over
+    kept.saved(2.0)
+    assert not kept.over, "now it is known to be faster"
+
+
+def test_what_comes_before_the_next_step_has_to_fit_too(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=90), clock)
+    kept.drew(20.0)
+    clock.now = 75.0
+    assert not kept.late()
+    assert kept.late(kept.drawing)
+
+
+def test_what_is_left_is_told_of_flops_too(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(flops=100, seconds=1000), clock)
+    for clock.now in (2.0, 4.0):
+        kept.step(10, 10)
+    assert kept.left == pytest.approx(16), "8 steps of 2 s"
+    assert Ledger(file, None, clock).left == math.inf
 
 
 def test_the_next_step_is_the_one_that_has_to_fit(file: Path) -> None:
@@ -132,7 +194,7 @@ def test_how_long_a_save_takes_is_known_after_an_interruption(file: Path) -> Non
     kept.saved(30.0)
     kept.write()
     clock.now = 65.0
-    assert Ledger(file, Config(seconds=90), clock).late
+    assert Ledger(file, Config(seconds=90), clock).late()
 
 
 def test_a_disk_that_fails_does_not_end_the_run(file: Path) -> None:
@@ -150,14 +212,35 @@ def test_a_disk_that_fails_does_not_end_the_run(file: Path) -> None:
             r"a budget of 0\.01 s is spent before the first step.*--budget \d+s",
         ),
         (Config(flops=99), r"too small for one step: give at least --budget 1\.01e\+02flop"),
+        (
+            Config(seconds=1e9, dollars=0.5, price=3600),
+            r"0\.5 usd, at 7200 an hour, is spent before the first step.*--budget 40\.00usd",
+        ),
     ],
 )
 def test_a_budget_that_does_not_pay_for_a_step_names_one_that_does(
-    config: Config, words: str
+    file: Path, config: Config, words: str
 ) -> None:
+    clock = Clock()
+    clock.now = 9.0
     with pytest.raises(BadRecipe, match=words):
-        ledger.check(config, 100, 9)
-    ledger.check(Config(seconds=1e9, flops=101), 100, 9)
+        Ledger(file, config, clock, rate=7200).check(100)
+    enough = Config(seconds=1e9, flops=101, dollars=40, price=3600)
+    Ledger(file, enough, clock, rate=7200).check(100)
+
+
+def test_what_was_spent_before_the_first_checkpoint_stays_spent(file: Path) -> None:
+    config = Config(seconds=90)
+    work(file, config, until=89.0).write()
+    clock = Clock()
+    clock.now = 5.0
+    with pytest.raises(BadRecipe, match=r"with 89 s of earlier starts.*--budget 190s"):
+        Ledger(file, config, clock).check(1)
+
+
+def test_a_ledger_that_was_removed_begins_anew(file: Path) -> None:
+    file.unlink()
+    assert Ledger(file, Config(seconds=90), Clock()).spent == 0
 
 
 @pytest.mark.parametrize(

@@ -87,7 +87,7 @@ def test_a_line_says_what_is_reached_of_the_machine_and_what_it_costs(tmp_path: 
         for step in (1, 2):
             time.sleep(0.05)
             values = {"loss": 1.0, "waited": 0.01}
-            log.step(step, values, images=8, flops=2e13, spent=100.0 * step)
+            log.step(step, values, images=8, flops=2e13, paid=1.0 * step)
     first, second = lines(tmp_path)
     assert 1e14 < second["flops_per_second"] < 4e14
     assert second["share_of_peak"] == second["flops_per_second"] / 1e15
@@ -101,16 +101,25 @@ def test_a_line_says_what_is_reached_of_the_machine_and_what_it_costs(tmp_path: 
 
 def test_what_is_left_of_the_budget_is_left_where_that_is_less(tmp_path: Path) -> None:
     stream = io.StringIO()
-    with Log(tmp_path, 1_000_000, stream=stream, every=0, price=3600.0, limit=100.0) as log:
-        log.step(1, {"loss": 1.0}, 8, spent=40.0)
+    with Log(tmp_path, 1_000_000, stream=stream, every=0, price=3600.0) as log:
+        log.step(1, {"loss": 1.0}, 8, paid=40.0, may=60.0)
         time.sleep(0.01)
-        log.step(2, {"loss": 1.0}, 8, spent=41.0)
-        log.step(3, {"loss": 1.0}, 8, spent=101.0)
+        log.step(2, {"loss": 1.0}, 8, paid=41.0, may=59.0)
+        log.step(3, {"loss": 1.0}, 8, paid=101.0, may=0.0)
     lines = stream.getvalue().splitlines()
     assert "left 0:00:59" in lines[1]
     assert "left 0:00:00" in lines[2]
     rows = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert rows[1]["dollars_to_go"] == 59.0
+
+
+def test_what_is_left_counts_the_work_of_the_stages_to_come(tmp_path: Path) -> None:
+    stream = io.StringIO()
+    with Log(tmp_path, 1_000, stream=stream, every=0, price=3600.0) as log:
+        for step in (1, 2):
+            time.sleep(0.02)
+            log.step(step, {"loss": 1.0}, 8, paid=0.0, to_go=5000.0)
+    assert 5000 * 0.02 < lines(tmp_path)[-1]["dollars_to_go"] < 5000 * 0.2
 
 
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from daybreak import config
+from daybreak.evaluate import interim
 from daybreak.failure import BadData, BadRecipe, BadStorage, NotFinite
 from daybreak.generate.draw import draw
 from daybreak.train import checkpoint, flops, loop, runs
@@ -309,3 +310,36 @@ def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(tiny: Path) -> N
     assert json.loads((run / "run.json").read_text())["ledger"]["flops"] == pytest.approx(6 * step)
     assert loop.train(recipe, said.append) == (6, 0)
     assert said[-1] == f"{run} has spent its budget: 6 steps of 10"
+
+
+def test_an_evaluation_that_outlasts_the_budget_is_broken_off(tiny: Path) -> None:
+    recipe = config.load(tiny, ("budget.seconds=4", "stage.0.steps=1000", "sample.every=1000"))
+    long = interim.Config(every=3, suites=("scenes",), per_task=1000)
+    outcome = loop.train(recipe.model_copy(update={"evaluate": long}), lambda line: None)
+    assert outcome == (3, 0)
+    run = Path(recipe.out)
+    assert checkpoint.required(run, print).step == 3
+    assert not (run / "evaluation").exists(), "not a result was written"
+
+
+def test_a_budget_spent_before_the_first_checkpoint_is_no_success(tiny: Path) -> None:
+    recipe = config.load(tiny, ("budget.seconds=300",))
+    Path(recipe.out).mkdir()
+    told = {"ledger": {"seconds": 299.5, "sessions": 1}}
+    Path(recipe.out, "run.json").write_text(json.dumps(told))
+    with pytest.raises(BadRecipe, match="earlier starts"):
+        loop.train(recipe, lambda line: None)
+
+
+def test_a_run_whose_facts_were_removed_goes_on_and_writes_them_anew(tiny: Path) -> None:
+    loop.train(config.load(tiny, ("stage.0.steps=4",)), lambda line: None)
+    recipe = config.load(tiny, ("stage.0.steps=6",))
+    file = Path(recipe.out, "run.json")
+    file.write_text("{")
+    with pytest.raises(BadStorage, match="bring it back, or remove it"):
+        loop.train(recipe, lambda line: None, changed=True)
+    file.unlink()
+    assert loop.train(recipe, lambda line: None, changed=True) == (6, 0)
+    assert json.loads(file.read_text())["ledger"]["sessions"] == 1
+    file.unlink()
+    assert loop.train(recipe, lambda line: None) == (6, 0), "nothing is left to do"

@@ -15,7 +15,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from daybreak import config
 from daybreak.data import batches
 from daybreak.failure import BadRecipe
-from daybreak.train import building, checkpoint, loop, parallel, runs
+from daybreak.train import accelerator, building, checkpoint, loop, parallel
 from daybreak.train.dice import Dice
 
 TERMS = """
@@ -216,7 +216,7 @@ def test_a_step_keeps_to_its_device_and_never_waits_for_it(
         return tensor.is_meta or answer(tensor)
 
     monkeypatch.setattr(torch.Tensor, "__bool__", note)
-    monkeypatch.setattr(runs, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(accelerator, "choose", lambda: torch.device("meta"))
     recipe = config.load(full, ("compile=false",))
     source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
     here = parallel.World(0, 1, torch.device("meta"), None, HashStore())

@@ -8,11 +8,10 @@ Run k of every arm has seed s + k, so initial weights, data and evaluation noise
 two arms are the same recipe they would be the same numbers: the second gets other seeds, and is
 still compared pair by pair.
 
-A budget shortens or lengthens the recipe's stages in proportion; warm-up, REPA's last step and the
-last scene whose caption is complete go with them. Pictures and FLOPs are counted, and as many steps
-are taken as they pay for, exactly. Seconds are turned into steps by the speed of each arm, measured
-once with real steps on this machine and kept beside the runs, so that a slower arm sees less and an
-interruption changes nothing.
+A budget shortens or lengthens the recipe's stages in proportion (train/length). Pictures and FLOPs
+are counted, and as many steps are taken as they pay for, exactly. Seconds are turned into steps by
+the speed of each arm, measured once with real steps on this machine and kept beside the runs, so
+that a slower arm sees less and an interruption changes nothing.
 
 Runs are kept under a digest of their recipe and used again; the same command goes on where it was
 stopped.
@@ -32,7 +31,7 @@ from daybreak.config import Recipe
 from daybreak.evaluate import examples, suite
 from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe
-from daybreak.train import budget, evaluations, flops, measure
+from daybreak.train import budget, evaluations, flops, length, measure
 from daybreak.train.budget import Budget
 from daybreak.train.runs import precision
 
@@ -219,35 +218,7 @@ def fit(recipe: Recipe, given: Budget, costs: Sequence[float]) -> Recipe:
             f"a budget of {given.amount:g} {given.kind} leaves stage.{steps.index(min(steps))} of "
             f"{recipe.steps:,} steps in all without one: give at least {whole / min(counts):.3g}"
         )
-    shorter = min(1.0, times)
-    stages = [
-        stage.model_copy(
-            update={"steps": count, "samples": None, "warmup": round(shorter * stage.warmup)}
-        )
-        for stage, count in zip(recipe.stage, steps, strict=True)
-    ]
-    changes: dict[str, Any] = {"stage": [stage.model_dump() for stage in stages]}
-    if recipe.repa is not None and recipe.repa.until is not None:
-        until = max(1, round(times * recipe.repa.until))
-        changes["repa"] = recipe.repa.model_dump() | {"until": until}
-    if recipe.scenes is not None and recipe.scenes.complete:
-        complete = _moved(recipe.scenes.complete, recipe, counts, steps)
-        changes["scenes"] = recipe.scenes.model_dump() | {"complete": complete}
-    return _with(recipe, **changes)
-
-
-def _moved(sample: int, recipe: Recipe, before: Sequence[int], after: Sequence[int]) -> int:
-    """Where a sample of the training set comes to lie when stages take other numbers of steps.
-
-    The end of a stage stays one, and within each it moves in proportion.
-    """
-    left, start = sample, 0
-    for stage, old, new in zip(recipe.stage, before, after, strict=True):
-        if left <= old * stage.batch:
-            return start + round(left * new / old)
-        left -= old * stage.batch
-        start += new * stage.batch
-    return start + left  # beyond the last one
+    return length.lasting(recipe, steps, "compare")
 
 
 def unit(given: Budget | None, target: float | None) -> Unit:

@@ -24,7 +24,7 @@ from daybreak.config import Recipe, Stage
 from daybreak.data import prepared
 from daybreak.failure import BadRecipe
 from daybreak.model import text_cache
-from daybreak.train import flops, hardware, log, measure, memory, runs
+from daybreak.train import flops, hardware, length, log, measure, memory, runs
 from daybreak.train.hardware import Cluster
 from daybreak.train.memory import Mesh
 
@@ -105,6 +105,12 @@ class Plan(NamedTuple):
         return sum(stage.whole for stage in self.stages)
 
     @property
+    def reached(self) -> float:
+        """Share of the peak in a step: less than `share` where communication takes longer."""
+        steps = sum(stage.steps * stage.step for stage in self.stages)
+        return self.flops / (steps * self.cluster.number * self.cluster.device.flops)
+
+    @property
     def start(self) -> float:
         """Seconds of them in which networks are built and blocks compiled, if that was measured."""
         return sum(stage.start for stage in self.stages)
@@ -162,12 +168,12 @@ def parse(text: str) -> Budget:
 
 
 def granted(recipe: Recipe) -> tuple[Budget, ...]:
-    """What the recipe's own [budget] lets a run spend: by the clock or its price, and in FLOPs."""
+    """What the recipe's own [budget] lets a run spend: seconds, dollars and FLOPs."""
     if recipe.budget is None:
         return ()
-    clock, count = recipe.budget.limit, recipe.budget.flops
-    found = [] if clock is None else [Budget("seconds", clock)]
-    return tuple(found if count is None else [*found, Budget("flops", count)])
+    given = recipe.budget
+    found = Budget("seconds", given.seconds or 0), Budget("dollars", given.dollars or 0)
+    return tuple(one for one in (*found, Budget("flops", given.flops or 0)) if one.amount)
 
 
 def cluster(recipe: Recipe, gpus: str | None) -> Cluster:
@@ -195,6 +201,8 @@ def plan(
             where something is to be measured.
     """
     number, device = cluster
+    if price is None and recipe.budget is not None:
+        price = recipe.budget.price
     if price is not None and not math.isfinite(price):
         raise BadRecipe(f"--price {price} is no price: give dollars for a device and hour")
     check_shares(recipe, number)
@@ -206,19 +214,28 @@ def plan(
             "--cached-text out, or encode them first, with daybreak prepare --cache-text"
         )
     cached = cached or there
-    taken = real_steps(recipe, cluster) if measured else ()
+    if measured:
+        check_here(recipe, cluster)
     mesh = mesh_of(recipe, number)
+    taken = measure.steps(recipe, number) if measured else ()
     source = "as given"
     if share is None:
         share, source = (CPU_SHARE, CPU_SOURCE) if device.name == "cpu" else (GPU_SHARE, GPU_SOURCE)
     stages = []
     for row, stage in enumerate(recipe.stage):
         work = flops.work(recipe, stage, cached)
-        mine = stage.batch // number
-        arithmetic = mine * sum(work.picture.values()) + sum(work.step.values()) / mesh.shard
+        pictures, once = stage.batch // number * sum(work.picture.values()), sum(work.step.values())
+        seconds = (pictures + once / mesh.shard) / (share * device.flops)
+        if taken:
+            seconds = dealt(taken[row].step, pictures, once, mesh.shard)
         pace = {
-            "arithmetic": taken[row].step if taken else arithmetic / (share * device.flops),
-            "communication": communication(recipe, mesh, device.link),
+            "arithmetic": seconds,
+            "communication": communication(
+                recipe,
+                mesh,
+                device.link,
+                -(-stage.batch // number // passes(recipe, stage, number)),
+            ),
         }
         counted = {name: stage.count * stage.batch * each for name, each in work.picture.items()}
         # Replicas do the same work on the same gradients.
@@ -244,15 +261,23 @@ def plan(
     )
 
 
-def real_steps(recipe: Recipe, cluster: Cluster) -> tuple[measure.Pace, ...]:
-    """Measure the pace of each stage. Errors: BadRecipe if not on such a device."""
+def dealt(step: float, pictures: float, once: float, shard: int) -> float:
+    """Seconds that a measured step takes where `shard` devices deal out what is done once.
+
+    It was taken by one device, which had all matrices of Muon to itself. `pictures` and `once` are
+    the FLOPs of its share of the batch, and of what does not depend on it.
+    """
+    return step * (pictures + once / shard) / (pictures + once)
+
+
+def check_here(recipe: Recipe, cluster: Cluster) -> None:
+    """Refuse to measure what is not on this machine. Errors: BadRecipe."""
     local = hardware.here(runs.precision(recipe))
     if local.device.name != cluster.device.name:
         raise BadRecipe(
             f"--measure takes steps on this machine, which is {local} and not {cluster}: leave "
             "--gpus out, or measure there"
         )
-    return measure.steps(recipe, cluster.number)
 
 
 def has_words(recipe: Recipe, dtype: torch.dtype) -> bool:
@@ -328,24 +353,24 @@ def held(
     return parts | ({"program": float(log.memory())} if device == "cpu" else {})
 
 
-def communication(recipe: Recipe, mesh: Mesh, link: float) -> float:
-    """Seconds in which one device exchanges weights and gradients, once for each step."""
-    inside, across = traffic(recipe, mesh)
-    return inside / link + across / hardware.NETWORK
+def communication(recipe: Recipe, mesh: Mesh, link: float, passes: int = 1) -> float:
+    """Seconds in which one device exchanges weights and gradients for one step."""
+    inside, across = traffic(recipe, mesh, passes)
+    return inside / link + across / min(link, hardware.NETWORK)
 
 
-def traffic(recipe: Recipe, mesh: Mesh) -> tuple[float, float]:
+def traffic(recipe: Recipe, mesh: Mesh, passes: int = 1) -> tuple[float, float]:
     """Bytes that one device sends in a step: to devices of its node, and to other nodes.
 
-    Weights are gathered in bfloat16, once or with `reshard_after_forward` twice, gradients summed
-    in float32, and each matrix travels to the device that makes its momentum orthogonal and back,
-    in bfloat16.
+    Weights are gathered in bfloat16, once or with `reshard_after_forward` twice for each of the
+    `passes`, gradients summed in float32, and each matrix travels to the device that makes its
+    momentum orthogonal and back, in bfloat16.
     """
     learned = [(shape.numel(), learner) for shape, learner in flops.learned(recipe)]
     weights = sum(count for count, _ in learned)
     matrices = sum(count for count, learner in learned if learner == "muon")
     others = (mesh.shard - 1) / mesh.shard
-    gathered = 4 if recipe.parallel.reshard_after_forward else 2
+    gathered = 4 * passes if recipe.parallel.reshard_after_forward else 2
     cut = (gathered + 4) * weights * others + 2 * 2 * matrices / mesh.shard * others
     copied = 2 * 4 * weights / mesh.shard * (mesh.replicate - 1) / mesh.replicate
     inside, across = (cut, copied) if mesh.shard <= memory.NODE else (0.0, cut + copied)
@@ -422,20 +447,22 @@ def recomputing(recipe: Recipe) -> Recipe:
 
 
 def largest_pass(recipe: Recipe, cluster: Cluster) -> int | None:
-    """Pictures that a device can take at once, of those numbers that divide every share.
+    """Pictures that a device can take at once: as many, or as few, in every pass of a stage.
 
     Where they are set against each other in pairs, it is an even number.
     """
     count, device = cluster
     mesh, dtype = mesh_of(recipe, count), precision(recipe, cluster)
-    common = math.gcd(*(stage.batch // count for stage in recipe.stage))
-    for pictures in range(common, 0, -1):
-        if common % pictures or (recipe.contrastive and pictures % 2):
+    shares = [stage.batch // count for stage in recipe.stage]
+    for pictures in range(max(shares), 0, -1):
+        taken = [min(pictures, mine) for mine in shares]
+        if any(mine % one for mine, one in zip(shares, taken, strict=True)):
+            continue
+        if recipe.contrastive and any(one % 2 for one in taken):
             continue
         if all(
-            sum(held(recipe, stage, mesh, pictures, dtype, device.name).values())
-            <= FILL * device.memory
-            for stage in recipe.stage
+            sum(held(recipe, stage, mesh, one, dtype, device.name).values()) <= FILL * device.memory
+            for stage, one in zip(recipe.stage, taken, strict=True)
         ):
             return pictures
     return None
@@ -463,3 +490,9 @@ def bought(made: Plan, budget: Budget) -> float:
             f"--budget {math.ceil(least / digit) * digit:.4g}{unit}"
         )
     return (budget.amount - start) / (whole - start)
+
+
+def shortened(recipe: Recipe, times: float) -> Recipe:
+    """The recipe so many times as long, every stage with a step at least."""
+    steps = [max(1, int(times * stage.count * (1 + 1e-12))) for stage in recipe.stage]
+    return length.lasting(recipe, steps, "--budget")

@@ -13,7 +13,7 @@ import torch
 from daybreak import config
 from daybreak.data import prepared
 from daybreak.model import text, text_cache
-from daybreak.train import runs
+from daybreak.train import accelerator, runs
 
 
 def fill(
@@ -30,7 +30,7 @@ def fill(
     chunks = table["captions"].chunks
     captions = (caption for chunk in chunks for caption in chunk.flatten().to_pylist())
     of = sum(len(chunk.flatten()) for chunk in chunks)
-    model = text.pretrained(encoder, runs.dtype(precision)).to(runs.device())
+    model = text.pretrained(encoder, runs.dtype(precision)).to(accelerator.choose())
     show = (lambda done: progress(done, of)) if progress else None
     return text_cache.write(dataset, model, captions, show)
 

@@ -78,7 +78,7 @@ DEVICES = {
 }
 
 
-OTHERS = {"pcie", "nvl", "laptop", "max-q", "mig", "d"}  # of a board's name, for a slower one
+OTHERS = {"pcie", "nvl", "laptop", "max", "mig", "d"}  # of a board's name, for a slower one
 
 
 def parse(text: str, dtype: torch.dtype) -> Cluster:
@@ -119,9 +119,11 @@ def known(title: str) -> Device | None:
 
     A board of the same name that is slower is another one: H100 PCIe, RTX 4090 Laptop GPU.
     """
-    if OTHERS & set(title.lower().split()):
+    words = re.split(r"[\s_-]", title.lower())
+    if OTHERS & set(words):
         return None
-    return next((d for d in DEVICES.values() if _plain(d.name) in _plain(title)), None)
+    names = {d.name: d.name.lower().split() for d in DEVICES.values()}
+    return next((DEVICES[n] for n, own in names.items() if _within(own, words)), None)
 
 
 def processor(dtype: torch.dtype) -> Device:
@@ -149,6 +151,11 @@ def speed(dtype: torch.dtype, kind: str, seconds: float = 0.2) -> float:
             torch.cuda.synchronize()
         best = max(best, 2 * side**3 / (time.perf_counter() - began))
     return best
+
+
+def _within(some: list[str], words: list[str]) -> bool:
+    """Whether words stand in others, one behind the other."""
+    return any(words[first : first + len(some)] == some for first in range(len(words)))
 
 
 def _plain(name: str) -> str:

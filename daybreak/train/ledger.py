@@ -1,14 +1,18 @@
 """What a run may spend, what it has spent, and how it ends in time: the recipe's [budget].
 
 Seconds count from the birth of each process that works on the run and on nothing else, start-up
-and compilation included, because that is what is paid for. What is spent stands in RUN/run.json: it
-is written before the first step, every second while steps are taken, and with every checkpoint, so
-that it survives interruptions, and steps that were lost with one stay spent.
+and compilation included, because that is what is paid for; dollars as many as the devices of each
+process cost in its seconds. What is spent stands in RUN/run.json: it is written before the first
+step, every second while steps are taken or pictures evaluated, and with every checkpoint, so that
+it survives interruptions, and steps that were lost with one stay spent.
 
 The learning rate falls to zero over the last `cooldown` of the budget, whatever the schedule of
 the stage says. The run ends when another step, and the checkpoint, would not fit any more; or
-when its steps are done, if that is sooner. A budget does not shorten one stage in favour of the
-next: `daybreak plan --budget` says with how many steps all of them fit.
+when its steps are done, if that is sooner. What a step takes that also compiles, where pictures
+change their size, and what a checkpoint and a grid take, is known when one was seen: before that
+a compilation and a grid count nothing, and a checkpoint what a disk needs for its bytes. A budget
+does not shorten one stage in favour of the next: `daybreak plan --budget` says with how many steps
+all of them fit.
 
 Units   seconds of all processes together are one second; dollars of all devices together.
 """
@@ -21,20 +25,21 @@ import time
 from collections import deque
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from daybreak.failure import BadRecipe
+from daybreak.failure import BadRecipe, BadStorage
+from daybreak.train import facts
 
 EVERY = 1.0  # seconds between two entries
-CLOSING = 1.0  # seconds for the last checkpoint, until one was saved
+CLOSING = 1.0  # seconds for the last checkpoint at least
+DISK = 5e8  # bytes a second that are written, until a checkpoint was
 
 
 class Config(BaseModel):
     """How much may be spent; where several are given, what is reached first ends the run.
 
-    `dollars` needs a `price`: dollars an hour for all devices together.
+    `dollars` needs a `price`: dollars an hour for one device, as `daybreak plan --price`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -51,18 +56,10 @@ class Config(BaseModel):
             raise ValueError("say how much: seconds, dollars or flops")
         if self.dollars is not None and self.price is None:
             raise ValueError(
-                "dollars need a price, in dollars an hour for all devices together: for example "
+                "dollars need a price, in dollars an hour for one device: for example "
                 "--set budget.price=3.5"
             )
         return self
-
-    @property
-    def limit(self) -> float | None:
-        """Seconds that may be spent, by the clock or by the price of an hour."""
-        clock = [] if self.seconds is None else [self.seconds]
-        if self.dollars is not None and self.price is not None:
-            clock.append(3600 * self.dollars / self.price)
-        return min(clock, default=None)
 
 
 def age() -> float:
@@ -84,26 +81,11 @@ def stopwatch(gone: float = 0.0) -> Callable[[], float]:
     return lambda: gone + time.monotonic() - began
 
 
-def check(config: Config, step: float, gone: float) -> None:
-    """Refuse a budget that does not pay for the first step, of so many FLOPs.
-
-    Errors  BadRecipe, with one that does.
-    """
-    limit, gone = config.limit, gone + CLOSING
-    if config.flops is not None and config.flops < step:
-        raise BadRecipe(
-            f"a budget of {config.flops:.3g} FLOP is too small for one step: give at least "
-            f"--budget {1.01 * step:.2e}flop"
-        )
-    if limit is not None and limit < gone:
-        raise BadRecipe(
-            f"a budget of {limit:.3g} s is spent before the first step, by start-up and the time "
-            f"that a checkpoint takes: give at least --budget {math.ceil(2 * gone)}s"
-        )
-
-
 class Ledger:
-    """Keeps account in a JSON file that is there already. Without a budget it only writes."""
+    """Keeps account in a run's run.json, if that is there. Without a budget it only writes.
+
+    An hour of all devices costs `rate` dollars, where that is known; a checkpoint has `size` bytes.
+    """
 
     def __init__(
         self,
@@ -111,15 +93,22 @@ class Ledger:
         config: Config | None,
         clock: Callable[[], float],
         writes: bool = True,
+        rate: float | None = None,
+        size: float = 0.0,
     ) -> None:
         self.file, self.config, self.clock, self.writes = file, config, clock, writes
+        self.rate = rate
         # Others need not see the file yet, which the first rank has just written: over a network
         # a folder that was not there stays so for a while.
-        before = self._read().get("ledger", {}) if writes else {}
+        before = facts.read(file.parent).get("ledger", {}) if writes else {}
         self.seconds, self.flops = before.get("seconds", 0.0), before.get("flops", 0.0)
+        self.dollars = before.get("dollars", self.seconds * (rate or 0.0) / 3600)
         self.sessions = before.get("sessions", 0) + 1
-        self.closing = max(CLOSING, before.get("seconds_of_a_save", 0.0))
+        self.saving = before.get("seconds_of_a_save", 0.0)
+        self.guess = size / DISK
+        self.drawing = 0.0
         self.each = before.get("flops_of_a_step", 0.0)  # the next one's
+        self.compiling, self.compiles = 0.0, True  # seconds of it; whether the next step does
         self.steps: deque[float] = deque(maxlen=16)
         self.written = self.last = clock()
 
@@ -128,31 +117,103 @@ class Ledger:
         """Seconds that this process and those before it have worked on the run."""
         return self.seconds + self.clock()
 
-    def step(self, flops: float, following: float, compiled: bool = False) -> None:
+    @property
+    def paid(self) -> float | None:
+        """Dollars that they have cost, each with the devices it had."""
+        return None if self.rate is None else self.dollars + self.rate * self.clock() / 3600
+
+    @property
+    def limit(self) -> float | None:
+        """Seconds that may be spent in all, by the clock or by what an hour costs now."""
+        found = []
+        if self.config and self.config.seconds is not None:
+            found.append(self.config.seconds)
+        if self.config and self.config.dollars is not None and self.rate:
+            found.append(self.seconds + 3600 * (self.config.dollars - self.dollars) / self.rate)
+        return min(found, default=None)
+
+    @property
+    def left(self) -> float:
+        """Seconds that the budget pays for from now on, its FLOPs at today's pace."""
+        found = [math.inf if self.limit is None else self.limit - self.spent]
+        if self.config and self.config.flops is not None and self.each:
+            found.append((self.config.flops - self.flops) / self.each * self.usual)
+        return max(0.0, min(found))
+
+    @property
+    def usual(self) -> float:
+        """Seconds of a step, the median of the last ones."""
+        return statistics.median(self.steps) if self.steps else 0.0
+
+    @property
+    def closing(self) -> float:
+        """Seconds that the last checkpoint will take."""
+        return max(CLOSING, self.saving or self.guess)
+
+    def check(self, step: float) -> None:
+        """Refuse a budget that does not pay for the first step, of so many FLOPs.
+
+        Errors  BadRecipe, with one that does.
+        """
+        config, needed = self.config, self.spent + self.closing
+        if config is None:
+            return
+        if config.flops is not None and config.flops < self.flops + step:
+            raise BadRecipe(
+                f"a budget of {config.flops:.3g} FLOP is too small for one step: give at least "
+                f"--budget {1.01 * (self.flops + step):.2e}flop"
+            )
+        if self.limit is None or self.limit >= needed:
+            return
+        given, enough = f"{config.seconds:.3g} s", f"{math.ceil(2 * needed)}s"
+        if config.seconds is None or config.seconds > self.limit:
+            assert self.rate is not None
+            more = self.dollars + self.rate * (2 * needed - self.seconds) / 3600
+            given = f"{config.dollars:.3g} usd, at {self.rate:.4g} an hour,"
+            enough = f"{math.ceil(100 * more) / 100:.2f}usd"
+        before = f"with {self.seconds:.0f} s of earlier starts, " if self.seconds else ""
+        raise BadRecipe(
+            f"a budget of {given} is spent before the first step, {before}by start-up and the time "
+            f"that a checkpoint takes: give at least --budget {enough}"
+        )
+
+    def step(
+        self, flops: float, following: float, new: bool = False, compiles: bool = False
+    ) -> None:
         """Hear that a step was taken, of how much arithmetic, and of how much the `following` is.
 
-        One that also `compiled` says nothing about how long others take.
+        A `new` one, which began a stage or compiled, says nothing about how long others take. The
+        following one `compiles`, too, or does not.
         """
         now = self.clock()
-        if not compiled:
+        if not new:
             self.steps.append(now - self.last)
+        elif self.compiles:
+            self.compiling = max(self.compiling, now - self.last)
         self.last = now
-        self.each = following
+        self.each, self.compiles = following, compiles
         self.flops += flops
-        if now - self.written >= EVERY:
-            self.write()
+        self.tick()
 
     def saved(self, seconds: float) -> None:
         """Hear how long a checkpoint took; time between steps is none of the next step's."""
-        self.closing = max(self.closing, seconds)
+        self.saving = max(self.saving, seconds)
+        self.last = self.clock()
+
+    def drew(self, seconds: float) -> None:
+        """Hear how long a grid took, or another thing between two steps."""
+        self.drawing = max(self.drawing, seconds)
         self.last = self.clock()
 
     @property
     def gone(self) -> float:
         """Share of the budget that is spent, as of now."""
         shares = [0.0]
-        if self.config and self.config.limit:
-            shares.append(self.spent / max(self.config.limit - self.closing, 1e-9))
+        if self.config and self.config.seconds:
+            shares.append(self.spent / max(self.config.seconds - self.closing, 1e-9))
+        if self.config and self.config.dollars and self.rate and self.paid:
+            closing = self.rate * self.closing / 3600
+            shares.append(self.paid / max(self.config.dollars - closing, 1e-9))
         if self.config and self.config.flops:
             shares.append(self.flops / self.config.flops)
         return max(shares)
@@ -164,13 +225,15 @@ class Ledger:
             return 1.0
         return min(1.0, max(0.0, 1 - self.gone) / self.config.cooldown)
 
-    @property
-    def late(self) -> bool:
-        """Whether there is no time for another step, and a checkpoint after it."""
-        if self.config is None or self.config.limit is None:
+    def late(self, first: float = 0.0) -> bool:
+        """Whether there is no time for another step, and a checkpoint after it.
+
+        Before the step comes what takes so many seconds.
+        """
+        if self.limit is None:
             return False
-        usual = statistics.median(self.steps) if self.steps else 0.0
-        return self.spent + usual + self.closing > self.config.limit
+        step = self.usual + (self.compiling if self.compiles else 0.0)
+        return self.spent + first + step + self.closing > self.limit
 
     @property
     def full(self) -> bool:
@@ -182,7 +245,12 @@ class Ledger:
     @property
     def over(self) -> bool:
         """Whether another step would be one too many."""
-        return self.late or self.full
+        return self.late() or self.full
+
+    def tick(self) -> None:
+        """Enter what is spent, if the last entry is a second old."""
+        if self.clock() - self.written >= EVERY:
+            self.write()
 
     def write(self) -> None:
         """Enter what is spent; a full disk delays the entry, and does not end the run."""
@@ -191,19 +259,16 @@ class Ledger:
             return
         mine = {
             "seconds": round(self.spent, 3),
-            "seconds_of_a_save": round(self.closing, 3),
+            **({} if self.paid is None else {"dollars": round(self.paid, 4)}),
+            "seconds_of_a_save": round(self.saving, 3),
             "flops": self.flops,
             "flops_of_a_step": self.each,
             "sessions": self.sessions,
         }
         staged = self.file.with_name(f".tmp-{self.file.name}")
         try:
-            facts = self._read() | {"ledger": mine}
-            staged.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+            told = facts.read(self.file.parent) | {"ledger": mine}
+            staged.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
             staged.replace(self.file)
-        except OSError:
+        except (OSError, BadStorage):
             staged.unlink(missing_ok=True)
-
-    def _read(self) -> dict[str, Any]:
-        found: dict[str, Any] = json.loads(self.file.read_text(encoding="utf-8"))
-        return found

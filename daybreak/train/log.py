@@ -55,9 +55,8 @@ class Log:
 
     Everything happens inside the calls: no thread, no timer. Without a folder nothing happens at
     all: of several ranks one keeps the log. `peak` is what all devices can do at most, in FLOP/s,
-    and `price` what all of them cost, in dollars an hour; what is not known is not written. `limit`
-    is how many seconds may be spent. `held` counts the bytes of an accelerator, whose memory is
-    then told instead of this process's.
+    and `price` what all of them cost, in dollars an hour; what is not known is not written. `held`
+    counts the bytes of an accelerator, whose memory is then told instead of this process's.
     """
 
     def __init__(
@@ -69,11 +68,9 @@ class Log:
         every: float = EVERY,
         peak: float | None = None,
         price: float | None = None,
-        limit: float | None = None,
         held: Callable[[], int] | None = None,
     ) -> None:
         self.steps, self.peak, self.price = steps, peak, price
-        self.limit = math.inf if limit is None else limit
         self.peak_memory, self.memory = held or peak_memory, held or memory
         self.start = start
         self.every = every
@@ -93,14 +90,15 @@ class Log:
 
         self.began = self.printed = time.monotonic()
         self.recent = deque([Mark(self.began, self.images)])
-        self.spent = 0.0
+        self.paid: float | None = None
+        self.to_go, self.may = float(steps - start), math.inf
         self.loss = 0.0
         self.weight = 0.0
         console = _Console(file=self.stream, highlight=False)
         live = self.watched and console.is_terminal and not console.is_dumb_terminal
         self.progress = _bar(console) if live else None
         if self.progress:
-            facts = self._facts(start, self.began)
+            facts = self._facts(self.began)
             self.task = self.progress.add_task("", total=steps, completed=start, **facts)
 
     def __enter__(self) -> Self:
@@ -127,18 +125,23 @@ class Log:
         values: Mapping[str, float],
         images: int,
         flops: float = 0.0,
-        spent: float = 0.0,
+        paid: float | None = None,
+        to_go: float | None = None,
+        may: float = math.inf,
     ) -> None:
         """Record a step that is done: its numbers, its images, its FLOPs if they were counted.
 
-        `spent` is how many seconds have to be paid for so far. The line holds `step`, all of
-        `values`, `images` (since step 1), what was reached of late, then `seconds`, `memory_mib`
-        and, where they have a price, `dollars` and `dollars_to_go`. The first line after a pause is
+        `paid` is how many dollars it has cost so far, `to_go` how many steps like this one are as
+        much work as is left, `may` how many seconds a budget still pays for. The line holds `step`,
+        all of `values`, `images` (since step 1), what was reached of late, then `seconds`,
+        `memory_mib` and, where they have a price, `dollars` and `dollars_to_go`. The first line
+        after a pause is
         marked `resumed`. A number that is not finite is null: JSON knows no other.
         """
         now = time.monotonic()
         self.images += images
-        self.spent = spent
+        self.paid, self.may = paid, may
+        self.to_go = self.steps - step if to_go is None else to_go
         last = self.recent[-1]
         self.recent.append(
             Mark(now, self.images, last.flops + flops, last.waited + values.get("waited", 0.0))
@@ -151,9 +154,8 @@ class Log:
             "seconds": round(self.seconds + now - self.began, 3),
             "memory_mib": self.peak_memory() // MIB,
         }
-        if self.price is not None:
-            left = self.price * self._left(step) / 3600
-            line |= {"dollars": self.price * spent / 3600, "dollars_to_go": left}
+        if self.price is not None and paid is not None:
+            line |= {"dollars": paid, "dollars_to_go": self.price * self._left() / 3600}
         if self.start and step == self.start + 1:
             line["resumed"] = 1
         self._write(json.dumps(line).encode() + b"\n")
@@ -178,7 +180,7 @@ class Log:
         if not (first or last or now - self.printed >= pause):
             return
         self.printed = now
-        facts = self._facts(step, now)
+        facts = self._facts(now)
         if self.progress:
             self.progress.update(self.task, completed=step, **facts)
             self._show(self.progress.refresh)
@@ -191,15 +193,14 @@ class Log:
                 )
             )
 
-    def _facts(self, step: int, now: float) -> dict[str, Any]:
+    def _facts(self, now: float) -> dict[str, Any]:
         begun = len(self.recent) > 1
-        reached, left = self._reached(), self._left(step) if begun else math.nan
+        reached, left = self._reached(), self._left() if begun else math.nan
         loss = f"{self.loss / self.weight:.4f}" if self.weight else "-"
         speed = f"{reached['images_per_second']:.1f}" if begun else "-"
         remaining = f"left {_clock(left)}"
-        if self.price is not None and begun:
-            paid, due = (self.price * seconds / 3600 for seconds in (self.spent, left))
-            remaining += f"   ${paid:,.2f}, ${due:,.2f} to go"
+        if self.price is not None and self.paid is not None and begun:
+            remaining += f"   ${self.paid:,.2f}, ${self.price * left / 3600:,.2f} to go"
         values = (
             f"loss {loss:>7}",
             f"{speed:>7} img/s",
@@ -223,11 +224,11 @@ class Log:
                 found["share_of_peak"] = flops / self.peak
         return found | {"waiting": round((last.waited - first.waited) / passed, 4)}
 
-    def _left(self, step: int) -> float:
+    def _left(self) -> float:
         """Seconds that the steps to come will take, at the pace of the window, or may take."""
         first, last = self.recent[0], self.recent[-1]
-        need = (self.steps - step) * (last.time - first.time) / max(len(self.recent) - 1, 1)
-        return min(need, max(0.0, self.limit - self.spent))
+        need = self.to_go * (last.time - first.time) / max(len(self.recent) - 1, 1)
+        return min(need, self.may)
 
     def _write(self, line: bytes) -> None:
         """Append, or keep for the next time; a line half written is taken back."""

@@ -160,9 +160,11 @@ def _train(
         runs.check_space(folder, checkpoint.size(model), recipe.keep)
     if found:
         checkpoint.load(found, state)
-    elif recipe.budget:
-        asked = partial(ledger.check, recipe.budget, counted[0], clock())
-        parallel.together(here, lambda: asked() if here.first else None)
+    peak, price = _rates(recipe, here, dtype)
+    book = partial(Ledger, folder / "run.json", recipe.budget, clock, here.first, price)
+    if not found:
+        size = checkpoint.size(model)
+        parallel.together(here, lambda: book(size=size).check(counted[0]) if here.first else None)
     parallel.together(here, lambda: _open(recipe, folder, source, here, dtype, start, changes))
     status.begin(here.first, start, start or None)
     guard = health.Guard(recipe.health, folder / "incidents.jsonl" if here.first else None, start)
@@ -180,7 +182,6 @@ def _train(
             f"checkpoint-{start} was saved by {before} processes and goes on with {here.size}: the "
             "same batches, equal to rounding and not to the last bit"
         )
-    peak, price = _rates(recipe, here, dtype)
     with (
         Saver(recipe, folder, here, model, tell, start or None) as saver,
         Log(
@@ -189,7 +190,6 @@ def _train(
             start,
             peak=peak,
             price=price,
-            limit=recipe.budget.limit if recipe.budget else None,
             held=torch.cuda.max_memory_allocated if here.device.type == "cuda" else None,
         ) as log,
         Watchdog(here, recipe.health.step_timeout, status.hang, recipe.compile) as watchdog,
@@ -205,7 +205,7 @@ def _train(
             ema,
             guard,
             health.Pace(here.device),
-            Ledger(folder / "run.json", recipe.budget, clock, here.first),
+            book(size=checkpoint.size(model)),
             counted,
             known.expect if known else _silent,
             saver,
@@ -236,10 +236,8 @@ def _counted(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
 def _rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float, float | None]:
     """FLOP/s that all devices can do, and dollars an hour of them costs, if that is known."""
     device = hardware.here(dtype).device
-    price = device.price * here.size if device.price else None
-    if recipe.budget and recipe.budget.price:
-        price = recipe.budget.price
-    return device.flops * here.size, price
+    price = recipe.budget.price if recipe.budget and recipe.budget.price else device.price
+    return device.flops * here.size, price * here.size if price else None
 
 
 def _open(
@@ -254,7 +252,7 @@ def _open(
     """Make the run folder, or clear it of what a killed run has left."""
     if not here.first:
         return
-    if changes or not (folder / "recipe.toml").is_file():
+    if changes or not all((folder / name).is_file() for name in ("recipe.toml", "run.json")):
         runs.begin(folder, recipe, dtype, source.files, changes)
     checkpoint.clear_unfinished(folder)
     evaluations.cut(folder, start)
@@ -282,8 +280,13 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
                 run.watchdog.listen()
         rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
         code = _step(run, number, batch, done, rate * factor)
-        following = run.flops[recipe.stage_at(done + 1)]
-        run.spent.step(run.flops[number], following, compiled=now == 1 or done == start + 1)
+        ahead = recipe.stage_at(done + 1)
+        run.spent.step(
+            run.flops[number],
+            run.flops[ahead],
+            new=now == 1 or done == start + 1,
+            compiles=recipe.stage[ahead].resolution != stage.resolution,
+        )
         factor, over = _budget(run, done)
         run.watchdog.beat(done)
         if done == start + 1:
@@ -376,8 +379,25 @@ def _step(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -
         values["skipped"] = 1
     for complaint in batch.complaints:
         _say(run, complaint)
-    run.log.step(step, values, stage.batch, run.flops[number], run.spent.spent)
+    run.log.step(
+        step,
+        values,
+        stage.batch,
+        run.flops[number],
+        run.spent.paid,
+        _to_go(run, step, number),
+        run.spent.left,
+    )
     return int(table[:, -1].max())
+
+
+def _to_go(run: Run, step: int, number: int) -> float:
+    """Return how much work is left, in steps of the stage that this one belongs to."""
+    each, left, before = run.flops[number], 0.0, 0
+    for stage, one in zip(run.recipe.stage, run.flops, strict=True):
+        before += stage.count
+        left += min(stage.count, max(0, before - step)) * (one / each if each else 1.0)
+    return left
 
 
 def _say(run: Run, line: str) -> None:
@@ -452,8 +472,13 @@ def _save(run: Run, step: int, wait: bool) -> None:
 
 def _show(run: Run, step: int, side: int) -> None:
     """Draw the recipe's prompts, on all ranks; one writes them down, if the disk lets it."""
+    if _budget(run, step, first=run.spent.drawing)[1]:
+        run.log.note(f"no grid at step {step}: the budget leaves no time for one")
+        return
+    began = time.monotonic()
     with run.watchdog.patience(LOOK):
         pictures = grids.draw(run.ema.model, run.recipe, side)
+    run.spent.drew(time.monotonic() - began)
     if not run.here.first:
         return
     try:
@@ -467,11 +492,12 @@ def _show(run: Run, step: int, side: int) -> None:
 def _evaluate(run: Run, step: int) -> bool:
     """Evaluate the average; returns whether nothing before was better.
 
-    Asked to stop, it is broken off, and done again when the run goes on.
+    Asked to stop, it is broken off, and done again when the run goes on; out of time as well.
     """
 
     def heed() -> None:
-        if _heard(run.here, run.stop.code):
+        run.spent.tick()
+        if _heard(run.here, run.stop.code or int(run.spent.late())):
             raise BrokenOff
 
     try:
@@ -480,6 +506,7 @@ def _evaluate(run: Run, step: int) -> bool:
             note, best = evaluations.take(run.recipe, run.folder, run.ema.model, step, heed)
     except BrokenOff:
         return False
+    run.spent.drew(0.0)
     run.log.note(note)
     return best
 
@@ -514,14 +541,14 @@ def _heard(here: World, code: int) -> int:
     return int(parallel.gather(here, torch.tensor([code])).max())
 
 
-def _budget(run: Run, done: int) -> tuple[float, bool]:
+def _budget(run: Run, done: int, first: float = 0.0) -> tuple[float, bool]:
     """Return the factor on the rate, and whether no more steps fit, as the first rank's clock says.
 
-    One clock: another rate on another rank would be another step.
+    One clock: another rate on another rank would be another step. So many seconds come `first`.
     """
     if run.recipe.budget is None:
         return 1.0, False
-    over = run.spent.over if done < run.recipe.steps else run.spent.late
+    over = run.spent.late(first) or (run.spent.full and done < run.recipe.steps)
     mine = torch.tensor([run.spent.factor, over], dtype=torch.float64)
     factor, over = parallel.gather(run.here, mine)[0].tolist()
     return factor, bool(over)
@@ -538,7 +565,15 @@ def _is_over(
     if found.step >= recipe.steps:
         late = parallel.together(here, lambda: evaluations.missing(recipe, folder, found.step))[0]
         return "" if late else "is finished"
-    spent = parallel.together(here, lambda: Ledger(folder / "run.json", recipe.budget, clock).over)
+    if recipe.budget is None:
+        return ""
+    price = recipe.budget.price
+    spent = parallel.together(
+        here,
+        lambda: (
+            Ledger(folder / "run.json", recipe.budget, clock, rate=price and price * here.size).over
+        ),
+    )
     return "has spent its budget" if spent[0] else ""
 
 

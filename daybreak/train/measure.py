@@ -45,14 +45,16 @@ def steps(recipe: Recipe, count: int) -> tuple[Pace, ...]:
     from daybreak.train import loop  # half of the program, and a plan without measuring needs none
 
     with tempfile.TemporaryDirectory(prefix="daybreak-measure-") as folder:
-        short = shortened(recipe, count, Path(folder))
+        short, began = shortened(recipe, count, Path(folder)), time.monotonic()
         with contextlib.redirect_stdout(sys.stderr):
             outcome = loop.train(short, trial=True)
         if outcome.code:
             raise SystemExit(outcome.code)
+        whole = time.monotonic() - began
         lines = (Path(short.out) / "metrics.jsonl").read_text().splitlines()
     ends = [float(json.loads(line)["seconds"]) for line in lines]
-    found, before = [], 0.0
+    # The log's seconds begin when networks are built, and nothing comes after its last line.
+    found, before = [], ends[-1] - whole
     for number in range(len(short.stage)):
         stage = ends[number * (FIRST + STEPS) :][: FIRST + STEPS]
         step = statistics.median(b - a for a, b in itertools.pairwise(stage[FIRST - 1 :]))

@@ -45,6 +45,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from daybreak.failure import BadRecipe, Failure, LostPeer
+from daybreak.train import accelerator
 
 # Sharded tensors take a second to import, and a recipe names only Config: they are imported where
 # they are used.
@@ -351,11 +352,7 @@ def _device() -> torch.device:
             f"this machine has {there} GPUs and too many processes: start torchrun with "
             f"--nproc-per-node {there}"
         )
-    torch.cuda.set_device(number)
-    torch.backends.cudnn.deterministic = True  # a run's convolutions repeat another's, bit for bit
-    torch.backends.cudnn.benchmark = False
-    torch.set_float32_matmul_precision("high")  # TF32: more bits than bfloat16, ten times as fast
-    return torch.device("cuda", number)
+    return accelerator.choose(number)
 
 
 def _meet(rank: int, size: int, seconds: float) -> Store:

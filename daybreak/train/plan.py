@@ -7,6 +7,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from daybreak import config
 from daybreak.config import Recipe
 from daybreak.train import budget, flops, measure
 from daybreak.train.budget import Plan
@@ -27,7 +28,7 @@ def tables(recipe: Recipe, made: Plan, times: float | None = None) -> Iterator[T
     for name, value in remarks(recipe, made).items():
         notes.add_row(Text(name, "bold"), value)
     if times is not None:
-        notes.add_row(Text("the budget", "bold"), purchase(recipe, times))
+        notes.add_row(Text("the budget", "bold"), purchase(recipe, made, times))
     yield notes
 
 
@@ -81,8 +82,11 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
     if made.price is not None:
         price = f"${made.price:.2f} an hour and device"
         price += f" ({PRICES})" if made.price == device.price else ""
+    slower = ""
+    if round(100 * made.reached) < round(100 * made.share):
+        slower = f", {100 * made.share:.0f} % while it need not wait for others"
     found = {
-        "speed": f"{100 * made.share:.0f} % of {_three(device.flops / 1e12)} TFLOP/s "
+        "speed": f"{100 * made.reached:.0f} % of {_three(device.flops / 1e12)} TFLOP/s{slower} "
         f"({made.source})",
         "memory": f"{fits}: {needed / 1e9:.1f} of {made.room / 1e9:.1f} GB, in passes of "
         f"{max(budget.passes(recipe, stage, count) for stage in recipe.stage)} pictures",
@@ -113,12 +117,21 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
     return found
 
 
-def purchase(recipe: Recipe, times: float) -> str:
+def purchase(recipe: Recipe, made: Plan, times: float) -> str:
     """What a budget buys: so many times the run, and the run it would be."""
-    steps = [max(1, int(times * stage.count)) for stage in recipe.stage]
-    sets = " ".join(f"--set stage.{number}.steps={count}" for number, count in enumerate(steps))
-    pictures = sum(n * stage.batch for n, stage in zip(steps, recipe.stage, strict=True))
-    return f"buys {_three(times)} times this run: {pictures:,} pictures with {sets}"
+    bought = budget.shortened(recipe, times)
+    sets = " ".join(f"--set {change}" for change in config.assignments(recipe, bought))
+    pace = zip(made.stages, bought.stage, strict=True)
+    paper = made._replace(stages=tuple(old._replace(steps=new.count) for old, new in pace))
+    cost = [_time(paper.seconds)]
+    if paper.dollars is not None:
+        cost.append(f"${paper.dollars:,.2f}")
+    if paper.energy is not None:
+        cost.append(f"{_three(paper.energy)} kWh")
+    return (
+        f"buys {_three(times)} times this run: {', '.join(cost)}, {paper.pictures:,} pictures"
+        f"{_epochs(bought, paper)}{', with ' if sets else ''}{sets}"
+    )
 
 
 def totals(made: Plan) -> dict[str, float]:
@@ -136,7 +149,8 @@ def facts(recipe: Recipe, made: Plan, times: float | None = None) -> dict[str, A
     found: dict[str, Any] = {
         "devices": {"count": made.cluster.number, **made.cluster.device._asdict()},
         "mesh": made.mesh._asdict(),
-        "share_of_peak": made.share,
+        "share_of_peak": made.reached,
+        "share_of_arithmetic": made.share,
         "share_from": made.source,
         "weights": made.weights,
         "flops": totals(made),

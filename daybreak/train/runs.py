@@ -26,7 +26,7 @@ from daybreak import config, doctor
 from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model import text, text_to_image
 from daybreak.objective.objective import Objective
-from daybreak.train import checkpoint
+from daybreak.train import accelerator, checkpoint, facts
 
 OURS = {"lock", "status.json", "run.json"}  # of a start that was broken off before the first step
 
@@ -43,11 +43,6 @@ def dtype(precision: str) -> torch.dtype:
     return getattr(torch, precision)
 
 
-def device() -> torch.device:
-    """Return the accelerator if there is one, else the CPU."""
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-
-
 def objective(recipe: config.Recipe, dtype: torch.dtype) -> Objective:
     """Build the loss of a recipe, and load its teachers. Errors: BadRecipe if one is missing."""
     return Objective(
@@ -60,7 +55,7 @@ def objective(recipe: config.Recipe, dtype: torch.dtype) -> Objective:
         width=recipe.dit.width,
         seed=recipe.seed,
         compute=dtype,
-        device=device(),
+        device=accelerator.choose(),
     )
 
 
@@ -97,7 +92,7 @@ def changes(
             f"{run} holds a run of another recipe ({'; '.join(keys)}): choose another folder with "
             "--out, give the same values to continue, or continue all the same with --changed"
         )
-    had = _facts(run).get("data", {})
+    had = facts.read(run).get("data", files)  # nothing is known of it where run.json was removed
     data = [name for name in sorted(had.keys() | files.keys()) if had.get(name) != files.get(name)]
     if data and not allowed:
         more = f" and {len(data) - 3} more" if len(data) > 3 else ""
@@ -120,28 +115,26 @@ def begin(
 
     Errors  BadStorage.
     """
-    before: dict[str, Any] = {}
-    with contextlib.suppress(OSError):
-        before = _facts(run)
-    facts: dict[str, Any] = provenance(recipe) | {
+    before = facts.read(run)
+    ours: dict[str, Any] = provenance(recipe) | {
         "precision": str(dtype).removeprefix("torch."),
         "arguments": sys.argv[1:],
         "machine": {
             "processor": processor(),
             "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
             "threads": torch.get_num_threads(),
-            "device": str(device()),
+            "device": str(accelerator.choose()),
         },
         "data": dict(files),
         "changed": [*before.get("changed", ()), *changed],
     }
     if "ledger" in before:
-        facts["ledger"] = before["ledger"]
+        ours["ledger"] = before["ledger"]
     dump = config.dump(recipe)
     try:
         run.mkdir(parents=True, exist_ok=True)
         # The recipe is last: its presence makes the folder a run.
-        for name, said in (("run.json", json.dumps(facts, indent=1) + "\n"), ("recipe.toml", dump)):
+        for name, said in (("run.json", json.dumps(ours, indent=1) + "\n"), ("recipe.toml", dump)):
             staged = run / f".{name}"
             staged.write_text(said, encoding="utf-8")
             staged.replace(run / name)
@@ -151,21 +144,7 @@ def begin(
 
 def changed(run: Path) -> list[str]:
     """List what a run was continued with that it was not begun with."""
-    with contextlib.suppress(FileNotFoundError):
-        return list(_facts(run).get("changed", ()))
-    return []
-
-
-def _facts(run: Path) -> dict[str, Any]:
-    """Read run.json. Errors: FileNotFoundError; BadStorage if it is damaged."""
-    try:
-        facts: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise BadStorage(
-            f"{run / 'run.json'} is damaged ({error}): bring it back, or remove it, and with it "
-            "what the run knows of its budget and its data"
-        ) from error
-    return facts
+    return list(facts.read(run).get("changed", ()))
 
 
 def provenance(recipe: config.Recipe) -> dict[str, Any]:
@@ -219,7 +198,7 @@ def trained(
         recipe.dit, recipe.text, tokenizer, compute=dtype or precision(recipe), route=recipe.tread
     )
     checkpoint.load_average(found, model)
-    return recipe, found, model.to(device()).eval().requires_grad_(False)
+    return recipe, found, model.to(accelerator.choose()).eval().requires_grad_(False)
 
 
 def pictures_seen(recipe: config.Recipe, step: int) -> int:

@@ -46,7 +46,7 @@ from daybreak.evaluate.suite import Progress, Result
 from daybreak.failure import BadRecipe
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective import repa
-from daybreak.train import checkpoint, evaluations, parallel, runs
+from daybreak.train import accelerator, checkpoint, evaluations, parallel, runs
 from daybreak.train.checkpoint import Checkpoint
 from daybreak.train.parallel import World, together
 
@@ -162,7 +162,7 @@ def _score(
         suite.write(path, {"suite": "geneval", **suite.plain(result), **about()})
         return Scored(path, result, (_table(result),))
     asked = _asked(wanted)
-    clip = None if wanted.clip is None else clip_score.load(wanted.clip, runs.device())
+    clip = None if wanted.clip is None else clip_score.load(wanted.clip, accelerator.choose())
     chosen = None if artist.is_pipeline(folder) else _chosen(folder, wanted)
     model = opened(folder, wanted, chosen)
     together(here, lambda: chosen)
@@ -189,7 +189,7 @@ def _score(
             model.artist,
             asked,
             wanted.reference or Path(),
-            [features.load(name, runs.device()) for name in names],
+            [features.load(name, accelerator.choose()) for name in names],
             out / "reference",
             clip,
             side,
@@ -218,7 +218,7 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
             raise BadRecipe(
                 f"{folder} is a pipeline of diffusers: --set and --best are for run folders"
             )
-        device = runs.device()
+        device = accelerator.choose()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         side = None if wanted.suite == "coco30k" else wanted.resolution
         return Model(artist.pipeline(folder, side, wanted.steps, wanted.guidance, device, dtype))
@@ -326,7 +326,7 @@ def _judges(model: Model, wanted: Wanted) -> list[features.Extractor]:
     usual = "clip" if "dino" in model.artist.taught else "dinov2"
     if wanted.data is None:
         usual = "scenes"
-    return [features.load(name, runs.device()) for name in wanted.features or (usual,)]
+    return [features.load(name, accelerator.choose()) for name in wanted.features or (usual,)]
 
 
 def _tables(name: str, result: Result) -> tuple[tuple[tuple[str, ...], list[tuple[str, ...]]], ...]:

@@ -1,0 +1,25 @@
+"""What is known of a run besides its recipe: RUN/run.json.
+
+Versions, precision, machine, arguments, code revision, sha256 of its data (train/runs writes them),
+and the ledger (train/ledger).
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from daybreak.failure import BadStorage
+
+
+def read(run: Path) -> dict[str, Any]:
+    """Read it; nothing if it is not there. Errors: BadStorage if it is damaged."""
+    try:
+        found: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        return {}
+    except (ValueError, OSError) as error:
+        raise BadStorage(
+            f"{run / 'run.json'} is damaged ({error}): bring it back, or remove it, and with it "
+            "what the run knows of its budget and its data"
+        ) from error
+    return found
