@@ -4,9 +4,10 @@
 
 Real steps of each stage, taken apart: pictures, words, denoiser, what the other terms of the loss
 ask of their teachers, the way back, each optimiser, the average. Between two parts the device is
-waited for, which a run does not do. FLOPs are counted from shapes as `daybreak plan` does; the peak
-is the datasheet's, or on a processor that of a large product. Pictures that are not here are
-replaced by noise.
+waited for, which a run does not do. FLOPs are counted from shapes as `daybreak plan` does, for all
+networks and for the denoiser alone; the peak is the datasheet's, or on a processor that of a large
+product. Pictures that are not here are replaced by noise, networks by random ones of their size.
+One device has all matrices of Muon to itself: of a mesh it would make one share of them.
 """
 
 import argparse
@@ -22,6 +23,7 @@ from daybreak import host
 
 host.settle()
 
+import torch
 from torch import nn
 from turns import now, write
 
@@ -130,6 +132,13 @@ def main() -> None:
     write(arguments.json, {"recipe": arguments.recipe, "stages": rows})
 
 
+def fullest() -> int:
+    """Bytes of a GPU's memory at its fullest since this was asked last."""
+    found = torch.cuda.max_memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    return found
+
+
 def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[str, Any]]:
     """Measure every stage of a recipe; prints a table of each."""
     source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
@@ -157,21 +166,28 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
                 for name in taken[0]
             }
             whole = statistics.median(sum(parts.values()) for parts in taken[SETTLE:])
-            reached = flops.of_step(recipe, stage) / whole
+            work = flops.work(recipe, stage)
+            counted = {name: stage.batch * each for name, each in work.picture.items()} | work.step
+            reached, alone = flops.of_step(recipe, stage) / whole, counted["denoiser"] / whole
             share = reached / cluster.device.flops
+            peak = {} if cluster.device.name == "cpu" else {"memory": fullest()}
             rows.append(
                 {
                     "resolution": stage.resolution,
                     "batch": stage.batch,
                     "seconds": whole,
                     "parts": parts,
+                    "flops": counted,
                     "flops_per_second": reached,
+                    "flops_per_second_of_denoiser": alone,
                     "peak": cluster.device.flops,
+                    **peak,
                 }
             )
             print(
                 f"{stage.resolution} px, batch {stage.batch}: {stage.batch / whole:.1f} img/s, "
-                f"{reached / 1e12:.3f} TFLOP/s, {share:.1%} of {cluster.device.name}'s peak"
+                f"{reached / 1e12:.3f} TFLOP/s, {share:.1%} of {cluster.device.name}'s peak, "
+                f"{alone / cluster.device.flops:.1%} by the denoiser alone"
             )
             for name, seconds in sorted(parts.items(), key=lambda row: -row[1]):
                 print(f"  {name:18} {1000 * seconds:10.2f} ms {seconds / whole:7.1%}")

@@ -24,6 +24,7 @@ def machine() -> dict[str, Any]:
         "load": os.getloadavg(),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
+        "cudnn": torch.backends.cudnn.version() if torch.cuda.is_available() else None,
     }
 
 

@@ -89,7 +89,8 @@ def test_recipe_takes_a_step_apart_without_losing_time(measured: dict[str, Any])
     for stage in measured["stages"]:
         parts = stage["parts"]
         assert {"pictures", "text, forward", "denoiser", "backward", "muon", "adamw"} <= set(parts)
-        assert stage["flops_per_second"] > 0
+        assert 0 < stage["flops_per_second_of_denoiser"] < stage["flops_per_second"]
+        assert stage["flops"]["muon"] > 0
         assert abs(parts["the rest"]) < 0.2 * stage["seconds"]
 
 

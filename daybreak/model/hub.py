@@ -2,11 +2,24 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
-from huggingface_hub.errors import GatedRepoError
+from huggingface_hub import try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, HFValidationError
 from safetensors import SafetensorError
 
 from daybreak.failure import BadRecipe
+
+
+def described(source: str) -> Path | None:
+    """Return the `config.json` of a local folder, or of a hub id in the cache; nothing else."""
+    if (path := Path(source) / "config.json").is_file():
+        return path
+    try:
+        cached = try_to_load_from_cache(source, "config.json")
+    except HFValidationError:  # a path
+        cached = None
+    return Path(cached) if isinstance(cached, str) else None
 
 
 @contextmanager

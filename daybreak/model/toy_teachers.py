@@ -5,7 +5,7 @@ and without a licence: `daybreak doctor --make-toy-teachers DIR`. A random netwo
 pictures apart, so a term that uses one has a gradient that points towards the true picture.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,28 +54,34 @@ def make(folder: Path, seed: int = 0) -> dict[str, Path]:
     except OSError as error:
         raise BadStorage(f"cannot make the folder {folder}: {error.strerror}") from error
     made = {name: folder / name for name in transformers}
-    made |= {"vgg": folder / "vgg16.pth", "heads": folder / "lpips_vgg.pth"}
     with torch.random.fork_rng(devices=[]):
         for name, build in transformers.items():
             torch.manual_seed(seed)
             build().save_pretrained(made[name])
         torch.manual_seed(seed)
-        torch.save(_vgg(), made["vgg"])
-        torch.save(
-            {
-                f"lin{depth}.model.1.weight": torch.rand(1, channels, 1, 1) / channels
-                for depth, (channels, _) in enumerate(CHANNELS)
-            },
-            made["heads"],
-        )
-    return made
+        vgg, heads = perceptual(folder)
+    return made | {"vgg": vgg, "heads": heads}
 
 
-def _vgg() -> dict[str, torch.Tensor]:
+def perceptual(folder: Path, depths: Sequence[tuple[int, int]] = CHANNELS) -> tuple[Path, Path]:
+    """Write the two files of `[lpips]`, for a VGG of so many channels and convolutions a depth."""
+    vgg, heads = folder / "vgg16.pth", folder / "lpips_vgg.pth"
+    torch.save(_vgg(depths), vgg)
+    torch.save(
+        {
+            f"lin{depth}.model.1.weight": torch.rand(1, channels, 1, 1) / channels
+            for depth, (channels, _) in enumerate(depths)
+        },
+        heads,
+    )
+    return vgg, heads
+
+
+def _vgg(depths: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
     """Number the convolutions as torchvision does: a ReLU or a pooling takes a number too."""
     weights: dict[str, torch.Tensor] = {}
     width, number = 3, 0
-    for channels, convolutions in CHANNELS:
+    for channels, convolutions in depths:
         for _ in range(convolutions):
             layer = nn.Conv2d(width, channels, 3)
             nn.init.kaiming_normal_(layer.weight, nonlinearity="relu")

@@ -92,9 +92,7 @@ def load(
     config: Config, compute: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Vgg:
     """Read the two files. Errors: BadRecipe that says which is missing and where to get it."""
-    cache = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
-    network = Path(config.vgg or cache / "hub" / "checkpoints" / Path(VGG_URL).name)
-    heads = Path(config.heads) if config.heads else _packaged()
+    network, heads = files(config)
     if not network.is_file():
         raise BadRecipe(
             f"lpips.vgg: {network} does not exist: put {VGG_URL} (528 MiB) there, or name another "
@@ -136,6 +134,13 @@ def load(
         ),
         tuple(head.to(device, torch.float32) for head in vgg.heads),
     )
+
+
+def files(config: Config) -> tuple[Path, Path | None]:
+    """Where the network is, or should be, and its heads, if the package `lpips` is there."""
+    cache = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
+    network = Path(config.vgg or cache / "hub" / "checkpoints" / Path(VGG_URL).name)
+    return network, Path(config.heads) if config.heads else _packaged()
 
 
 def _packaged() -> Path | None:

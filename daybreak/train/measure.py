@@ -2,7 +2,7 @@
 
 A recipe is measured by training it, in a folder that is thrown away, for a few steps of each stage
 and with one device's share of the batch. Data that is not there is replaced by noise of its size,
-captions by ones as long as the recipe allows.
+captions by ones as long as the recipe allows, networks by random ones (train/stand_ins).
 """
 
 import contextlib
@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from daybreak.config import Recipe
 from daybreak.data import batches, images, scenes
+from daybreak.train import stand_ins
 
 FIRST, STEPS = 4, 20  # steps that do not count: they compile; and steps that do
 DRAWN = 32  # scenes drawn at once
@@ -101,7 +102,11 @@ def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
         changes["data"] = recipe.data.model_copy(
             update={"source": str(_pretend(recipe, folder / "noise")), "caption_columns": ()}
         )
-    return recipe.model_copy(update=changes)
+
+    def tell(line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+
+    return stand_ins.replaced(recipe.model_copy(update=changes), folder / "networks", tell)
 
 
 def _pretend(recipe: Recipe, folder: Path) -> Path:

@@ -9,10 +9,10 @@ Source   the `config.json` of each repository.
 """
 
 import json
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from daybreak.failure import BadRecipe
+from daybreak.model import hub
 
 CHANNELS = 3
 
@@ -93,23 +93,14 @@ def named(source: str, key: str) -> Network:
 
     Errors  BadRecipe if its size is nowhere to be found.
     """
-    path = Path(source) / "config.json"
-    if not path.is_file():
+    path = hub.described(source)
+    if path is None:
         if source in NETWORKS:
             return NETWORKS[source]
-        from huggingface_hub import try_to_load_from_cache
-        from huggingface_hub.errors import HFValidationError
-
-        try:
-            cached = try_to_load_from_cache(source, "config.json")
-        except HFValidationError:  # a path
-            cached = None
-        if not isinstance(cached, str):
-            raise BadRecipe(
-                f"{key} = {source!r} is neither on this machine nor among the networks whose size "
-                f"is known ({', '.join(NETWORKS)}): name one of them, or a folder that holds it"
-            )
-        path = Path(cached)
+        raise BadRecipe(
+            f"{key} = {source!r} is neither on this machine nor among the networks whose size is "
+            f"known ({', '.join(NETWORKS)}): name one of them, or a folder that holds it"
+        )
     try:
         return described(json.loads(path.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
