@@ -166,6 +166,15 @@ def test_a_budget_buys_its_share_of_the_run_in_every_unit(published: config.Reci
     assert "--set stage.1.steps=10000" in said
 
 
+def test_what_encoded_captions_ask_of_the_disk_is_said() -> None:
+    recipe = config.load("prx_24h")
+    made = budget.plan(recipe, Cluster(32, H200), cached=True)
+    speed = made.stages[0].batch / made.stages[0].step
+    found = plan.remarks(recipe, made)["disk"]
+    assert f"{speed * 256 * 2304 * 2 / 1e9:.3g} GB/s for all" in found
+    assert "disk" not in plan.remarks(recipe, made._replace(cached=False))
+
+
 def test_what_compiling_takes_is_paid_for_once(published: config.Recipe) -> None:
     made = budget.plan(published, Cluster(32, H200))
     slow = made._replace(stages=(made.stages[0]._replace(start=600.0), *made.stages[1:]))

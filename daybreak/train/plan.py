@@ -111,6 +111,14 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
         f"{wanted:,.0f} img/s for each device at {busiest.resolution} px; a core here prepares "
         f"{ready:,.0f}: {math.ceil(wanted / ready)} of data.workers, now {recipe.data.workers}"
     )
+    if made.cached:
+        fastest = max(paper.batch / paper.step for paper in made.stages)
+        caption = recipe.text.max_tokens * flops.text_encoder(recipe).width
+        read = fastest * caption * budget.precision(recipe, made.cluster).itemsize
+        found["disk"] = (
+            f"{read / count / 1e9:.2g} GB/s of encoded captions for each device, "
+            f"{read / 1e9:.3g} GB/s for all"
+        )
     if not made.cached and recipe.text.encoder is not None:
         share = totals(made)["text encoder"] / made.flops
         found["text"] = f"`daybreak prepare --cache-text` would save {100 * share:.0f} % of it all"
