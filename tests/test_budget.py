@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -282,8 +283,17 @@ def test_where_no_pass_is_small_enough_that_is_said() -> None:
     huge = {"dit": {"width": 65536, "heads": 512, "depth": 96, "bottleneck": 0}}
     recipe = config.parse(PUBLISHED | huge, "huge")
     made = budget.plan(recipe, Cluster(32, hardware.DEVICES["RTX 4090"]))
-    with pytest.raises(BadRecipe, match=r"no pass is small enough on 32 x RTX 4090.*dit\.width"):
+    with pytest.raises(BadRecipe, match=r"no pass is small enough on 32 x RTX 4090") as said:
         budget.check_memory(recipe, made)
+    values = dict(re.findall(r"--set (\S+)=(\S+)", str(said.value)))
+    heads = int(values["dit.heads"])
+    for more, fits in ((0, True), (1, False)):
+        size = {"width": 128 * (heads + more), "heads": heads + more}
+        changes = {"dit": huge["dit"] | size, "parallel": {"dp_replicate": 4, "recompute": True}}
+        smaller = config.parse(PUBLISHED | changes | {"micro": int(values["micro"])}, "smaller")
+        assert int(values["dit.width"]) == 128 * heads
+        found = budget.plan(smaller, Cluster(32, hardware.DEVICES["RTX 4090"]))
+        assert (sum(found.fullest.values()) <= found.room) == fits
 
 
 def test_where_no_device_is_large_enough_more_of_them_are_named() -> None:

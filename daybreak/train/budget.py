@@ -14,6 +14,7 @@ Units   seconds, dollars, FLOP, bytes; energy in kWh, of devices at full power.
 
 import math
 import re
+from bisect import bisect
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -384,8 +385,8 @@ def check_memory(recipe: Recipe, made: Plan) -> None:
         return
     device = made.cluster.device
     remedy = next(remedies(recipe, made.cluster), None) or (
-        f"no pass is small enough on {made.cluster}, nor on any GPU that is known here: make "
-        "dit.width or dit.depth smaller"
+        f"no pass is small enough on {made.cluster}, nor on any GPU that is known here: "
+        + (narrower(recipe, made.cluster) or "make the networks that it asks smaller")
     )
     raise BadRecipe(
         f"a run of this recipe needs {needed / GB:.1f} GB of memory on each {device.name}, which "
@@ -401,6 +402,23 @@ def remedies(recipe: Recipe, first: Cluster) -> Iterator[str]:
         for changed, words in ((there, ""), (recomputing(there), "--set parallel.recompute=true ")):
             if smaller := largest_pass(changed, cluster):
                 yield f"{place}{words}--set micro={smaller} would fit"
+
+
+def narrower(recipe: Recipe, cluster: Cluster) -> str | None:
+    """The largest width that fits, in heads as wide as now, where blocks are recomputed."""
+    size, again = recipe.dit, recomputing(recipe)
+
+    def passes_of(heads: int) -> int | None:
+        changed = size.model_copy(update={"width": heads * size.head_width, "heads": heads})
+        return largest_pass(again.model_copy(update={"dit": changed}), cluster)
+
+    heads = bisect(range(1, size.heads), 0, key=lambda heads: 0 if passes_of(heads) else 1)
+    if not heads:
+        return None
+    return (
+        f"--set dit.width={heads * size.head_width} --set dit.heads={heads} "
+        f"--set parallel.recompute=true --set micro={passes_of(heads)} would fit"
+    )
 
 
 def clusters(recipe: Recipe, first: Cluster) -> Iterator[Cluster]:
