@@ -349,8 +349,7 @@ class DiT(nn.Module):
         """Make the rotary table of a resolution once."""
         shape = rows, columns, device, stretch
         if shape not in self._tables:
-            with torch.inference_mode(mode=False):  # else no backward pass could have it
-                self._tables[shape] = rope(rows, columns, self.config.head_width, device, stretch)
+            self._tables[shape] = rope(rows, columns, self.config.head_width, device, stretch)
         return self._tables[shape]
 
     def forward(
