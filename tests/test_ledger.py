@@ -172,7 +172,10 @@ def test_what_comes_before_the_next_step_has_to_fit_too(file: Path) -> None:
 def test_what_is_left_is_told_of_flops_too(file: Path) -> None:
     clock = Clock()
     kept = Ledger(file, Config(flops=100, seconds=1000), clock)
-    for clock.now in (2.0, 4.0):
+    clock.now = 9.0
+    kept.step(0, 10, new=True)
+    assert kept.left == 991, "of the first step nothing is known but that it took long"
+    for clock.now in (11.0, 13.0):
         kept.step(10, 10)
     assert kept.left == pytest.approx(16), "8 steps of 2 s"
     assert Ledger(file, None, clock).left == math.inf

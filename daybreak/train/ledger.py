@@ -136,7 +136,7 @@ class Ledger:
     def left(self) -> float:
         """Seconds that the budget pays for from now on, its FLOPs at today's pace."""
         found = [math.inf if self.limit is None else self.limit - self.spent]
-        if self.config and self.config.flops is not None and self.each:
+        if self.config and self.config.flops is not None and self.each and self.steps:
             found.append((self.config.flops - self.flops) / self.each * self.usual)
         return max(0.0, min(found))
 
