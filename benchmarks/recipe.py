@@ -8,10 +8,14 @@ waited for, which a run does not do. FLOPs are counted from shapes as `daybreak 
 networks and for the denoiser alone; the peak is the datasheet's, or on a processor that of a large
 product. Pictures that are not here are replaced by noise, networks by random ones of their size.
 One device has all matrices of Muon to itself: of a mesh it would make one share of them.
+
+With `--plain` the same code takes the plain path: eager blocks in float32, products as torch makes
+them, threads and memory as torch and the C library have them by themselves.
 """
 
 import argparse
 import statistics
+import sys
 import tempfile
 from collections import defaultdict
 from collections.abc import Iterator
@@ -21,7 +25,9 @@ from typing import Any
 
 from daybreak import host
 
-host.settle()
+PLAIN = "--plain"
+if PLAIN not in sys.argv:
+    host.settle()
 
 import torch
 from torch import nn
@@ -120,12 +126,13 @@ def main() -> None:
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
     parser.add_argument("--batch", type=int, help="pictures of a step, on this device")
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--plain", action="store_true", help="products as torch makes them")
+    parser.add_argument(PLAIN, action="store_true", help="eager, float32, as torch is by itself")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
     product.MKL_IS_SLOW &= not arguments.plain
-    recipe = config.load(arguments.recipe, tuple(arguments.set))
+    plain = ("compile=false", "precision=float32") if arguments.plain else ()
+    recipe = config.load(arguments.recipe, (*plain, *arguments.set))
     with tempfile.TemporaryDirectory(prefix="daybreak-benchmark-") as folder:
         recipe = measure.shortened(recipe, 1, Path(folder))
         rows = measured(recipe, arguments.batch, arguments.steps)
