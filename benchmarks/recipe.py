@@ -4,10 +4,11 @@
 
 Real steps of each stage, taken apart: pictures, words, denoiser, what the other terms of the loss
 ask of their teachers, the way back, each optimiser, the average. Between two parts the device is
-waited for, which a run does not do. FLOPs are counted from shapes as `daybreak plan` does, for all
-networks and for the denoiser alone; the peak is the datasheet's, or on a processor that of a large
-product. Pictures that are not here are replaced by noise, networks by random ones of their size.
-One device has all matrices of Muon to itself: of a mesh it would make one share of them.
+waited for, which a run does not do. FLOPs are counted from shapes as `daybreak plan` does, but for
+as many words as there were, for all networks and for the denoiser alone; the peak is the
+datasheet's, or on a processor that of a large product. Pictures that are not here are replaced by
+noise, networks by random ones of their size. One device has all matrices of Muon to itself: of a
+mesh it would make one share of them.
 
 With `--plain` the same code takes the plain path: eager blocks in float32, products as torch makes
 them, threads and memory as torch and the C library have them by themselves.
@@ -157,6 +158,10 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
         objective, state, ema = building.build(recipe, source, here, None, dtype, None, print)
         clock.watch(state.model.text, "text, forward")
         clock.watch(state.model.dit, "denoiser")
+        words = [0]
+        state.model.text.register_forward_hook(
+            lambda _, __, text: words.append(text.tokens.shape[1])
+        )
         for stage in recipe.stage:
             stream = batches.stream(
                 source, recipe.data, recipe.seed, stage.resolution, stage.batch,
@@ -173,9 +178,11 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
                 for name in taken[0]
             }
             whole = statistics.median(sum(parts.values()) for parts in taken[SETTLE:])
-            work = flops.work(recipe, stage)
+            seen = recipe.text.model_copy(update={"max_tokens": max(words)})
+            read = recipe.model_copy(update={"text": seen})
+            work = flops.work(read, stage)
             counted = {name: stage.batch * each for name, each in work.picture.items()} | work.step
-            reached, alone = flops.of_step(recipe, stage) / whole, counted["denoiser"] / whole
+            reached, alone = flops.of_step(read, stage) / whole, counted["denoiser"] / whole
             share = reached / cluster.device.flops
             peak = {} if cluster.device.name == "cpu" else {"memory": fullest()}
             rows.append(
@@ -184,6 +191,7 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
                     "batch": stage.batch,
                     "seconds": whole,
                     "parts": parts,
+                    "words": max(words),
                     "flops": counted,
                     "flops_per_second": reached,
                     "flops_per_second_of_denoiser": alone,
