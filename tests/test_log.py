@@ -122,6 +122,20 @@ def test_what_is_left_counts_the_work_of_the_stages_to_come(tmp_path: Path) -> N
     assert 5000 * 0.02 < lines(tmp_path)[-1]["dollars_to_go"] < 5000 * 0.2
 
 
+def test_a_first_step_that_compiled_says_nothing_about_the_pace_of_the_others(
+    tmp_path: Path,
+) -> None:
+    stream = io.StringIO()
+    with Log(tmp_path, 1_000, stream=stream, every=0) as log:
+        time.sleep(0.6)
+        log.step(1, {"loss": 1.0}, 8)
+        time.sleep(0.02)
+        log.step(2, {"loss": 1.0}, 8)
+    first, second = lines(tmp_path)
+    assert first["images_per_second"] < 8 / 0.6
+    assert second["images_per_second"] > 2 * first["images_per_second"]
+
+
 def test_what_is_not_known_is_left_out(tmp_path: Path) -> None:
     stream = io.StringIO()
     train(tmp_path, 0, 2, stream)

@@ -165,6 +165,8 @@ class Log:
             self.loss = SMOOTHING * self.loss + (1 - SMOOTHING) * loss
             self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         self._report(step, now)
+        if step == self.start + 1:  # which built and compiled: the next ones have another pace
+            self.recent = deque([self.recent[-1]])
 
     def note(self, text: str) -> None:
         """Print a line, above the bar where there is one."""
