@@ -34,6 +34,7 @@ from daybreak.train import facts
 EVERY = 1.0  # seconds between two entries
 CLOSING = 1.0  # seconds for the last checkpoint at least
 DISK = 5e8  # bytes a second that are written, until a checkpoint was
+GRACE = 3.0  # seconds that a step which compiles may take too many: else more would stay unused
 
 
 class Config(BaseModel):
@@ -232,7 +233,7 @@ class Ledger:
         """
         if self.limit is None:
             return False
-        step = self.usual + (self.compiling if self.compiles else 0.0)
+        step = self.usual + (max(0.0, self.compiling - GRACE) if self.compiles else 0.0)
         return self.spent + first + step + self.closing > self.limit
 
     @property
