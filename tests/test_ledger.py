@@ -44,7 +44,7 @@ def work(file: Path, config: Config, until: float = 1e9, seconds: float = 1.0) -
 
 def test_a_run_ends_when_its_seconds_are_spent(file: Path) -> None:
     kept = work(file, Config(seconds=90))
-    assert 90 - 1 - 2 * ledger.CLOSING <= kept.spent <= 90
+    assert 90 - 1 - 2 * ledger.CLOSING - ledger.ENDING <= kept.spent <= 90
 
 
 def test_a_run_that_is_interrupted_twice_spends_no_more(file: Path) -> None:
@@ -52,8 +52,15 @@ def test_a_run_that_is_interrupted_twice_spends_no_more(file: Path) -> None:
     for until in (30.0, 25.0):
         work(file, config, until).write()
     kept = work(file, config)
-    assert 90 - 1 - 2 * ledger.CLOSING <= kept.spent <= 90
+    assert 90 - 1 - 2 * ledger.CLOSING - ledger.ENDING <= kept.spent <= 90
     assert kept.sessions == 3
+
+
+def test_the_end_of_a_process_is_paid_for_too(file: Path) -> None:
+    kept = Ledger(file, None, Clock(), rate=3600)
+    kept.write(ending=1.5)
+    assert json.loads(file.read_text())["ledger"]["seconds"] == 1.5
+    assert json.loads(file.read_text())["ledger"]["dollars"] == 1.5
 
 
 def test_a_kill_costs_a_second_of_memory_at_most(file: Path) -> None:
@@ -63,7 +70,7 @@ def test_a_kill_costs_a_second_of_memory_at_most(file: Path) -> None:
 
 def test_the_rate_falls_to_nothing_at_the_end_of_the_budget(file: Path) -> None:
     clock = Clock()
-    kept = Ledger(file, Config(seconds=101, cooldown=0.5), clock)
+    kept = Ledger(file, Config(seconds=102.5, cooldown=0.5), clock)
     factors = []
     for clock.now in (0.0, 50.0, 75.0, 90.0, 100.0, 200.0):
         factors.append(kept.factor)
@@ -101,7 +108,7 @@ def test_dollars_are_those_of_the_devices_that_were_there(file: Path) -> None:
     assert four.factor == 1, "60 dollars are left, more than half of them"
     clock.now = 10.0
     assert four.paid == 80
-    assert four.factor == pytest.approx(1 - (80 / 96 - 0.5) / 0.5, abs=1e-6)
+    assert four.factor == pytest.approx(1 - (80 / 90 - 0.5) / 0.5, abs=1e-6)
 
 
 def test_flops_end_a_run_too(file: Path) -> None:
@@ -143,7 +150,7 @@ def test_a_step_that_will_compile_is_given_its_time(file: Path) -> None:
     kept.step(1e9, 1e9, new=True)
     for clock.now in (26.0, 27.0):
         kept.step(1e9, 1e9)
-    for clock.now, over in ((65.0, False), (67.0, True)):  # 25 s more are 92 and 94 with a save
+    for clock.now, over in ((63.0, False), (67.0, True)):  # 25 s more are 92 and 96 with a save
         kept.drew(1.0)
         kept.step(1e9, 1e9)
         assert not kept.over
@@ -218,7 +225,7 @@ def test_a_disk_that_fails_does_not_end_the_run(file: Path) -> None:
         (Config(flops=99), r"too small for one step: give at least --budget 1\.01e\+02flop"),
         (
             Config(seconds=1e9, dollars=0.5, price=3600),
-            r"0\.5 usd, at 7200 an hour, is spent before the first step.*--budget 40\.00usd",
+            r"0\.5 usd, at 7200 an hour, is spent before the first step.*--budget 46\.00usd",
         ),
     ],
 )
@@ -238,7 +245,7 @@ def test_what_was_spent_before_the_first_checkpoint_stays_spent(file: Path) -> N
     work(file, config, until=89.0).write()
     clock = Clock()
     clock.now = 5.0
-    with pytest.raises(BadRecipe, match=r"with 89 s of earlier starts.*--budget 190s"):
+    with pytest.raises(BadRecipe, match=r"with 87 s of earlier starts.*--budget 189s"):
         Ledger(file, config, clock).check(1)
 
 

@@ -279,7 +279,7 @@ def test_a_budget_too_small_for_a_step_is_refused_before_there_is_a_run(
 
 
 def test_what_lies_between_steps_is_paid_from_the_budget(tiny: Path) -> None:
-    sets = ("budget.seconds=3", "sample.every=3", "sample.steps=3000", "stage.0.steps=100")
+    sets = ("budget.seconds=8", "sample.every=3", "sample.steps=5000", "stage.0.steps=100")
     recipe = config.load(tiny, sets)
     assert loop.train(recipe, lambda line: None) == (3, 0), "no step after a grid so long"
     assert checkpoint.required(Path(recipe.out), print).step == 3
@@ -313,7 +313,7 @@ def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(tiny: Path) -> N
 
 
 def test_an_evaluation_that_outlasts_the_budget_is_broken_off(tiny: Path) -> None:
-    recipe = config.load(tiny, ("budget.seconds=4", "stage.0.steps=1000", "sample.every=1000"))
+    recipe = config.load(tiny, ("budget.seconds=8", "stage.0.steps=1000", "sample.every=1000"))
     long = interim.Config(every=3, suites=("scenes",), per_task=1000)
     outcome = loop.train(recipe.model_copy(update={"evaluate": long}), lambda line: None)
     assert outcome == (3, 0)

@@ -33,6 +33,7 @@ from daybreak.train import facts
 
 EVERY = 1.0  # seconds between two entries
 CLOSING = 1.0  # seconds for the last checkpoint at least
+ENDING = 1.5  # seconds that a process takes to end, when nothing can be entered any more
 DISK = 5e8  # bytes a second that are written, until a checkpoint was
 GRACE = 3.0  # seconds that a step which compiles may take too many: else more would stay unused
 
@@ -148,8 +149,8 @@ class Ledger:
 
     @property
     def closing(self) -> float:
-        """Seconds that the last checkpoint will take."""
-        return max(CLOSING, self.saving or self.guess)
+        """Seconds that the last checkpoint will take, and the end of the process."""
+        return ENDING + max(CLOSING, self.saving or self.guess)
 
     def check(self, step: float) -> None:
         """Refuse a budget that does not pay for the first step, of so many FLOPs.
@@ -253,14 +254,17 @@ class Ledger:
         if self.clock() - self.written >= EVERY:
             self.write()
 
-    def write(self) -> None:
-        """Enter what is spent; a full disk delays the entry, and does not end the run."""
+    def write(self, ending: float = 0.0) -> None:
+        """Enter what is spent; a full disk delays the entry, and does not end the run.
+
+        The last entry of a process counts the seconds of its `ending` too.
+        """
         self.written = self.clock()
         if not self.writes:  # of several ranks one does
             return
         mine = {
-            "seconds": round(self.spent, 3),
-            **({} if self.paid is None else {"dollars": round(self.paid, 4)}),
+            "seconds": round(self.spent + ending, 3),
+            **self._paid(ending),
             "seconds_of_a_save": round(self.saving, 3),
             "flops": self.flops,
             "flops_of_a_step": self.each,
@@ -273,3 +277,8 @@ class Ledger:
             staged.replace(self.file)
         except (OSError, BadStorage):
             staged.unlink(missing_ok=True)
+
+    def _paid(self, ending: float) -> dict[str, float]:
+        if self.rate is None or self.paid is None:
+            return {}
+        return {"dollars": round(self.paid + self.rate * ending / 3600, 4)}

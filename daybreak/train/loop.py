@@ -522,7 +522,7 @@ def _keep(run: Run, step: int) -> None:
 
 def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
     """Say that a run was asked to stop."""
-    run.spent.write()
+    run.spent.write(ledger.ENDING)
     run.log.note(f"{what}; the same command continues")
     run.status.end(code, "preempted" if code == PREEMPTED else "interrupted")
     return Outcome(step, code)
@@ -530,7 +530,7 @@ def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
 
 def _spent(run: Run, step: int) -> Outcome:
     """Say that no more steps can be paid for."""
-    run.spent.write()
+    run.spent.write(ledger.ENDING)
     run.log.note(f"the budget is spent: {run.spent.spent:.0f} s, {step} steps")
     run.status.end(0, "the budget is spent")
     return Outcome(step, 0)
