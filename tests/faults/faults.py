@@ -320,7 +320,7 @@ class Clock:
 
 
 class Older:
-    """Has a clock by which the run has taken so many seconds more."""
+    """Has a clock by which the run has taken so many seconds more, once it has taken a step."""
 
     def __init__(self, seconds: float) -> None:
         self.seconds = seconds
@@ -329,7 +329,7 @@ class Older:
         """Stand in the way."""
         owner: Any = importlib.import_module("daybreak.train.ledger").Ledger
         real = owner.spent.fget
-        owner.spent = property(lambda ledger: real(ledger) + self.seconds)
+        owner.spent = property(lambda ledger: real(ledger) + self.seconds * (ledger.flops > 0))
 
 
 class Alone:
