@@ -58,7 +58,7 @@ def test_a_run_that_is_interrupted_twice_spends_no_more(file: Path) -> None:
 
 def test_the_end_of_a_process_is_paid_for_too(file: Path) -> None:
     kept = Ledger(file, None, Clock(), rate=3600)
-    kept.write(ending=1.5)
+    kept.end()
     assert json.loads(file.read_text())["ledger"]["seconds"] == 1.5
     assert json.loads(file.read_text())["ledger"]["dollars"] == 1.5
 

@@ -232,10 +232,7 @@ def plan(
         pace = {
             "arithmetic": seconds,
             "communication": communication(
-                recipe,
-                mesh,
-                device.link,
-                -(-stage.batch // number // passes(recipe, stage, number)),
+                recipe, mesh, device.link, rounds(recipe, stage, number)
             ),
         }
         counted = {name: stage.count * stage.batch * each for name, each in work.picture.items()}
@@ -346,6 +343,11 @@ def passes(recipe: Recipe, stage: Stage, count: int) -> int:
     return min(recipe.micro or mine, mine)
 
 
+def rounds(recipe: Recipe, stage: Stage, count: int) -> int:
+    """Passes that one device takes in a step."""
+    return math.ceil(stage.batch // count / passes(recipe, stage, count))
+
+
 def held(
     recipe: Recipe, stage: Stage, mesh: Mesh, pictures: int, dtype: torch.dtype, device: str
 ) -> dict[str, float]:
@@ -412,7 +414,7 @@ def narrower(recipe: Recipe, cluster: Cluster) -> str | None:
         changed = size.model_copy(update={"width": heads * size.head_width, "heads": heads})
         return largest_pass(again.model_copy(update={"dit": changed}), cluster)
 
-    heads = bisect(range(1, size.heads), 0, key=lambda heads: 0 if passes_of(heads) else 1)
+    heads = bisect(range(1, size.heads), False, key=lambda heads: passes_of(heads) is None)
     if not heads:
         return None
     return (

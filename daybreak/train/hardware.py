@@ -122,8 +122,7 @@ def known(title: str) -> Device | None:
     words = re.split(r"[\s_-]", title.lower())
     if OTHERS & set(words):
         return None
-    names = {d.name: d.name.lower().split() for d in DEVICES.values()}
-    return next((DEVICES[n] for n, own in names.items() if _within(own, words)), None)
+    return next((d for d in DEVICES.values() if _within(d.name.lower().split(), words)), None)
 
 
 def processor(dtype: torch.dtype) -> Device:

@@ -254,17 +254,20 @@ class Ledger:
         if self.clock() - self.written >= EVERY:
             self.write()
 
-    def write(self, ending: float = 0.0) -> None:
-        """Enter what is spent; a full disk delays the entry, and does not end the run.
+    def end(self) -> None:
+        """Make the last entry of a process, whose end is paid for too."""
+        self.seconds += ENDING
+        self.dollars += ENDING * (self.rate or 0.0) / 3600
+        self.write()
 
-        The last entry of a process counts the seconds of its `ending` too.
-        """
+    def write(self) -> None:
+        """Enter what is spent; a full disk delays the entry, and does not end the run."""
         self.written = self.clock()
         if not self.writes:  # of several ranks one does
             return
         mine = {
-            "seconds": round(self.spent + ending, 3),
-            **self._paid(ending),
+            "seconds": round(self.spent, 3),
+            **({} if self.paid is None else {"dollars": round(self.paid, 4)}),
             "seconds_of_a_save": round(self.saving, 3),
             "flops": self.flops,
             "flops_of_a_step": self.each,
@@ -277,8 +280,3 @@ class Ledger:
             staged.replace(self.file)
         except (OSError, BadStorage):
             staged.unlink(missing_ok=True)
-
-    def _paid(self, ending: float) -> dict[str, float]:
-        if self.rate is None or self.paid is None:
-            return {}
-        return {"dollars": round(self.paid + self.rate * ending / 3600, 4)}

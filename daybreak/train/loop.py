@@ -156,15 +156,15 @@ def _train(
         recipe, source, here, found, dtype, known.tokens if known else None, tell
     )
     model, counted = state.model, _counted(recipe, known is not None, here)
+    size = checkpoint.size(model)
     if not trial:
-        runs.check_space(folder, checkpoint.size(model), recipe.keep)
+        runs.check_space(folder, size, recipe.keep)
     if found:
         checkpoint.load(found, state)
     peak, price = _rates(recipe, here, dtype)
-    book = partial(Ledger, folder / "run.json", recipe.budget, clock, here.first, price)
+    book = partial(Ledger, folder / "run.json", recipe.budget, clock, here.first, price, size)
     if not found:
-        size = checkpoint.size(model)
-        parallel.together(here, lambda: book(size=size).check(counted[0]) if here.first else None)
+        parallel.together(here, lambda: book().check(counted[0]) if here.first else None)
     parallel.together(here, lambda: _open(recipe, folder, source, here, dtype, start, changes))
     status.begin(here.first, start, start or None)
     guard = health.Guard(recipe.health, folder / "incidents.jsonl" if here.first else None, start)
@@ -205,7 +205,7 @@ def _train(
             ema,
             guard,
             health.Pace(here.device),
-            book(size=checkpoint.size(model)),
+            book(),
             counted,
             known.expect if known else _silent,
             saver,
@@ -236,8 +236,13 @@ def _counted(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
 def _rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float, float | None]:
     """FLOP/s that all devices can do, and dollars an hour of them costs, if that is known."""
     device = hardware.here(dtype).device
-    price = recipe.budget.price if recipe.budget and recipe.budget.price else device.price
-    return device.flops * here.size, price * here.size if price else None
+    return device.flops * here.size, _rate(recipe, here, device.price)
+
+
+def _rate(recipe: config.Recipe, here: World, usual: float | None = None) -> float | None:
+    """Dollars an hour of all devices costs, by the recipe's price or the usual one."""
+    price = recipe.budget.price if recipe.budget and recipe.budget.price else usual
+    return price * here.size if price else None
 
 
 def _open(
@@ -522,16 +527,16 @@ def _keep(run: Run, step: int) -> None:
 
 def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
     """Say that a run was asked to stop."""
-    run.spent.write(ledger.ENDING)
     run.log.note(f"{what}; the same command continues")
+    run.spent.end()
     run.status.end(code, "preempted" if code == PREEMPTED else "interrupted")
     return Outcome(step, code)
 
 
 def _spent(run: Run, step: int) -> Outcome:
     """Say that no more steps can be paid for."""
-    run.spent.write(ledger.ENDING)
     run.log.note(f"the budget is spent: {run.spent.spent:.0f} s, {step} steps")
+    run.spent.end()
     run.status.end(0, "the budget is spent")
     return Outcome(step, 0)
 
@@ -565,14 +570,9 @@ def _is_over(
     if found.step >= recipe.steps:
         late = parallel.together(here, lambda: evaluations.missing(recipe, folder, found.step))[0]
         return "" if late else "is finished"
-    if recipe.budget is None:
-        return ""
-    price = recipe.budget.price
+    rate = _rate(recipe, here)
     spent = parallel.together(
-        here,
-        lambda: (
-            Ledger(folder / "run.json", recipe.budget, clock, rate=price and price * here.size).over
-        ),
+        here, lambda: Ledger(folder / "run.json", recipe.budget, clock, rate=rate).over
     )
     return "has spent its budget" if spent[0] else ""
 

@@ -22,7 +22,7 @@ import numpy.typing as npt
 
 from daybreak.config import Recipe
 from daybreak.data import batches, images, scenes
-from daybreak.train import stand_ins
+from daybreak.train import log, stand_ins
 
 FIRST, STEPS = 4, 20  # steps that do not count: they compile; and steps that do
 DRAWN = 32  # scenes drawn at once
@@ -46,8 +46,8 @@ def steps(recipe: Recipe, count: int) -> tuple[Pace, ...]:
     from daybreak.train import loop  # half of the program, and a plan without measuring needs none
 
     with tempfile.TemporaryDirectory(prefix="daybreak-measure-") as folder:
-        short, began = shortened(recipe, count, Path(folder)), time.monotonic()
         with contextlib.redirect_stdout(sys.stderr):
+            short, began = shortened(recipe, count, Path(folder)), time.monotonic()
             outcome = loop.train(short, trial=True)
         if outcome.code:
             raise SystemExit(outcome.code)
@@ -102,11 +102,7 @@ def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
         changes["data"] = recipe.data.model_copy(
             update={"source": str(_pretend(recipe, folder / "noise")), "caption_columns": ()}
         )
-
-    def tell(line: str) -> None:
-        print(line, file=sys.stderr, flush=True)
-
-    return stand_ins.replaced(recipe.model_copy(update=changes), folder / "networks", tell)
+    return stand_ins.replaced(recipe.model_copy(update=changes), folder / "networks", log.say)
 
 
 def _pretend(recipe: Recipe, folder: Path) -> Path:

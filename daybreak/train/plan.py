@@ -77,7 +77,7 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
     count, device = made.cluster
     needed = sum(made.fullest.values())
     fits = "fits" if needed <= made.room else "DOES NOT FIT"
-    inside, across = budget.traffic(recipe, made.mesh)
+    inside, across = _traffic(recipe, made)
     price = "none known; give one with --price"
     if made.price is not None:
         price = f"${made.price:.2f} an hour and device"
@@ -153,7 +153,7 @@ def totals(made: Plan) -> dict[str, float]:
 
 def facts(recipe: Recipe, made: Plan, times: float | None = None) -> dict[str, Any]:
     """Everything as plain values; units are seconds, dollars, FLOP, bytes and kWh."""
-    inside, across = budget.traffic(recipe, made.mesh)
+    inside, across = _traffic(recipe, made)
     found: dict[str, Any] = {
         "devices": {"count": made.cluster.number, **made.cluster.device._asdict()},
         "mesh": made.mesh._asdict(),
@@ -185,6 +185,13 @@ def dollars(made: Plan, seconds: float) -> str:
     return (
         "-" if made.price is None else f"{made.price * made.cluster.number * seconds / 3600:,.0f}"
     )
+
+
+def _traffic(recipe: Recipe, made: Plan) -> tuple[float, float]:
+    """Bytes that a device sends in a step, in the stage whose steps take most passes."""
+    count = made.cluster.number
+    most = max(budget.rounds(recipe, stage, count) for stage in recipe.stage)
+    return budget.traffic(recipe, made.mesh, most)
 
 
 def _epochs(recipe: Recipe, made: Plan) -> str:
