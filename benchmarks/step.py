@@ -41,7 +41,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.optim import AdamW, Optimizer
 from turns import in_turn, write
 
-from daybreak import config
+from daybreak import config, doctor
 from daybreak.model import dit, flow, tread
 from daybreak.model.text import Text
 from daybreak.optim import groups
@@ -50,7 +50,10 @@ from daybreak.train.dice import Dice
 
 TEXT_WIDTH = 256
 LARGER = dit.Config(patch=4, bottleneck=0, width=384, depth=8, heads=6)
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PRECISIONS = {"float32": torch.float32}
+if doctor.fast_bfloat16():  # where it is emulated nobody computes in it, and a step takes minutes
+    PRECISIONS["bfloat16"] = torch.bfloat16
+USUAL, DTYPE = list(PRECISIONS.items())[-1]  # what a run takes here
 
 
 class Case(NamedTuple):
@@ -204,7 +207,7 @@ def classes(case: Case, given: Given, compiles: bool) -> tuple[dict[str, Arm], d
             arms[pairs[name].theirs] = theirs(case, given, weights, dtype, compiled)
             arms[pairs[name].ours] = ours(case, given, weights, dtype, compiled)
     if compiles:
-        pairs["as shipped"] = Pair("daybreak, bfloat16, compiled", "diffusers, bfloat16")
+        pairs["as shipped"] = Pair(f"daybreak, {USUAL}, compiled", f"diffusers, {USUAL}")
     return arms, pairs
 
 
@@ -214,7 +217,7 @@ def routes(case: Case, given: Given, compiles: bool) -> tuple[dict[str, Arm], di
     half = tread.Config(start=1, stop=case.size.depth - 1, carried=0.5)
     kinds = {"float32": (torch.float32, False)}
     if compiles:
-        kinds["bfloat16, compiled"] = (torch.bfloat16, True)
+        kinds[f"{USUAL}, compiled"] = (DTYPE, True)
     arms, pairs = {}, {}
     for name, (dtype, compiled) in kinds.items():
         pairs[name] = Pair(f"routed, {name}", f"dense, {name}")
@@ -227,14 +230,14 @@ def trained(case: Case, given: Given, compiles: bool) -> tuple[dict[str, Arm], d
     """The step of a recipe, and the same pictures through the plain class with plain AdamW."""
     recipe, weights = case.recipe, network(case).state_dict()
     assert recipe is not None
-    mine = ours(case, given, weights, torch.bfloat16, compiles, recipe.tread)
+    mine = ours(case, given, weights, DTYPE, compiles, recipe.tread)
     whole = nn.ModuleDict({"dit": mine.model})
     shared = groups.optimizers(whole, recipe.muon, recipe.adamw).values()
     arms = {"daybreak, this recipe": mine._replace(optimisers=tuple(one for one, _ in shared))}
     pairs = {}
     for compiled in (False, True) if compiles else (False,):
-        name = "diffusers, bfloat16" + (", compiled" if compiled else "")
-        arms[name] = with_adamw(theirs(case, given, weights, torch.bfloat16, compiled))
+        name = f"diffusers, {USUAL}" + (", compiled" if compiled else "")
+        arms[name] = with_adamw(theirs(case, given, weights, DTYPE, compiled))
         pairs[f"against {name}"] = Pair("daybreak, this recipe", name)
     return arms, pairs
 

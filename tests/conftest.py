@@ -4,8 +4,6 @@ import hashlib
 import io
 import json
 import os
-import subprocess
-import sys
 from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -174,21 +172,14 @@ def _seal(path: Path) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def on_ranks() -> Callable[..., str]:
-    """Run a file as a script on several processes under torchrun; returns what they print."""
+    """Run a file as a script on several processes, as torchrun does; returns what they print."""
+    from tests import warm  # a lazy import: most tests start no process
 
     def run(ranks: int, script: str, *arguments: object) -> str:
-        launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-        done = subprocess.run(
-            [*launcher, f"--nproc-per-node={ranks}", script, *map(str, arguments)],
-            env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-            timeout=120,
-            check=False,
-        )
-        assert done.returncode == 0, done.stdout
-        return done.stdout
+        started = warm.ranks(ranks, script, *arguments)
+        said = ["".join(process.communicate()) for process in started]
+        assert [process.returncode for process in started] == [0] * ranks, "".join(said)
+        return "".join(said)
 
     return run
 

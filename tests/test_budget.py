@@ -1,10 +1,7 @@
 """A run on paper: what it takes, what a budget buys, and what is said when it cannot be."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from daybreak.train import budget, flops, hardware, measure, memory, plan
 from daybreak.train.budget import Budget
 from daybreak.train.hardware import Cluster
 from daybreak.train.memory import Mesh
+from tests import warm
 
 PUBLISHED: dict[str, Any] = {
     "out": "runs/published",
@@ -449,8 +447,14 @@ def test_a_recipe_for_many_nodes_is_measured_on_one_device(tiny: Path, tmp_path:
     assert measure.steps(recipe, 2)[0].step > 0
 
 
-def test_a_teacher_that_leaves_before_a_stage_is_not_measured_in_it(tmp_path: Path) -> None:
-    recipe = config.parse(PUBLISHED | {"repa": {"until": 100_000}}, "until")
+def test_a_teacher_that_leaves_before_a_stage_is_not_measured_in_it(
+    tiny: Path, toys: dict[str, Path], tmp_path: Path
+) -> None:
+    repa = f"repa={{teacher='{toys['dinov3']}',blocks=[0],until=10}}"
+    later = (
+        "stage=[{resolution=32,steps=10,batch=4,lr=1e-3},{resolution=32,steps=5,batch=4,lr=1e-3}]"
+    )
+    recipe = config.load(tiny, (repa, later))
     first, second = measure.shortened(recipe, 1, tmp_path).stage
     assert "repa" not in first.without
     assert "repa" in second.without
@@ -575,16 +579,9 @@ def test_what_cannot_be_planned_is_one_sentence(
 
 
 def test_a_plan_that_does_not_fit_is_printed_and_leaves_with_code_2(tiny: Path) -> None:
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "daybreak", "plan", str(tiny), "--gpus", "RTX4090"),
-            *("--set", "dit.width=24576", "--set", "dit.heads=64"),
-        ],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
+    done = warm.run(
+        *("-m", "daybreak", "plan", tiny, "--gpus", "RTX4090"),
+        *("--set", "dit.width=24576", "--set", "dit.heads=64"),
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "DOES NOT FIT" in done.stdout

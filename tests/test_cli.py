@@ -11,18 +11,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests import warm
+
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def daybreak(*arguments: object, timeout: float = 120) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "daybreak", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-        env=ENVIRONMENT,
-        check=False,
-    )
+def daybreak(*arguments: object) -> warm.Done:
+    return warm.run("-m", "daybreak", *arguments)
 
 
 def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
@@ -139,7 +134,14 @@ def test_a_path_that_does_not_exist_is_called_no_run_with_and_without_best(
 
 
 def test_doctor_looks_at_this_machine() -> None:
-    done = daybreak("doctor")
+    done = subprocess.run(
+        [sys.executable, "-m", "daybreak", "doctor"],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env=ENVIRONMENT,
+        check=False,
+    )
     assert done.returncode == 0, done.stderr
     for word in ("torch", "cores", "memory", "disk", "compiler", "extra eval"):
         assert word in done.stdout

@@ -22,6 +22,8 @@ from daybreak.failure import LostPeer, NotFinite
 from daybreak.train import health, parallel
 from daybreak.train.health import Config, Guard
 
+pytestmark = pytest.mark.xdist_group("health")  # one process makes what its tests share
+
 NAN, INF = math.nan, math.inf
 LEARN, SKIP, BACK = health.Verdict(True), health.Verdict(False), health.Verdict(False, back=True)
 

@@ -2,9 +2,6 @@
 
 import base64
 import io
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
@@ -18,6 +15,7 @@ from rich.console import Console
 from daybreak.data import census
 from daybreak.failure import BadStorage
 from daybreak.web import inspect
+from tests import warm
 
 Prepare = Callable[..., Path]
 SQUARE, WIDE = {"bucket": "64x64"}, {"bucket": "32x128"}
@@ -211,15 +209,8 @@ def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
         inspect.write("page", tmp_path / "file" / "page.html")
 
 
-def daybreak(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "daybreak", "inspect", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-        check=False,
-    )
+def daybreak(*arguments: object) -> warm.Done:
+    return warm.run("-m", "daybreak", "inspect", *arguments)
 
 
 def test_the_verb_shows_a_good_dataset(prepared: Prepare, tmp_path: Path) -> None:

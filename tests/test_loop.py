@@ -4,8 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -20,6 +18,7 @@ from daybreak.evaluate import interim
 from daybreak.failure import BadData, BadRecipe, BadStorage, NotFinite
 from daybreak.generate.draw import draw
 from daybreak.train import checkpoint, flops, loop, runs
+from tests import warm
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -37,14 +36,8 @@ def weights(run: Path) -> dict[str, str]:
     return {name: entry["sha256"] for name, entry in files.items() if name.endswith("safetensors")}
 
 
-def start(recipe: Path, *arguments: str) -> "subprocess.Popen[str]":
-    return subprocess.Popen(
-        [sys.executable, "-m", "daybreak", "train", str(recipe), *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        env=ENVIRONMENT,
-    )
+def start(recipe: Path, *arguments: str) -> warm.Started:
+    return warm.Started("-m", "daybreak", "train", recipe, *arguments)
 
 
 def wait_for_step(run: Path, step: int) -> None:
@@ -101,11 +94,11 @@ def test_a_run_killed_at_any_step_continues_bit_for_bit(
     wait_for_step(tmp_path / "run", at)
     killed.send_signal(signal.SIGKILL)
     killed.communicate(timeout=60)
-    output, _ = unbroken.communicate(timeout=120)
+    output = "".join(unbroken.communicate())
     assert unbroken.returncode == 0, output
 
     resumed = start(tiny, *more)
-    output, _ = resumed.communicate(timeout=120)
+    output = "".join(resumed.communicate())
     assert resumed.returncode == 0, output
     assert losses(tmp_path / "run") == losses(whole)
     assert weights(tmp_path / "run") == weights(whole)
@@ -126,7 +119,7 @@ def test_a_signal_saves_and_leaves(tiny: Path, tmp_path: Path, number: int, code
     process = start(tiny, "--set", "stage.0.steps=100000", "--set", "data.workers=1")
     wait_for_step(tmp_path / "run", 3)
     process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
+    output = "".join(process.communicate(timeout=60))
     assert process.returncode == code, output
     assert "the same command continues" in output
     assert checkpoint.required(tmp_path / "run", print).step == len(losses(tmp_path / "run"))
@@ -279,7 +272,7 @@ def test_a_budget_too_small_for_a_step_is_refused_before_there_is_a_run(
 
 
 def test_what_lies_between_steps_is_paid_from_the_budget(tiny: Path) -> None:
-    sets = ("budget.seconds=8", "sample.every=3", "sample.steps=5000", "stage.0.steps=100")
+    sets = ("budget.seconds=8", "sample.every=3", "sample.steps=2500", "stage.0.steps=100")
     recipe = config.load(tiny, sets)
     assert loop.train(recipe, lambda line: None) == (3, 0), "no step after a grid so long"
     assert checkpoint.required(Path(recipe.out), print).step == 3

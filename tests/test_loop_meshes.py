@@ -14,6 +14,8 @@ from daybreak import doctor
 from tests.faults.faults import Fault, Older, Spoil
 from tests.faults.jobs import Place
 
+pytestmark = pytest.mark.xdist_group("loop_meshes")  # one process makes what its tests share
+
 FEW = ("stage.0.steps=8", "save_every=3")
 HYBRID = "parallel.dp_replicate=2"
 

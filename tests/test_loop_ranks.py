@@ -1,12 +1,8 @@
 """Training on several processes: the same steps as on one, and none of them is ever alone."""
 
 import json
-import os
 import shutil
 import signal
-import socket
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,33 +16,21 @@ from safetensors import safe_open
 from daybreak import config
 from daybreak.failure import BadRecipe
 from daybreak.train import checkpoint, loop, runs
-from tests import test_text
+from tests import test_text, warm
+
+pytestmark = pytest.mark.xdist_group("loop_ranks")  # one process makes what its tests share
 
 QUIET = ("sample.every=1000", "stage.0.batch=24")
 
 
-def start(ranks: int, recipe: Path, out: Path, *sets: str) -> list["subprocess.Popen[str]"]:
-    """Start `daybreak train` on so many ranks, as torchrun would."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+def start(ranks: int, recipe: Path, out: Path, *sets: str) -> list[warm.Started]:
+    """Start `daybreak train` on so many ranks."""
     settings = [word for each in (*QUIET, *sets) for word in ("--set", each)]
-    meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": str(ranks)}
-    meeting |= {"LOCAL_WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    return [
-        subprocess.Popen(
-            [sys.executable, "-m", "daybreak", "train", str(recipe), "--out", str(out), *settings],
-            env=os.environ | meeting | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT,
-            text=True,
-        )
-        for rank in range(ranks)
-    ]
+    return warm.ranks(ranks, "-m", "daybreak", "train", recipe, "--out", out, *settings)
 
 
-def ended(processes: Sequence["subprocess.Popen[str]"]) -> tuple[list[int], str]:
-    said = [process.communicate(timeout=300)[0] for process in processes]
+def ended(processes: Sequence[warm.Started]) -> tuple[list[int | None], str]:
+    said = ["".join(process.communicate(timeout=300)) for process in processes]
     return [process.returncode for process in processes], "".join(said)
 
 

@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from daybreak.data import batches
 from daybreak.failure import BadRecipe
 from daybreak.train import accelerator, building, checkpoint, loop, parallel
 from daybreak.train.dice import Dice
+from tests import warm
 
 TERMS = """
 [tread]
@@ -147,13 +147,7 @@ def test_a_missing_teacher_is_told_before_anything_is_written(full: Path, tmp_pa
 def test_the_command_line_says_it_in_one_sentence_and_leaves_with_two(
     full: Path, tmp_path: Path
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "daybreak", "train", str(full), "--set", "lpips.vgg=nowhere.pth"],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
+    done = warm.run("-m", "daybreak", "train", full, "--set", "lpips.vgg=nowhere.pth")
     assert done.returncode == 2
     assert done.stderr.strip().splitlines()[-1].startswith("daybreak: lpips.vgg: nowhere.pth does")
     assert "Traceback" not in done.stderr

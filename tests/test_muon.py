@@ -22,6 +22,8 @@ from torch.distributed.tensor.debug import CommDebugMode
 
 from daybreak.optim.muon import ROUNDS, Muon, _stacks, orthogonal
 
+pytestmark = pytest.mark.xdist_group("muon")  # one process makes what its tests share
+
 EVEN = [(32, 16)] * 5 + [(16, 16)] * 3 + [(16, 48)] * 2 + [(32, 16)]
 UNEVEN = [(10, 6)] * 3 + [(5, 9)] * 2 + [(3, 4)] * 5 + [(1, 8)]
 STEPS = 4

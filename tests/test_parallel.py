@@ -8,7 +8,6 @@ import os
 import re
 import signal
 import socket
-import subprocess
 import sys
 import time
 from collections import Counter
@@ -32,6 +31,9 @@ from daybreak.optim import ema, groups
 from daybreak.train import parallel
 from daybreak.train.dice import Dice
 from daybreak.train.parallel import Config, World
+from tests import warm
+
+pytestmark = pytest.mark.xdist_group("parallel")  # one process makes what its tests share
 
 CAPTIONS = ["a red circle", "", "a blue square and a green star", "two"] * 3
 WORDS = text.Config(width=16, depth=1, heads=2, vocabulary=300, max_tokens=24)
@@ -318,13 +320,6 @@ def test_what_does_not_fit_is_refused_before_ranks_meet(
         pass
 
 
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 @pytest.mark.parametrize(
     ("rank", "taken", "sentence"),
     [
@@ -342,7 +337,8 @@ def test_ranks_that_do_not_meet_say_so_in_time(
         other.bind(("127.0.0.1", 0))
         if taken:
             other.listen()
-        monkeypatch.setenv("MASTER_PORT", str(other.getsockname()[1] if taken else free_port()))
+        port = other.getsockname()[1] if taken else warm.free_port()
+        monkeypatch.setenv("MASTER_PORT", str(port))
         monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
         monkeypatch.setenv("WORLD_SIZE", "3")
         monkeypatch.setenv("RANK", str(rank))
@@ -373,17 +369,7 @@ def test_a_broken_device_is_told_and_a_fault_of_the_code_keeps_its_traceback() -
     ],
 )
 def test_who_is_left_says_why_and_leaves_too(how: str, sentence: str) -> None:
-    meeting = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
-    ranks = [
-        subprocess.Popen(
-            [sys.executable, __file__, how],
-            env=os.environ | meeting | {"RANK": rank, "OMP_NUM_THREADS": "1"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
-            text=True,
-        )
-        for rank in ("0", "1")
-    ]
+    ranks = warm.ranks(2, __file__, how)
     said, _ = ranks[0].communicate(timeout=60)
     assert ranks[0].returncode == LostPeer.code, said
     assert re.search(sentence, said)

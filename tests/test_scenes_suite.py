@@ -13,6 +13,8 @@ from daybreak.evaluate import scenes_suite
 from daybreak.evaluate.scenes_suite import SCORED, TASKS, evaluate, held_out, table, tasks
 
 Pictures = npt.NDArray[np.uint8]
+pytestmark = pytest.mark.xdist_group("scenes_suite")  # one process makes what its tests share
+
 SMALL = Config(canvas="32")
 
 

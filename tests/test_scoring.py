@@ -1,9 +1,6 @@
 """`daybreak evaluate`: runs and pipelines through every suite, and what it says when it cannot."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ from daybreak.evaluate import geneval
 from daybreak.failure import BadData, BadRecipe, Failure, NoCheckpoint
 from daybreak.train import loop, scoring
 from daybreak.train.scoring import Scored, Wanted
+from tests import warm
 
 
 def score(folder: Path, out: Path, **given: Any) -> Scored:
@@ -203,14 +201,8 @@ def test_a_folder_without_a_run_or_a_checkpoint_is_refused(tiny: Path, tmp_path:
         score(tmp_path / "run", tmp_path)
 
 
-def evaluate(*arguments: object) -> "subprocess.CompletedProcess[str]":
-    return subprocess.run(
-        [sys.executable, "-m", "daybreak", "evaluate", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        check=False,
-    )
+def evaluate(*arguments: object) -> warm.Done:
+    return warm.run("-m", "daybreak", "evaluate", *arguments)
 
 
 def test_the_verb_says_where_the_result_is_or_what_was_wrong(foreign: Path, tmp_path: Path) -> None:

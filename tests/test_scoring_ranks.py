@@ -9,6 +9,8 @@ from daybreak.failure import BadRecipe, LostPeer
 from tests.faults.faults import Calling, die
 from tests.faults.jobs import Place
 
+pytestmark = pytest.mark.xdist_group("scoring_ranks")  # one process makes what its tests share
+
 SMALL = ("--per-task", "5", "--steps", "2")
 
 

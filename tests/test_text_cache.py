@@ -1,9 +1,6 @@
 """Embeddings kept on disk: the encoder's own numbers, and never those of another caption."""
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +10,7 @@ import torch
 from daybreak.failure import BadData, BadRecipe, BadStorage
 from daybreak.model import text, text_cache
 from daybreak.model.text import Config, TextEncoder
+from tests import warm
 
 CAPTIONS = [
     *("a red circle", "a blue square left of a green star", "two white crosses", "ein grüner Löwe"),
@@ -336,15 +334,9 @@ def test_the_verb_encodes_a_dataset_and_checks_it(
 ) -> None:
     dataset, encoder = prepared([{"captions": ["a red circle", "red"]}] * 3), saved(tmp_path / "t5")
 
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "daybreak", "prepare", dataset, "--cache-text", encoder),
-            *("--max-tokens", "16", "--precision", "float32", "--verify"),
-        ],
-        capture_output=True,
-        text=True,
-        check=False,
-        env=os.environ | {"HF_HUB_OFFLINE": "1"},
+    done = warm.run(
+        *("-m", "daybreak", "prepare", dataset, "--cache-text", encoder),
+        *("--max-tokens", 16, "--precision", "float32", "--verify"),
     )
     assert done.returncode == 0, done.stderr
     made, verified = done.stdout.splitlines()

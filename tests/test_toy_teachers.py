@@ -1,8 +1,6 @@
 """Toy teachers are made from a seed, and a recipe takes them as the command line prints them."""
 
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,6 +10,7 @@ from daybreak import config
 from daybreak.failure import BadStorage
 from daybreak.model import toy_teachers, vision
 from daybreak.objective import lpips
+from tests import warm
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -47,13 +46,8 @@ def test_a_nearer_picture_is_nearer_for_every_one_of_them(toys: dict[str, Path])
 
 
 def test_the_command_makes_them_and_prints_how_to_use_them(tmp_path: Path, tiny: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "daybreak", "doctor", "--make-toy-teachers", str(tmp_path / "toys")],
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=True,
-    )
+    done = warm.run("-m", "daybreak", "doctor", "--make-toy-teachers", tmp_path / "toys")
+    assert done.returncode == 0, done.stderr
     words = shlex.split(done.stdout)
     assert words[::2] == ["--set"] * 4
     tiny.write_text(tiny.read_text() + "\n[repa]\nblocks = [0]\n[lpips]\n[dino]\n")

@@ -5,8 +5,6 @@ Run as a script under torchrun's environment, this file is what each rank does.
 
 import os
 import signal
-import socket
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +15,7 @@ import torch
 
 from daybreak.failure import BadData, Failure, LostPeer
 from daybreak.train import parallel, watchdog
+from tests import warm
 
 LIMIT = 1.0
 
@@ -83,30 +82,14 @@ if __name__ == "__main__":
 
 
 @contextmanager
-def ranks(size: int, how: str, out: Path) -> Iterator[list["subprocess.Popen[str]"]]:
+def ranks(size: int, how: str, out: Path) -> Iterator[list[warm.Started]]:
     """Start processes that know of one another; none is left behind."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = str(probe.getsockname()[1])
-    meeting = {"WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, how, str(out)],
-            env=os.environ
-            | {"OMP_NUM_THREADS": "1"}
-            | ({**meeting, "RANK": str(rank)} if size > 1 else {}),
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(size)
-    ]
+    started = warm.ranks(size, __file__, how, out)
     try:
         yield started
     finally:
         for process in started:
             process.kill()
-            process.communicate()
 
 
 def test_a_hang_ends_with_its_stack_and_a_reason(tmp_path: Path) -> None:

@@ -1,23 +1,18 @@
 """Runs that are started, hurt and started again; what the rows of the fault matrix have in common.
 
 A job is `daybreak train` in processes of its own: one, or several ranks with the environment that
-torchrun gives them. They are forked from a server that has the libraries in memory already, which
-saves seconds each, and are otherwise like any other: they can be killed, stopped and starved.
-`torchrun` itself is started where the row is about it.
+torchrun gives them (tests/warm). `torchrun` itself is started where the row is about it.
 
 A fault (faults.py) is a function that a process calls before it begins.
 """
 
-import ctypes
 import hashlib
 import itertools
 import json
-import multiprocessing
 import os
 import re
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -27,22 +22,8 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from tests import warm
 from tests.faults.faults import Fault
-
-WARM = multiprocessing.get_context("forkserver")
-WARM.set_forkserver_preload(
-    [
-        "daybreak.cli",
-        "daybreak.train.loop",
-        "torch._dynamo",
-        "torch.distributed.checkpoint.hf_storage",
-        "torch.distributed.checkpoint.state_dict_loader",
-        "torch.distributed.checkpoint.state_dict_saver",
-        "torch.distributed.fsdp",
-        "torch.distributed.tensor",
-        "transformers.models.lfm2.modeling_lfm2",
-    ]
-)
 
 RECIPE = """
 out = "{out}"
@@ -194,7 +175,7 @@ class Place:
         faulty: int | None,
         environment: Mapping[str, str],
     ) -> Job:
-        shared = (meeting(ranks) if ranks > 1 else {}) | dict(environment)
+        shared = (warm.meeting(ranks) if ranks > 1 else {}) | dict(environment)
         log = self.folder / f"log-{next(self.starts)}"
         started = []
         for rank in range(ranks):
@@ -274,25 +255,6 @@ def tensors(checkpoint: Path) -> list[Path]:
     return sorted(checkpoint.rglob("*.safetensors"))
 
 
-def meeting(ranks: int) -> dict[str, str]:
-    """What torchrun tells the ranks of one machine."""
-    number = str(ranks)
-    return {
-        "WORLD_SIZE": number,
-        "LOCAL_WORLD_SIZE": number,
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-    }
-
-
-def free_port() -> int:
-    """A port that nobody listens at."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def torchrun(place: Place, ranks: int, *sets: str, options: Sequence[str] = ()) -> "Launched":
     """Start the run as a user does."""
     given = [word for one in sets for word in ("--set", one)]
@@ -356,20 +318,14 @@ def children(parent: int) -> list[int]:
 
 
 def _started(given: list[str], environment: dict[str, str], log: Path, fault: Fault | None) -> Any:
-    process = WARM.Process(target=_be, args=(given, environment, log, fault))
+    process = warm.CONTEXT.Process(target=_be, args=(given, environment, log, fault))
     process.start()
     return process
 
 
 def _be(arguments: list[str], environment: dict[str, str], log: Path, fault: Fault | None) -> None:
     """Be a rank: what a shell does, then what `daybreak` does."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the tests
-    os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # as everywhere on Linux, for its loaders
-    os.environ.update(environment)
-    output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    os.dup2(output, 1)
-    os.dup2(output, 2)
+    warm.settle(environment, log, log)
     from daybreak import cli
 
     if fault:

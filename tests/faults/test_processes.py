@@ -17,6 +17,7 @@ import pytest
 
 from daybreak.failure import Failure, LostPeer
 from daybreak.train import checkpoint
+from tests import warm
 from tests.faults.faults import (
     At,
     Calling,
@@ -34,7 +35,6 @@ from tests.faults.jobs import (
     Job,
     Place,
     begun,
-    free_port,
     ranks_of_the_matrix,
     torchrun,
 )
@@ -185,7 +185,7 @@ def test_P3_torchrun_passes_the_signal_on(place: Place, unbroken: Unbroken, at: 
 def test_P3_the_launch_script_leaves_with_the_true_code(place: Place, unbroken: Unbroken) -> None:
     tools = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
     given = {"RECIPE": str(place.recipe), "RUN": str(place.run), "GPUS": str(RANKS)}
-    given |= {"PORT": str(free_port()), "PATH": tools}
+    given |= {"PORT": str(warm.free_port()), "PATH": tools}
     for code in (75, 0):
         launched = subprocess.Popen(["bash", str(SCRIPT)], env=os.environ | given)
         if code:
@@ -247,7 +247,7 @@ def test_P6_ranks_that_do_not_meet_say_who_is_missing(place: Place, how: str) ->
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()
-        port = other.getsockname()[1] if how == "port taken" else free_port()
+        port = other.getsockname()[1] if how == "port taken" else warm.free_port()
         environment = {"WORLD_SIZE": "3", "MASTER_PORT": str(port)}
         if how == "wrong address":
             environment["MASTER_ADDR"] = "192.0.2.1"  # kept for examples: nobody is there
