@@ -13,7 +13,7 @@ from daybreak import config
 from daybreak.model import dit, text, text_to_image, tread, vision
 from daybreak.model.text import Text
 from daybreak.objective.objective import Objective
-from daybreak.optim import muon
+from daybreak.optim import polar_express
 from daybreak.train import flops, networks, parallel
 from daybreak.train.dice import Dice
 
@@ -134,7 +134,7 @@ def test_a_step_with_every_term_takes_as_many_flops_as_the_counter_counts(
 def test_orthogonal_steps_take_as_many_flops_as_the_counter_counts() -> None:
     for shape in ((96, 32), (32, 112), (48, 48)):
         with FlopCounterMode(display=False) as counter:
-            muon.orthogonal(torch.randn(1, *shape))
+            polar_express.orthogonal(torch.randn(1, *shape))
         assert flops.newton_schulz([torch.Size(shape)]) == counter.get_total_flops()
 
 

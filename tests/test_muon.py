@@ -20,7 +20,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
 from torch.distributed.tensor.debug import CommDebugMode
 
-from daybreak.optim.muon import ROUNDS, Muon, _stacks, orthogonal
+from daybreak.optim.muon import Muon, _stacks
+from daybreak.optim.polar_express import ROUNDS, orthogonal
 
 pytestmark = pytest.mark.xdist_group("muon")  # one process makes what its tests share
 

@@ -22,7 +22,7 @@ import torch
 from daybreak.config import Recipe, Stage
 from daybreak.model import dit, tread
 from daybreak.objective import dino, lpips, repa
-from daybreak.optim import groups, muon
+from daybreak.optim import groups, polar_express
 from daybreak.train import networks
 from daybreak.train.networks import CHANNELS, Network
 
@@ -197,7 +197,7 @@ def newton_schulz(matrices: Iterable[torch.Size]) -> float:
     total = 0
     for shape in matrices:
         r, c = sorted(shape)
-        pairs, single = muon.pairing(shape)
+        pairs, single = polar_express.pairing(shape)
         total += pairs * (4 * r * r * c + 10 * r**3) + single * (4 * r * r * c + 2 * r**3)
     return float(total)
 
