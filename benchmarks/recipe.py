@@ -178,8 +178,7 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
                 for name in taken[0]
             }
             whole = statistics.median(sum(parts.values()) for parts in taken[SETTLE:])
-            seen = recipe.text.model_copy(update={"max_tokens": max(words)})
-            read = recipe.model_copy(update={"text": seen})
+            read = flops.as_read(recipe, max(words))
             work = flops.work(read, stage)
             counted = {name: stage.batch * each for name, each in work.picture.items()} | work.step
             reached, alone = flops.of_step(read, stage) / whole, counted["denoiser"] / whole

@@ -2,6 +2,8 @@
 
 import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -576,6 +578,17 @@ def test_what_cannot_be_planned_is_one_sentence(
         asked(tiny, *arguments)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_plan_loads_no_more_than_it_needs() -> None:
+    """Each of these takes as long to load as the plan itself takes."""
+    heavy = {"diffusers", "sympy", "torch._dynamo", "torch.distributed.tensor", "transformers"}
+    code = (
+        "import sys; from daybreak import cli; cli.plan('prx_24h', gpus='32xH200', budget='24h'); "
+        f"sys.exit(', '.join({heavy} & set(sys.modules)) or 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 def test_a_plan_that_does_not_fit_is_printed_and_leaves_with_code_2(tiny: Path) -> None:

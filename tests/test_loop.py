@@ -286,6 +286,18 @@ def test_a_budget_of_all_the_flops_of_a_run_leaves_it_its_last_grid(tiny: Path) 
     assert len(list(Path(recipe.out, "samples").iterdir())) == 1
 
 
+def test_the_log_counts_the_words_that_were_read(tiny: Path, pictures: Path) -> None:
+    source = f"data.source='{pictures.as_posix()}'"
+    recipe = config.load(tiny, (source, "text.max_tokens=64"), ("scenes",))
+    loop.train(recipe, lambda line: None)
+    lines = (Path(recipe.out) / "metrics.jsonl").read_text().splitlines()
+    for line in map(json.loads, lines):
+        assert line["words"] == 16
+        step = flops.of_step(flops.as_read(recipe, 16), recipe.stage[0])
+        reached = line["flops_per_second"] / line["images_per_second"]
+        assert reached == pytest.approx(step / recipe.stage[0].batch, rel=0.01)
+
+
 def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(tiny: Path) -> None:
     whole = config.load(tiny)
     step = flops.of_step(whole, whole.stage[0])

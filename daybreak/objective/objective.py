@@ -92,6 +92,8 @@ class Objective:
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Return the loss to minimise and its detached, unweighted parts; one die a picture.
 
+        Beside the parts stands how many `words` the longest caption has, padding included.
+
         `without` names sections that rest in this step, `shift` stands in for that of [flow]. The
         order of the draws (time, noise, route, then a term's own) is part of a run's identity.
         """
@@ -139,6 +141,7 @@ class Objective:
             parts["contrastive"] = contrastive.term(v_hat, v, captioned) / share
 
         loss = parts["flow"] + sum(self.weights[name] * parts[name] for name in active)
+        parts["words"] = loss.new_full((), words.tokens.shape[1])
         return loss, {name: part.detach() for name, part in parts.items()}
 
     def _see(self, view: View, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:

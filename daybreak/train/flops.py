@@ -64,6 +64,11 @@ def of_step(recipe: Recipe, stage: Stage, cached: bool = False, replicas: int = 
     return stage.batch * sum(counted.picture.values()) + replicas * sum(counted.step.values())
 
 
+def as_read(recipe: Recipe, words: int) -> Recipe:
+    """The recipe with captions as long as those of a batch were, not as long as they may be."""
+    return recipe.model_copy(update={"text": recipe.text.model_copy(update={"max_tokens": words})})
+
+
 def denoiser(
     size: dit.Config,
     n: int,

@@ -12,7 +12,7 @@ travels with the loss, once a step; the first rank speaks and writes for all.
 
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,7 +73,8 @@ class Run(NamedTuple):
     guard: health.Guard
     pace: health.Pace
     spent: Ledger
-    flops: list[float]  # of a step, by stage; 0 where a network is of unknown size
+    flops: list[float]  # of a step with the longest captions, by stage; 0 if of unknown size
+    worked: Callable[[int, int], float]  # those of a step, by stage and words
     expect: Callable[[list[str]], object]  # hears which captions come next
     saver: Saver
     status: Status
@@ -207,6 +208,7 @@ def _train(
             health.Pace(here.device),
             book(),
             counted,
+            _worked(recipe, known is not None, here),
             known.expect if known else _silent,
             saver,
             status,
@@ -231,6 +233,16 @@ def _counted(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
         if recipe.budget and recipe.budget.flops:
             raise
         return [0.0] * len(recipe.stage)
+
+
+def _worked(recipe: config.Recipe, cached: bool, here: World) -> Callable[[int, int], float]:
+    """FLOPs of a step of a stage whose captions had so many words; 0 if of unknown size."""
+
+    @cache
+    def worked(number: int, words: int) -> float:
+        return _counted(flops.as_read(recipe, words), cached, here)[number]
+
+    return worked
 
 
 def _rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float, float | None]:
@@ -388,7 +400,7 @@ def _step(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -
         step,
         values,
         stage.batch,
-        run.flops[number],
+        run.worked(number, round(values["words"])),
         run.spent.paid,
         _to_go(run, step, number),
         run.spent.left,
