@@ -93,7 +93,7 @@ def test_it_is_the_squared_difference_of_velocities(setting: Setting) -> None:
     guess = setting.model.dit(noisy, t, setting.model.text(CAPTIONS)).x
     expected = ((guess - setting.image) / level.clamp(min=0.05)).square().mean()
     torch.testing.assert_close(loss, expected, rtol=1e-4, atol=1e-6)
-    assert parts.keys() == {"flow"}
+    assert parts.keys() == {"flow", "words"}
     assert not parts["flow"].requires_grad
 
 
@@ -102,6 +102,7 @@ def test_the_loss_is_the_weighted_sum_of_its_parts(
 ) -> None:
     objective = Objective(CONFIG, **sections)
     loss, parts = setting.run(objective)
+    assert parts.pop("words") == setting.model.text(CAPTIONS).tokens.shape[1]
     assert list(parts) == ["flow", "repa", "lpips", "dino", "contrastive"]
     weights = {"flow": 1.0, "repa": 0.5, "lpips": 0.1, "dino": 0.01, "contrastive": 0.05}
     torch.testing.assert_close(loss, sum(weights[name] * part for name, part in parts.items()))
@@ -142,7 +143,7 @@ def test_sections_that_rest_leave_the_loss(setting: Setting, sections: dict[str,
     loss, parts = setting.run(everything, without=resting)
     plain, _ = setting.run(Objective(CONFIG))
     assert torch.equal(loss, plain)
-    assert parts.keys() == {"flow"}
+    assert parts.keys() == {"flow", "words"}
 
 
 def test_repa_compares_the_tokens_that_walk_with_their_own_patches(

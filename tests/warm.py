@@ -37,9 +37,10 @@ CONTEXT.set_forkserver_preload(
 
 def settle(environment: Mapping[str, str], out: Path, err: Path) -> None:
     """Be alone in the world, as what a shell starts, and say everything into two files."""
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the tests
     os.setsid()
-    multiprocessing.set_start_method("fork", force=True)  # as everywhere on Linux, for its loaders
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the tests
+        multiprocessing.set_start_method("fork", force=True)  # as there, for its loaders
     os.environ.update(environment)
     for file, number in ((out, 1), (err, 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
