@@ -1,7 +1,6 @@
 """Training as a whole: it learns, it stops, it goes on, bit for bit."""
 
 import json
-import os
 import shutil
 import signal
 import time
@@ -21,7 +20,6 @@ from daybreak.train import checkpoint, flops, loop, runs
 from tests import warm
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
-ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
 def losses(run: Path) -> list[float]:

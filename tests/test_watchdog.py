@@ -90,6 +90,7 @@ def ranks(size: int, how: str, out: Path) -> Iterator[list[warm.Started]]:
     finally:
         for process in started:
             process.kill()
+            process.communicate()
 
 
 def test_a_hang_ends_with_its_stack_and_a_reason(tmp_path: Path) -> None:

@@ -93,15 +93,15 @@ class Started:
         return self.folder / "out", self.folder / "err"
 
 
-def run(*arguments: object, environment: Mapping[str, str] | None = None) -> "Done":
+Done = subprocess.CompletedProcess[str]
+
+
+def run(*arguments: object) -> Done:
     """Run `python ARGUMENTS` to its end."""
-    started = Started(*arguments, environment=environment)
+    started = Started(*arguments)
     out, err = started.communicate()
     assert started.returncode is not None
-    return subprocess.CompletedProcess(started.arguments, started.returncode, out, err)
-
-
-Done = subprocess.CompletedProcess[str]
+    return Done(started.arguments, started.returncode, out, err)
 
 
 def meeting(ranks: int) -> dict[str, str]:
