@@ -1,14 +1,16 @@
 """Where the time of a recipe's step goes, and how much of the machine it reaches.
 
-    python benchmarks/recipe.py [quickstart] [--set KEY=VALUE] [--batch N] [--plain] [--json FILE]
+    python benchmarks/recipe.py [quickstart] [--set KEY=VALUE] [--batch N] [--cached-text] [--plain]
+                                [--json FILE]
 
 Real steps of each stage, taken apart: pictures, words, denoiser, what the other terms of the loss
 ask of their teachers, the way back, each optimiser, the average. Between two parts the device is
 waited for, which a run does not do. FLOPs are counted from shapes as `daybreak plan` does, but for
 as many words as there were, for all networks and for the denoiser alone; the peak is the
 datasheet's, or on a processor that of a large product. Pictures that are not here are replaced by
-noise, networks by random ones of their size. One device has all matrices of Muon to itself: of a
-mesh it would make one share of them.
+noise, networks by random ones of their size. Captions that a dataset holds encoded are read, and
+with `--cached-text` noise stands in their place. One device has all matrices of Muon to itself: of
+a mesh it would make one share of them.
 
 With `--plain` the same code takes the plain path: eager blocks in float32, products as torch makes
 them, threads and memory as torch and the C library have them by themselves.
@@ -19,8 +21,9 @@ import statistics
 import sys
 import tempfile
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +39,12 @@ from turns import now, write
 
 from daybreak import config
 from daybreak.data import batches
-from daybreak.model import product
+from daybreak.model import product, text
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.optim.ema import Ema
-from daybreak.train import building, flops, hardware, measure, parallel, runs
+from daybreak.train import building, encoded, flops, hardware, measure, parallel, runs
 from daybreak.train.checkpoint import State
 from daybreak.train.dice import Dice
 from daybreak.train.parallel import World
@@ -128,6 +131,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="pictures of a step, on this device")
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(PLAIN, action="store_true", help="eager, float32, as torch is by itself")
+    parser.add_argument("--cached-text", action="store_true", help="captions encoded beforehand")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -136,7 +140,7 @@ def main() -> None:
     recipe = config.load(arguments.recipe, (*plain, *arguments.set))
     with tempfile.TemporaryDirectory(prefix="daybreak-benchmark-") as folder:
         recipe = measure.shortened(recipe, 1, Path(folder))
-        rows = measured(recipe, arguments.batch, arguments.steps)
+        rows = measured(recipe, arguments.batch, arguments.steps, arguments.cached_text)
     write(arguments.json, {"recipe": arguments.recipe, "stages": rows})
 
 
@@ -147,7 +151,22 @@ def fullest() -> int:
     return found
 
 
-def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[str, Any]]:
+def encoded_before(recipe: config.Recipe, dtype: torch.dtype) -> text.Known:
+    """Noise in the place of words that a dataset holds encoded, as long as they may be."""
+    shape = recipe.text.max_tokens, flops.text_encoder(recipe).width
+    pinned = torch.cuda.is_available()
+
+    @cache
+    def noise(count: int) -> text.Text:
+        words = torch.empty(count, *shape, dtype=dtype, pin_memory=pinned).normal_()
+        return text.Text(words, torch.ones(words.shape[:2], dtype=torch.bool))
+
+    return lambda captions: noise(len(captions))
+
+
+def measured(
+    recipe: config.Recipe, batch: int | None, steps: int, cached: bool
+) -> list[dict[str, Any]]:
     """Measure every stage of a recipe; prints a table of each."""
     source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
     stages = [s.model_copy(update={"batch": batch or s.batch}) for s in recipe.stage]
@@ -155,7 +174,11 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
     dtype, rows, number = runs.precision(recipe), [], 0
     clock, cluster = Clock(), hardware.here(dtype)
     with parallel.world(recipe.parallel) as here:
-        objective, state, ema = building.build(recipe, source, here, None, dtype, None, print)
+        known = encoded.known(recipe, dtype, print)
+        asked = known.tokens if known else encoded_before(recipe, dtype) if cached else None
+        expect: Callable[[list[str]], object] = known.expect if known else lambda _: None
+        cached = asked is not None
+        objective, state, ema = building.build(recipe, source, here, None, dtype, asked, print)
         clock.watch(state.model.text, "text, forward")
         clock.watch(state.model.dit, "denoiser")
         words = [0]
@@ -165,7 +188,7 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
         for stage in recipe.stage:
             stream = batches.stream(
                 source, recipe.data, recipe.seed, stage.resolution, stage.batch,
-                first=0, count=SETTLE + steps, device=here.device,
+                first=0, count=SETTLE + steps, device=here.device, expect=expect,
             )  # fmt: skip
             taken = []
             for _ in range(SETTLE + steps):
@@ -179,9 +202,9 @@ def measured(recipe: config.Recipe, batch: int | None, steps: int) -> list[dict[
             }
             whole = statistics.median(sum(parts.values()) for parts in taken[SETTLE:])
             read = flops.as_read(recipe, max(words))
-            work = flops.work(read, stage)
+            work = flops.work(read, stage, cached)
             counted = {name: stage.batch * each for name, each in work.picture.items()} | work.step
-            reached, alone = flops.of_step(read, stage) / whole, counted["denoiser"] / whole
+            reached, alone = flops.of_step(read, stage, cached) / whole, counted["denoiser"] / whole
             share = reached / cluster.device.flops
             peak = {} if cluster.device.name == "cpu" else {"memory": fullest()}
             rows.append(

@@ -35,6 +35,7 @@ LITTLE_MEMORY, LITTLE_DISK = 4 * GIB, 5 * GIB
 
 # What inductor's kernels need: a compiler, OpenMP, and the headers of this Python.
 PROBE = "#include <Python.h>\n#include <omp.h>\nint cores() { return omp_get_max_threads(); }\n"
+PYTHON = "#include <Python.h>\nint version(void) { return PY_VERSION_HEX; }\n"  # what Triton's need
 
 
 class Finding(NamedTuple):
@@ -69,22 +70,25 @@ def fast_bfloat16() -> bool:
 
 
 @functools.cache
-def compiler() -> str | None:
-    """The C++ compiler `torch.compile` would use on the CPU, if it can do the job.
+def compiler(device: str = "cpu") -> str | None:
+    """The compiler `torch.compile` would use on a `cpu` or for a `cuda` device, if it can do it.
 
-    That is the compiler named by CXX, or else g++ (clang++ on macOS). It must do more than exist:
-    without Python.h or OpenMP the first compiled step fails with a page of errors. So it is given
-    a few lines to compile, once per process.
+    On a CPU that is the C++ compiler named by CXX, or else g++ (clang++ on macOS); for a GPU the C
+    compiler with which Triton builds what starts its kernels, named by CC, or else gcc or clang. It
+    must do more than exist: without Python.h or OpenMP the first compiled step fails with a page of
+    errors. So it is given a few lines to compile, once per process.
     """
-    path = shutil.which(_compiler_name())
+    cuda = device == "cuda"
+    path = shutil.which(_compiler_name(device))
     headers = sysconfig.get_paths()["include"]
     if path is None or not Path(headers, "Python.h").is_file():
         return None
     openmp = ["-Xclang", "-fopenmp"] if sys.platform == "darwin" else ["-fopenmp"]
+    name, lines, more = ("probe.c", PYTHON, []) if cuda else ("probe.cpp", PROBE, openmp)
     with tempfile.TemporaryDirectory() as folder:
-        source = Path(folder, "probe.cpp")
-        source.write_text(PROBE)
-        command = [path, "-shared", "-fPIC", *openmp, f"-I{headers}", "probe.cpp", "-o", "probe.so"]
+        source = Path(folder, name)
+        source.write_text(lines)
+        command = [path, "-shared", "-fPIC", *more, f"-I{headers}", name, "-o", "probe.so"]
         if sys.platform == "darwin":
             command[1:2] = ["-c"]  # the OpenMP library is torch's own, linked by inductor
         try:
@@ -179,14 +183,16 @@ def bfloat16() -> Finding:
 
 
 def compilation() -> Finding:
-    """Whether `torch.compile` can work on the CPU, and what it lacks if not."""
-    found = compiler()
+    """Whether `torch.compile` can work on this machine, and what it lacks if not."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = compiler(device)
     if found:
         return Finding("compiler", found, "", True)
-    name = _compiler_name()
+    name = _compiler_name(device)
     if shutil.which(name) is None:
+        package = "gcc" if device == "cuda" else "g++"
         remark = f"{name} not found, so blocks are not compiled and steps take longer: " + (
-            "xcode-select --install" if sys.platform == "darwin" else "apt install g++"
+            "xcode-select --install" if sys.platform == "darwin" else f"apt install {package}"
         )
     elif not Path(sysconfig.get_paths()["include"], "Python.h").is_file():
         major, minor = sys.version_info[:2]
@@ -195,7 +201,10 @@ def compilation() -> Finding:
             f"apt install python{major}.{minor}-dev"
         )
     else:
-        remark = f"{name} cannot build a library with OpenMP: install a complete g++ or set CXX"
+        what, variable = (
+            ("a library", "CC") if device == "cuda" else ("a library with OpenMP", "CXX")
+        )
+        remark = f"{name} cannot build {what}: install a complete compiler or set {variable}"
     return Finding("compiler", "none", remark, False)
 
 
@@ -248,7 +257,9 @@ def memory_limit(cgroup: Path) -> int | None:
     return None
 
 
-def _compiler_name() -> str:
+def _compiler_name(device: str) -> str:
+    if device == "cuda":
+        return os.environ.get("CC") or ("gcc" if shutil.which("gcc") else "clang")
     return os.environ.get("CXX") or ("clang++" if sys.platform == "darwin" else "g++")
 
 

@@ -53,6 +53,14 @@ CASES = {
 }
 
 
+def test_a_small_scale_is_not_rounded_away_in_half_precision() -> None:
+    x = torch.randn(2, 12, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale, shift = torch.full((2, 1, 32), 0.0035).bfloat16(), torch.zeros(2, 1, 32).bfloat16()
+    exact = modulated(x.float(), scale.float(), shift.float()).bfloat16()
+    assert torch.equal(backward.modulate(x, scale, shift), exact)
+    assert not torch.equal(backward.modulate(x, 0 * scale, shift), exact)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients_are_those_of_the_equation(name: str, dtype: torch.dtype) -> None:

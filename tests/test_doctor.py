@@ -7,7 +7,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from daybreak import doctor
+from daybreak import config, doctor
+from daybreak.failure import BadRecipe
+from daybreak.train import building
 
 ROOT = Path(__file__).parents[1]
 
@@ -84,6 +86,26 @@ def test_the_compiler_is_tried_and_not_only_found(
         assert not doctor.compilation().ok
         assert Path(name).name in doctor.compilation().remark
     doctor.compiler.cache_clear()
+
+
+def test_a_gpu_without_a_compiler_is_refused_and_a_processor_is_told(
+    tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe, told = config.load(tiny, ("compile=true",)), list[str]()
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.delenv("CXX", raising=False)
+    doctor.compiler.cache_clear()
+    with pytest.raises(BadRecipe, match=r"apt install gcc.*--set compile=false"):
+        building.compiles(recipe, torch.device("cuda"), told.append)
+    assert not building.compiles(recipe, torch.device("cpu"), told.append)
+    assert len(told) == 1
+    doctor.compiler.cache_clear()
+
+
+def test_what_triton_compiles_with_is_a_compiler_of_c() -> None:
+    found = doctor.compiler("cuda")
+    assert found is None or Path(found).is_file()
 
 
 def test_the_compiler_found_is_a_file_and_its_remark_agrees(

@@ -144,6 +144,8 @@ def test_the_best_is_the_first_that_beats_all_before() -> None:
     assert evaluations.is_best([line(1, 0.2), line(2, 0.3)], metric)
     assert not evaluations.is_best([line(1, 0.2), line(2, 0.2)], metric)
     assert not evaluations.is_best([line(1, 0.2), line(2, None)], metric)
+    assert not evaluations.is_best([line(1, None)], metric), "what is no number is never the best"
+    assert evaluations.is_best([line(1, None), line(2, 0.1)], metric), "nor is it in the way"
     assert evaluations.is_best([line(1, 0.9), line(2, 0.1, resolution=64)], metric)
     alike = {"sides": {"scenes": 64}}
     assert not evaluations.is_best(

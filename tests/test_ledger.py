@@ -227,6 +227,10 @@ def test_a_disk_that_fails_does_not_end_the_run(file: Path) -> None:
             Config(seconds=1e9, dollars=0.5, price=3600),
             r"0\.5 usd, at 7200 an hour, is spent before the first step.*--budget 46\.00usd",
         ),
+        (
+            Config(dollars=0.5, price=3600),
+            r"0\.5 usd, at 7200 an hour, is spent before the first step.*--budget 46\.00usd",
+        ),
     ],
 )
 def test_a_budget_that_does_not_pay_for_a_step_names_one_that_does(

@@ -170,9 +170,18 @@ def test_a_disk_too_small_for_checkpoints_is_told_before_the_first_step(
     tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(checkpoint, "size", lambda model: 2**60)
-    with pytest.raises(BadStorage, match=r"MiB free, and checkpoints of .* need .* at least"):
+    with pytest.raises(BadStorage, match=r"MiB free, and 3 checkpoints of .* need .* MiB: free"):
         loop.train(config.load(tiny), lambda line: None)
     assert not (tmp_path / "run").exists()
+
+
+def test_checkpoints_that_are_there_already_need_no_more_room(tmp_path: Path) -> None:
+    third = shutil.disk_usage(tmp_path).free // 3
+    with pytest.raises(BadStorage, match=r"3 checkpoints of .* need"):
+        runs.check_space(tmp_path, third, keep=2)
+    for step in (5, 10):
+        (tmp_path / f"checkpoint-{step}").mkdir()
+    runs.check_space(tmp_path, third, keep=2)
 
 
 def test_a_place_that_cannot_hold_a_folder_is_a_storage_failure(tiny: Path, tmp_path: Path) -> None:

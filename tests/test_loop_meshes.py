@@ -1,5 +1,5 @@
 """Runs on several processes, with everything that a run can have: replicas of shards, compiled
-blocks, a return to a checkpoint, a budget.
+blocks, steps that are not taken, a return to a checkpoint, a budget.
 """
 
 import json
@@ -9,9 +9,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from daybreak import doctor
-from tests.faults.faults import Fault, Older, Spoil
+from daybreak.train.stop import PREEMPTED
+from tests.faults.faults import At, Both, Fault, Older, Spoil, terminate
 from tests.faults.jobs import Place
 
 pytestmark = pytest.mark.xdist_group("loop_meshes")  # one process makes what its tests share
@@ -92,6 +95,31 @@ def test_after_a_spike_all_ranks_return_to_the_checkpoint(made: Callable[..., Pl
     assert [line["step"] for line in pair.lines() if line.get("skipped")] == [18]
     said = (pair.folder / "log-0").read_text()
     assert said.count("returned to the weights of step 15") == 1
+
+
+def test_a_return_to_an_earlier_stage_forgets_how_large_losses_were_there(place: Place) -> None:
+    place.add("[[stage]]\nresolution = 32\nsteps = 24\nbatch = 8\nlr = 1e-5\n")
+    larger, spike = Spoil("spike", call=21, count=99), Spoil("spike", call=38)
+    sets = ("stage.0.steps=20", "save_every=20", "health.spike=rollback")
+    said = place.finish(*sets, fault=Both(larger, spike)).said
+    assert said.count("returned to the weights of step 20") == 1
+    assert [line["step"] for line in place.lines() if line.get("skipped")] == [38]
+
+
+def test_a_step_that_is_not_taken_does_not_cost_the_average_its_turn(place: Place) -> None:
+    average = ("ema.every=5", "ema.ramp=false", "ema.decay=0.999")
+    place.finish("stage.0.steps=5", *average, fault=Spoil("loss", call=5))
+    assert place.lines()[-1]["skipped"] == 1
+    found = place.run / "checkpoint-5"
+    model, copied = (load_file(found / f"{name}.safetensors") for name in ("model", "ema"))
+    assert all(torch.equal(model[name], value) for name, value in copied.items())
+
+
+def test_a_run_that_is_asked_to_stop_saves_before_it_draws(place: Place) -> None:
+    ended = place.begin("sample.every=5", fault=At(4, terminate)).end()
+    assert ended.code == PREEMPTED, ended.said
+    assert place.checkpoints()[0] == 5
+    assert not (place.run / "samples" / "step-0000005").exists()
 
 
 def test_a_budget_of_arithmetic_ends_on_all_ranks_after_the_same_step(

@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
+from daybreak import doctor
 from daybreak.failure import BadRecipe
 from daybreak.objective import lpips
 
@@ -128,6 +129,25 @@ def test_the_convolutions_are_those_of_torchvision(toys: dict[str, Path]) -> Non
     named = torch.load(toys["vgg"], weights_only=True)
     numbers = sorted({int(re.findall(r"\d+", name)[0]) for name in named})
     assert numbers == [number for depth in lpips.CONVOLUTIONS for number in depth]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(doctor.compiler() is None, reason="no C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_compiled_it_is_the_same_distance_with_the_same_gradient(
+    config: lpips.Config, dtype: torch.dtype
+) -> None:
+    x, y = pictures()
+    x[0] = -1.0  # places that are dead in all channels
+    found = []
+    plain = lpips.load(config, dtype)
+    for vgg in (plain, lpips.compiled(plain)):
+        guess = x.clone().requires_grad_()
+        miss = lpips.distance(vgg, guess, y, 0.5)
+        miss.sum().backward()
+        found.append((miss.detach(), guess.grad))
+    torch.testing.assert_close(*(miss for miss, _ in found))
+    torch.testing.assert_close(*(gradient for _, gradient in found), atol=1e-4, rtol=0.01)
 
 
 def test_its_weights_are_values_and_no_parameters(config: lpips.Config) -> None:

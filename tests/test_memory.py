@@ -1,6 +1,7 @@
 """Memory on paper, against what autograd and the optimisers really hold."""
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from daybreak import config
 from daybreak.model import dit, text, text_to_image
 from daybreak.model.text import Text
+from daybreak.objective import lpips
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.train import flops, memory
@@ -139,6 +141,21 @@ def test_a_compiled_block_keeps_as_much_as_autograd_says(dtype: torch.dtype, n: 
     with functorch.patch(ban_recompute_materialized_backward=False):  # as parallel.prepare has it
         measured = walk(size, dtype, n, compiled=True)
     assert 3 * paper.each + paper.once + outside == pytest.approx(measured, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_a_compiled_comparison_keeps_what_it_compares(
+    toys: dict[str, Path], dtype: torch.dtype
+) -> None:
+    vgg = lpips.load(lpips.Config(vgg=str(toys["vgg"]), heads=str(toys["heads"])), dtype)
+    guess, truth = (torch.rand(2, 3, 3, 64, 64) * 2 - 1).unbind()
+    weights = [part for depth in vgg.depths for layer in depth for part in layer]
+    sizes = [(len(depth[0][0]), len(depth)) for depth in vgg.depths]
+    for one in (vgg, lpips.compiled(vgg)):
+        paper = memory.perceived(sizes, 64, dtype.itemsize, compiled=one is not vgg)
+        call = partial(lpips.distance, one, guess.requires_grad_(), truth)
+        assert 3 * paper == pytest.approx(kept(call, [*weights, *vgg.heads]), rel=0.05)
 
 
 def test_weights_average_and_optimiser_are_as_large_as_the_real_ones() -> None:

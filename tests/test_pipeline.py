@@ -250,6 +250,18 @@ def test_exporting_again_replaces_the_folder(model: TextToImage, tmp_path: Path)
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
 
 
+def test_nothing_but_an_exported_folder_is_replaced(model: TextToImage, tmp_path: Path) -> None:
+    thesis = tmp_path / "mine" / "thesis.txt"
+    thesis.parent.mkdir()
+    thesis.write_text("years of work")
+    for place in (thesis.parent, thesis):
+        with pytest.raises(BadRecipe, match="something else than an exported pipeline"):
+            exported(model, place)
+    assert thesis.read_text() == "years of work"
+    (tmp_path / "empty").mkdir()
+    assert (exported(model, tmp_path / "empty") / "model_index.json").is_file()
+
+
 def test_a_picture_does_not_depend_on_what_is_drawn_with_it(model: TextToImage) -> None:
     prompts = [PROMPT, "a blue square", PROMPT]
     together = draw.draw(model, prompts, [1, 2, 3], 32, 32, HOW, FLOW)

@@ -60,11 +60,25 @@ def test_captions_are_padded_to_few_lengths_and_cut_at_the_limit() -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "step"), [(8, 8), (24, 8), (32, 8), (64, 16), (128, 32), (256, 64)]
+    ("limit", "step"),
+    [(8, 8), (24, 8), (32, 8), (40, 40), (48, 16), (64, 16), (72, 24), (128, 32), (256, 64)],
 )
 def test_whatever_the_limit_there_are_four_lengths_at_most(limit: int, step: int) -> None:
     assert text.Config(max_tokens=limit).length_step == step
     assert len({-(-words // step) for words in range(1, limit + 1)}) <= 4
+
+
+@pytest.mark.parametrize("limit", range(8, 264, 8))
+def test_a_caption_is_cut_at_any_limit_that_is_allowed(limit: int) -> None:
+    config = CONFIG.model_copy(update={"max_tokens": limit})
+    encoder = text.scratch(config, text.learn_tokenizer(["a red circle"] * 10, config))
+    assert encoder.tokenize(["red " * 300])[0].shape == (1, limit)
+
+
+def test_with_one_length_every_batch_is_as_long_as_may_be() -> None:
+    config = CONFIG.model_copy(update={"lengths": 1})
+    encoder = text.scratch(config, text.learn_tokenizer(["a red circle"] * 10, config))
+    assert encoder.tokenize(["a red circle"])[0].shape == (1, config.max_tokens)
 
 
 def test_the_other_captions_of_a_batch_change_nothing() -> None:

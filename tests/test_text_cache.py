@@ -138,6 +138,11 @@ def test_what_is_expected_is_in_memory_when_it_is_asked_for(tmp_path: Path) -> N
     late = reader.tokens(CAPTIONS[4:6])
     assert late is not None
     assert not late.tokens.any()
+    for rows in (slice(0, 2), slice(2, 4)):  # a batch in two passes
+        part = reader.tokens(CAPTIONS[rows])
+        assert part is not None
+        assert part.tokens.shape[1] == encoder.tokenize(CAPTIONS[rows])[0].shape[1]
+        torch.testing.assert_close(part.tokens, exact.tokens[rows, : part.tokens.shape[1]])
 
 
 def test_a_caption_that_was_expected_is_not_cleaned_again(
@@ -166,6 +171,18 @@ def test_only_new_captions_are_encoded(tmp_path: Path) -> None:
     text_cache.write(tmp_path, encoder, CAPTIONS)
     assert len(asked) == len(CAPTIONS)
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+
+
+def test_one_process_at_a_time_writes_a_cache(tmp_path: Path) -> None:
+    encoder = loaded(saved(tmp_path / "encoder"))
+
+    def write_too(_: int) -> None:
+        with pytest.raises(BadRecipe, match="another command is encoding captions"):
+            text_cache.write(tmp_path, encoder, CAPTIONS)
+
+    text_cache.write(tmp_path, encoder, CAPTIONS[:3], write_too)
+    text_cache.write(tmp_path, encoder, CAPTIONS)
+    assert opened(tmp_path, encoder).tokens(CAPTIONS) is not None
 
 
 def test_many_shards_are_one_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

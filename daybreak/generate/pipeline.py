@@ -58,8 +58,14 @@ def export(
 ) -> Path:
     """Write the pipeline folder, whole or not at all; an earlier one at its place is replaced.
 
-    Errors  BadStorage if the disk refuses; BadRecipe for a network diffusers has no class for.
+    Errors  BadStorage if the disk refuses; BadRecipe for a network diffusers has no class for, and
+            for a place where something else lies.
     """
+    if folder.exists() and not _replaceable(folder):
+        raise BadRecipe(
+            f"{folder} holds something else than an exported pipeline, which would be lost: "
+            "choose a new or empty folder with --out"
+        )
     if model.dit.fuse is not None:
         raise BadRecipe(
             'tread.kind = "sprint" puts a layer into the network that no class of diffusers has: '
@@ -67,6 +73,7 @@ def export(
         )
     folder.parent.mkdir(parents=True, exist_ok=True)
     staged = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    old = staged.with_name(staged.name.replace(".tmp-", ".old-", 1))
     try:
         _transformer(model.dit, staged / "transformer")
         plain = how.stochastic and flow_config.noise_scale == 1  # its scheduler knows no other
@@ -96,13 +103,22 @@ def export(
         )
         staged.chmod(0o755)
         if folder.exists():
-            shutil.rmtree(folder)
+            folder.rename(old)
         staged.rename(folder)
     except OSError as error:
         raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
+        shutil.rmtree(old, ignore_errors=True)
     return folder
+
+
+def _replaceable(folder: Path) -> bool:
+    """Whether a place is an empty folder, or one that `export` has written."""
+    if not folder.is_dir():
+        return False
+    written = {"model_index.json", "pipeline.py", "transformer"}
+    return not any(folder.iterdir()) or all((folder / name).exists() for name in written)
 
 
 def timesteps(steps: int, shift: float) -> list[float]:

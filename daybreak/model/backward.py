@@ -46,7 +46,7 @@ class _Modulate(Function):
     def forward(ctx: Any, x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
         y, mean, inverse = torch.native_layer_norm(x.float(), x.shape[-1:], None, None, EPSILON)
         ctx.save_for_backward(x, scale, mean, inverse)
-        return ((1 + scale) * y + shift).to(x.dtype)
+        return ((1 + scale.float()) * y + shift).to(x.dtype)
 
     @staticmethod
     @once_differentiable
@@ -54,7 +54,14 @@ class _Modulate(Function):
         x, scale, mean, inverse = ctx.saved_tensors
         full, du = x.float(), du.float()
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            (1 + scale) * du, full, x.shape[-1:], mean, inverse, None, None, [True, False, False]
+            (1 + scale.float()) * du,
+            full,
+            x.shape[-1:],
+            mean,
+            inverse,
+            None,
+            None,
+            [True, False, False],
         )
         dscale = (full - mean).mul_(inverse).mul_(du).sum(1, keepdim=True)
         dshift = du.sum(1, keepdim=True)

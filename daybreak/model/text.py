@@ -38,20 +38,22 @@ from daybreak.model import hub
 REACH = 6  # words a convolution sees: from the circle "to the left of a" to the blue of a square
 WORD = 0.5  # standard deviation of the numbers in a new word vector
 LENGTH_STEP = 8  # token counts are multiples of it
-LENGTHS = 4  # so many of them, no more: each is a variant of every block to compile, times buckets
 
 
 class Config(BaseModel):
     """A frozen encoder by name, or the size of one that is trained from nothing.
 
     To a frozen one `template` says what stands around a caption, which comes where {} is, and
-    `skip` how many of the last layers are left out. `max_tokens` counts the template too.
+    `skip` how many of the last layers are left out. `max_tokens` counts the template too. A batch
+    is as long as its longest caption, rounded up to one of so many `lengths`: each is a variant of
+    every block to compile, for each shape of pictures.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     encoder: str | None = None
     max_tokens: int = Field(default=32, gt=0, multiple_of=LENGTH_STEP)
+    lengths: int = Field(default=4, gt=0)
     template: str = "{}"
     skip: int = Field(default=0, ge=0)
     width: int = Field(default=256, gt=0)
@@ -61,8 +63,10 @@ class Config(BaseModel):
 
     @property
     def length_step(self) -> int:
-        """Token counts are rounded up to multiples of it."""
-        return LENGTH_STEP * math.ceil(self.max_tokens / (LENGTH_STEP * LENGTHS))
+        """Token counts are rounded up to multiples of it; `max_tokens` is one, so none is cut."""
+        units = self.max_tokens // LENGTH_STEP
+        fewest = math.ceil(units / self.lengths)
+        return LENGTH_STEP * next(n for n in range(fewest, units + 1) if units % n == 0)
 
     @model_validator(mode="after")
     def _heads_fit(self) -> "Config":

@@ -20,11 +20,14 @@ Units    the precision of the encoder. Reading takes 48 bytes of memory for each
          held; the embeddings are mapped.
 """
 
+import fcntl
 import hashlib
 import json
-from collections import ChainMap, deque
+import os
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -46,7 +49,8 @@ BATCH, AHEAD = 32, 4096  # captions encoded together, out of so many sorted by l
 SOON = 6  # batches whose words are held before they are asked for
 RECENT = 2**14  # captions whose digests are known: those of these batches
 DIGITS = 24  # 96 bits: among a billion captions two are alike with a chance of 1e-11
-OURS = {"encoder", "width", "depth", "heads", "vocabulary"}  # settings a frozen encoder has not
+# Settings that a frozen encoder does not have, and one that changes nothing but padding.
+OURS = {"encoder", "lengths", "width", "depth", "heads", "vocabulary"}
 
 
 def settings(config: Config, compute: torch.dtype) -> dict[str, Any]:
@@ -87,7 +91,7 @@ class Reader:
             entries.append(np.stack([np.full_like(ends, len(self.shards)), starts, ends], axis=1))
             digests.append(shard["digests"].numpy().view(f"S{DIGITS}")[:, 0])
             self.shards.append(shard["tokens"])
-        self.soon: deque[dict[bytes, Tensor]] = deque(maxlen=SOON)
+        self.soon: deque[tuple[list[bytes], Text]] = deque(maxlen=SOON)
         order = np.argsort(np.concatenate(digests))
         self.digests: npt.NDArray[np.bytes_] = np.concatenate(digests)[order]
         self.entries = np.concatenate(entries)[order]
@@ -97,9 +101,7 @@ class Reader:
         wanted = [_digest(caption) for caption in captions]
         words = self._words(wanted)
         if words is not None:
-            self.soon.append(
-                {digest: one.clone() for digest, one in zip(wanted, words, strict=True)}
-            )
+            self.soon.append((wanted, self._padded(words)))
 
     def tokens(self, captions: Sequence[str]) -> Text | None:
         """What the encoder would give for these captions; None if one of them is not held.
@@ -107,11 +109,23 @@ class Reader:
         The words are the encoder's, and so is the length; padding is zero.
         """
         wanted = [_digest(caption) for caption in captions]
+        for held, text in tuple(self.soon):
+            if held == wanted:
+                return text
+            for first in range(0, len(held), len(wanted)):  # a pass of a batch that takes several
+                if held[first : first + len(wanted)] == wanted:
+                    return self._cut(text, slice(first, first + len(wanted)))
         words = self._words(wanted)
-        if words is None:
-            return None
-        here = ChainMap(*tuple(self.soon))
-        words = [here.get(digest, one) for digest, one in zip(wanted, words, strict=True)]
+        return None if words is None else self._padded(words)
+
+    def _cut(self, text: Text, rows: slice) -> Text:
+        """Some captions of a batch, no longer than the longest of them asks for."""
+        mask = text.mask[rows]
+        length = -(-int(mask.sum(1).max()) // self.step) * self.step
+        return Text(text.tokens[rows, :length], mask[:, :length])
+
+    def _padded(self, words: Sequence[Tensor]) -> Text:
+        """Captions as one tensor, in memory that a GPU copies from without being waited for."""
         lengths = torch.tensor([len(one) for one in words])
         length = -(-int(lengths.max()) // self.step) * self.step
         shape = len(words), length, words[0].shape[1]
@@ -119,7 +133,8 @@ class Reader:
         for row, one in zip(tokens, words, strict=True):
             row[: len(one)] = one
             row[len(one) :] = 0
-        return Text(tokens, torch.arange(length) < lengths[:, None])
+        mask = torch.arange(length) < lengths[:, None]
+        return Text(tokens, mask.pin_memory() if self.pinned else mask)
 
     def _words(self, wanted: Sequence[bytes]) -> list[Tensor] | None:
         """Where the words of these captions are mapped; nothing is read yet."""
@@ -159,28 +174,56 @@ def write(
     The empty caption, which stands for none, is always among them. `progress` hears how many
     captions are done.
 
-    Errors  BadStorage if the disk refuses; the shards that were finished stay.
+    Errors  BadStorage if the disk refuses; the shards that were finished stay. BadRecipe while
+            another process writes there.
     """
     made_with = settings(encoder.config, encoder.compute)
     folder = place(dataset, made_with)
-    path = folder / "manifest.json"
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        if not path.is_file():
-            _write_json(path, made_with | {"shards": {}})
-        shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
-        held = set(Reader([folder], encoder.config).digests.tolist())
-        for shard in _shards(encoder, _new(captions, held, progress)):
-            name = f"{len(shards):05}.safetensors"
-            staged = folder / f".tmp-{name}"
-            save_file(shard, staged)
-            staged.chmod(path.stat().st_mode)  # safetensors lets nobody else read it
-            shards[name] = {"bytes": staged.stat().st_size, "sha256": _sha256(staged)}
-            staged.replace(folder / name)
-            _write_json(path, made_with | {"shards": shards})
+        with _claimed(folder):
+            _fill(folder, encoder, made_with, captions, progress)
     except (OSError, SafetensorError) as error:
         raise BadStorage(f"cannot write {folder}: {error}") from error
     return folder
+
+
+@contextmanager
+def _claimed(folder: Path) -> Iterator[None]:
+    """Have a folder for this process alone until it ends, however it ends. Errors: BadRecipe."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    except BlockingIOError as error:
+        raise BadRecipe(
+            f"another command is encoding captions into {folder}: wait for its end"
+        ) from error
+    finally:
+        os.close(handle)
+
+
+def _fill(
+    folder: Path,
+    encoder: TextEncoder,
+    made_with: dict[str, Any],
+    captions: Iterable[str],
+    progress: Callable[[int], None] | None,
+) -> None:
+    """Add shards with the captions that are new, each listed as soon as it is whole."""
+    path = folder / "manifest.json"
+    if not path.is_file():
+        _write_json(path, made_with | {"shards": {}})
+    shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
+    held = set(Reader([folder], encoder.config).digests.tolist())
+    for shard in _shards(encoder, _new(captions, held, progress)):
+        name = f"{len(shards):05}.safetensors"
+        staged = folder / f".tmp-{name}"
+        save_file(shard, staged)
+        staged.chmod(path.stat().st_mode)  # safetensors lets nobody else read it
+        shards[name] = {"bytes": staged.stat().st_size, "sha256": _sha256(staged)}
+        staged.replace(folder / name)
+        _write_json(path, made_with | {"shards": shards})
 
 
 def verify(dataset: Path) -> None:

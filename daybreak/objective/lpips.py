@@ -13,7 +13,7 @@ Source   LPIPS: arXiv 1801.03924, version 0.1; on a guessed picture: PixelGen, a
 
 import importlib.util
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -54,38 +54,58 @@ class Config(BaseModel):
     heads: str | None = None
 
 
+def apart(
+    head: Float[Tensor, " c"], guess: Float[Tensor, "b p c"], truth: Float[Tensor, "b p c"]
+) -> Float[Tensor, " b"]:
+    """One term of the sum: activations at all places, each scaled to length one, in float32."""
+    # Where a place is dead in all channels a written-out root would have no gradient.
+    u, v = (
+        f / (torch.linalg.vector_norm(f, dim=-1, keepdim=True) + 1e-10)
+        for f in (guess.float(), truth.float())
+    )
+    return (head * (u - v).square()).sum(-1).mean(1)
+
+
 class Vgg(NamedTuple):
-    """The network as data: for each depth, (kernel, bias) of its convolutions and the head's w."""
+    """The network as data: for each depth, (kernel, bias) of its convolutions and the head's w.
+
+    `apart` is the function of that name, or what a compiler has made of it (`compiled`).
+    """
 
     depths: tuple[tuple[tuple[Tensor, Tensor], ...], ...]
-    heads: tuple[Float[Tensor, "1 c 1 1"], ...]
+    heads: tuple[Float[Tensor, " c"], ...]
+    apart: Callable[[Tensor, Tensor, Tensor], Tensor] = apart
+
+
+def compiled(vgg: Vgg) -> Vgg:
+    """Compare activations in one operation forth and one back, which keep the activations alone.
+
+    By single operations that is more work than the convolutions: none has more than one use for
+    the numbers it reads. Any number of places and channels is the same code.
+    """
+    return vgg._replace(apart=torch.compile(apart, dynamic=True, fullgraph=True))
 
 
 def distance(
     vgg: Vgg, guess: Float[Tensor, "b 3 h w"], truth: Float[Tensor, "b 3 h w"], scale: float = 1.0
 ) -> Float[Tensor, " b"]:
-    """Return one number for each pair of pictures, in [-1, 1]; gradient reaches the guess only."""
+    """Return the distance of each pair of pictures (in [-1, 1]); the guess alone gets gradient."""
     height, width = (max(SMALLEST, round(side * scale)) for side in guess.shape[-2:])
     guess, truth = (vision.resize(image.float(), height, width) for image in (guess, truth))
     with torch.no_grad():
         wanted = list(activations(vgg, truth))
-    apart = [
-        (head * (seen - right).square()).sum(1).mean((1, 2))
-        for head, seen, right in zip(vgg.heads, activations(vgg, guess), wanted, strict=True)
-    ]
-    return torch.stack(apart).sum(0)
+    seen = zip(vgg.heads, activations(vgg, guess), wanted, strict=True)
+    return torch.stack([vgg.apart(*depth) for depth in seen]).sum(0)
 
 
-def activations(vgg: Vgg, image: Float[Tensor, "b 3 h w"]) -> Iterator[Float[Tensor, "b c y x"]]:
-    """Yield what each depth makes of a picture, float32, of length one at every place."""
+def activations(vgg: Vgg, image: Float[Tensor, "b 3 h w"]) -> Iterator[Float[Tensor, "b p c"]]:
+    """Yield what each depth makes of a picture, at all its places."""
     x = vision.standardise(image).to(vgg.depths[0][0][0].dtype, memory_format=LAYOUT)
     for number, convolutions in enumerate(vgg.depths):
         x = F.max_pool2d(x, 2) if number else x
         for kernel, bias in convolutions:
             x = F.relu(F.conv2d(x, kernel, bias, padding=1))
-        full = x.float()
-        # Where a place is dead in all channels a written-out root would have no gradient.
-        yield full / (torch.linalg.vector_norm(full, dim=1, keepdim=True) + 1e-10)
+        yield x.permute(0, 2, 3, 1).flatten(1, 2)  # in LAYOUT that is how they lie
 
 
 def load(
@@ -114,7 +134,10 @@ def load(
                 )
                 for convolutions in CONVOLUTIONS
             ),
-            tuple(learned[f"lin{depth}.model.1.weight"] for depth in range(len(CONVOLUTIONS))),
+            tuple(
+                learned[f"lin{depth}.model.1.weight"].flatten()
+                for depth in range(len(CONVOLUTIONS))
+            ),
         )
     except KeyError as error:
         raise BadRecipe(
@@ -122,7 +145,7 @@ def load(
             "not there; download them anew"
         ) from error
     widths = [len(convolutions[-1][0]) for convolutions in vgg.depths]
-    if [head.shape[1] for head in vgg.heads] != widths:
+    if [len(head) for head in vgg.heads] != widths:
         raise BadRecipe(f"{heads} does not fit {network}, whose depths have {widths} channels")
     return Vgg(
         tuple(

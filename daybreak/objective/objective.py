@@ -22,7 +22,7 @@ from daybreak.model import flow, tread, vision
 from daybreak.model.text import Text
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective import contrastive, dino, lpips, repa
-from daybreak.train.dice import Dice
+from daybreak.train.dice import Dice, key
 
 
 class View(NamedTuple):
@@ -76,7 +76,7 @@ class Objective:
         if repa_config:
             teacher = self.teachers.get(repa_config.teacher)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(seed)
+                torch.manual_seed(key(seed, "repa"))  # not the numbers that the denoiser began with
                 self.repa = repa.Repa(repa_config, width, teacher.width if teacher else width)
         self.learned = nn.ModuleDict({"repa": self.repa} if self.repa else {}).to(device)
 

@@ -11,9 +11,10 @@ import torch
 
 from daybreak import config, doctor
 from daybreak.data import batches
-from daybreak.failure import Failure
+from daybreak.failure import BadRecipe, Failure
 from daybreak.model import text, text_to_image
 from daybreak.model.text_to_image import TextToImage
+from daybreak.objective import lpips
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.optim.ema import Ema
@@ -50,7 +51,9 @@ def build(
     shared = None if model.text.trained else model.text
     twin = text_to_image.build(*of, shared).to(here.device)
     follows = parallel.Config(reshard_after_forward=True)
-    compiled = _compiles(recipe, tell)
+    compiled = compiles(recipe, here.device, tell)
+    if compiled and objective.vgg:
+        objective.vgg = lpips.compiled(objective.vgg)
     parallel.prepare(model.dit, model.dit.blocks, here, recipe.parallel, dtype, compiled)
     parallel.prepare(twin.dit, twin.dit.blocks, here, follows, dtype)
     if model.text.trained:
@@ -84,11 +87,19 @@ def room(recipe: config.Recipe) -> Iterator[None]:
         ) from error
 
 
-def _compiles(recipe: config.Recipe, tell: Callable[[str], None]) -> bool:
-    """Whether blocks are compiled; where they cannot be, a slower run is no reason to refuse."""
+def compiles(recipe: config.Recipe, device: torch.device, tell: Callable[[str], None]) -> bool:
+    """Whether blocks are compiled. A CPU without a compiler runs slower, and is told.
+
+    Errors  BadRecipe for a GPU without one, whose hours are paid for.
+    """
     if not recipe.compile:
         return False
-    if doctor.compiler() is None:
+    if device.type == "cuda" and doctor.compiler("cuda") is None:
+        raise BadRecipe(
+            "compile = true needs a C compiler and Python's headers on a machine with a GPU: "
+            "apt install gcc python3-dev, or go on far more slowly with --set compile=false"
+        )
+    if device.type != "cuda" and doctor.compiler() is None:
         tell("no C++ compiler with Python headers: torch.compile is off, training is slower")
         return False
     # Each number of image tokens, and of words, is a variant; past the limit they run uncompiled.

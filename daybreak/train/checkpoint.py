@@ -230,7 +230,7 @@ def digest(manifest: Mapping[str, Any]) -> str:
 def load(checkpoint: Checkpoint, state: State) -> None:
     """Put everything back as it was after that step, on any number of ranks.
 
-    Errors  BadRecipe, before anything is touched, if another model was saved.
+    Errors  BadRecipe, before a weight is touched, if another model was saved.
     """
     stored = _stored(checkpoint)
     _prime(state.optimizers, stored)
@@ -271,7 +271,7 @@ def reject(checkpoint: Checkpoint) -> None:
 
 
 def flat(files: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Name tensors as shards do: `model.dit.blocks.0.qkv.weight`."""
+    """Name tensors as shards do: `model.dit.blocks.0.attention.img_qkv_proj.weight`."""
     return {f"{file}.{name}": value for file, some in files.items() for name, value in some.items()}
 
 

@@ -154,7 +154,7 @@ def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
         for line in taken
         if side(line, metric) == side(taken[-1], metric)
     ]
-    return all(rivals[-1] > other for other in rivals[:-1])
+    return math.isfinite(rivals[-1]) and not any(other >= rivals[-1] for other in rivals[:-1])
 
 
 def value(line: Mapping[str, Any], metric: str) -> float:

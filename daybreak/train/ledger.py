@@ -167,8 +167,9 @@ class Ledger:
             )
         if self.limit is None or self.limit >= needed:
             return
-        given, enough = f"{config.seconds:.3g} s", f"{math.ceil(2 * needed)}s"
-        if config.seconds is None or config.seconds > self.limit:
+        if config.seconds is not None and config.seconds <= self.limit:
+            given, enough = f"{config.seconds:.3g} s", f"{math.ceil(2 * needed)}s"
+        else:
             assert self.rate is not None
             more = self.dollars + self.rate * (2 * needed - self.seconds) / 3600
             given = f"{config.dollars:.3g} usd, at {self.rate:.4g} an hour,"

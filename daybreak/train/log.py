@@ -23,7 +23,7 @@ from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self, TextIO
+from typing import Any, BinaryIO, NamedTuple, Self, TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
@@ -86,6 +86,7 @@ class Log:
         self.images = int(last.get("images", 0))
         self.seconds = float(last.get("seconds", 0.0))
         self.unwritten = b""
+        self.file: BinaryIO | None = None  # kept open: where a disk is shared, closing waits for it
         self.warned = False
 
         self.began = self.printed = time.monotonic()
@@ -115,6 +116,7 @@ class Log:
     ) -> None:
         """Leave the last state of the bar standing; write what could not be written before."""
         self._write(b"")
+        self._close()
         if self.progress:
             with contextlib.suppress(OSError, ValueError):
                 self.progress.stop()  # also gives back stdout, which the bar had borrowed
@@ -238,17 +240,25 @@ class Log:
         if not self.path or not self.unwritten:
             return
         try:
-            with self.path.open("ab", buffering=0) as file:
-                end = file.tell()
-                written = file.write(self.unwritten)
-                if written != len(self.unwritten):
-                    file.truncate(end)
-                    raise OSError(None, "no room")
+            file = self.file = self.file or self.path.open("ab", buffering=0)
+            end = file.seek(0, os.SEEK_END)
+            written = file.write(self.unwritten)
+            if written != len(self.unwritten):
+                file.truncate(end)
+                raise OSError(None, "no room")
             self.unwritten = b""
         except OSError as error:
+            self._close()
             if not self.warned:
                 self.warned = True
                 self.note(f"{self.path} cannot be written ({error.strerror}); trying on.")
+
+    def _close(self) -> None:
+        """Let go of the file; the next line opens it again."""
+        if self.file:
+            with contextlib.suppress(OSError):
+                self.file.close()
+        self.file = None
 
     def _show(self, show: Callable[[], object]) -> None:
         """Print, for as long as somebody reads: training goes on without."""

@@ -312,7 +312,7 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
         if done % recipe.health.check_every == 0:
             _check(run)
         best = False
-        if (done % recipe.sample.every == 0 or last) and not over:
+        if (done % recipe.sample.every == 0 or last) and not code and not over:
             _show(run, done, stage.resolution)
             code = max(code, _heard(here, stop.code))
             factor, over = _budget(run, done)
@@ -379,7 +379,7 @@ def _step(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -
         groups.set_rate(run.state.optimizers, rate)
         for optimizer, _ in run.state.optimizers.values():
             optimizer.step()
-        run.ema.update(run.state.model, step)
+    run.ema.update(run.state.model, step)  # also towards weights that have not moved
     for optimizer, _ in run.state.optimizers.values():
         optimizer.zero_grad()
     if verdict.back:
@@ -458,17 +458,17 @@ def _return(run: Run, step: int) -> None:
             return
         checkpoint.load(found, run.state)
         run.guard.return_to(found.step, found.facts["guard"], step)
+        if run.recipe.stage_at(found.step) != run.recipe.stage_at(step):
+            run.guard.new_stage()
     run.log.note(f"returned to the weights of step {found.step}")
 
 
 def _check(run: Run) -> None:
     """Compare what several ranks hold, and name those that are slow. Errors: LostPeer."""
-    parts = {"model": run.state.model, "average": run.state.average.dit}
-    parts |= {"objective": run.objective.learned}
-    health.compare(
-        run.here,
-        {f"{name}.{key}": p for name, part in parts.items() for key, p in part.named_parameters()},
-    )
+    state = run.state
+    learned = dict(run.objective.learned.named_parameters())
+    held = {"model": state.model.weights(), "average": state.average.weights()}
+    health.compare(run.here, checkpoint.flat({**held, "objective": learned}))
     for line in run.pace.laggards(run.here):
         run.log.note(line)
 

@@ -136,7 +136,7 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
         total += Saved(compared * flops.target(recipe) * (5 * c + 2 * FULL), 0)
     if recipe.lpips and flops.active(recipe, stage, "lpips"):
         side = max(lpips.SMALLEST, round(stage.resolution * recipe.lpips.resize))
-        kept = perceived(flops.vgg_depths(recipe.lpips), side, c)
+        kept = perceived(flops.vgg_depths(recipe.lpips), side, c, recipe.compile)
         total += Saved(recipe.lpips.fraction * kept, 0)
     if recipe.dino and flops.active(recipe, stage, "dino"):
         view = flops.teachers(recipe, stage)["dino"]
@@ -153,18 +153,19 @@ def outside(size: dit.Config, n: int, l: int, context: int, c: int) -> float:  #
     return c * (patches + l * context) + 3 * FULL * n * size.width
 
 
-def perceived(depths: Iterable[tuple[int, int]], side: int, c: int) -> float:
+def perceived(depths: Iterable[tuple[int, int]], side: int, c: int, compiled: bool) -> float:
     """What LPIPS keeps of a guess: each activation, and what a pooling chose.
 
-    Of the last of each depth also the distance to the truth and, where the network computes in
-    less than float32, a copy in that.
+    Of the last of each depth also what it is compared with and both lengths of each place, or, not
+    `compiled`, the distance and, where the network computes in less than float32, a copy in that.
     """
     total = float(c * CHANNELS * side**2)
     pooled = 0
     for channels, convolutions in depths:
         places = channels * side**2
         total += c * (convolutions * places + pooled) + 8 * pooled
-        total += (2 if c < FULL else 1) * FULL * places
+        copies = (2 if c < FULL else 1) * FULL * places
+        total += c * places + 2 * FULL * side**2 if compiled else copies
         side //= 2
         pooled = channels * side**2
     return total

@@ -166,14 +166,18 @@ def check_pairs(recipe: config.Recipe, devices: int) -> None:
 
 
 def check_space(run: Path, bytes_per_checkpoint: int, keep: int) -> None:
-    """Refuse to start a run whose checkpoints the disk cannot hold. Errors: BadStorage."""
-    needed = int(2.2 * bytes_per_checkpoint)
+    """Refuse to start a run whose checkpoints the disk cannot hold. Errors: BadStorage.
+
+    Those that are kept lie beside the one being written; some may be there already.
+    """
+    more = max(1, keep + 1 - len(checkpoint.found(run)))
+    needed = int(1.1 * more * bytes_per_checkpoint)
     free = shutil.disk_usage(doctor.standing(run)).free
     if free < needed:
         raise BadStorage(
-            f"{run} has {free / 2**20:.0f} MiB free, and checkpoints of "
-            f"{bytes_per_checkpoint / 2**20:.0f} MiB (keep = {keep}) need {needed / 2**20:.0f} MiB "
-            "at least: free some space or choose another folder with --out"
+            f"{run} has {free / 2**20:.0f} MiB free, and {more} checkpoints of "
+            f"{bytes_per_checkpoint / 2**20:.0f} MiB (keep = {keep}, and the one being written) "
+            f"need {needed / 2**20:.0f} MiB: free some space or choose another folder with --out"
         )
 
 

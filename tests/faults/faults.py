@@ -355,6 +355,23 @@ class Alone:
             raise OSError(errno.ENETUNREACH, os.strerror(errno.ENETUNREACH))
 
 
+def terminate() -> None:
+    """Ask this process to stop, as a scheduler does."""
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+class Both:
+    """One after the other: what the second does lies around what the first has done."""
+
+    def __init__(self, first: Fault, second: Fault) -> None:
+        self.faults = first, second
+
+    def __call__(self) -> None:
+        """Stand in the way."""
+        for fault in self.faults:
+            fault()
+
+
 class Once:
     """Leaves or fails at the `count`-th call."""
 

@@ -209,7 +209,7 @@ def test_C4_a_run_that_its_disk_cannot_hold_does_not_begin(small_disk: Path) -> 
     (small_disk / "ballast").write_bytes(bytes(6 * 2**20))
     ended = place.begin("dit.width=64", ranks=RANKS).end()
     assert set(ended.codes) == {BadStorage.code}, ended.said
-    assert "MiB free, and checkpoints of" in ended.said
+    assert "MiB free, and 3 checkpoints of" in ended.said
     assert not (place.run / "recipe.toml").exists()
 
 
