@@ -16,7 +16,6 @@ from daybreak import host
 from daybreak.failure import BadRecipe, BadStorage, Failure
 
 if TYPE_CHECKING:
-    from daybreak.config import Recipe
     from daybreak.data.shards import Progress
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
@@ -246,7 +245,7 @@ def sample(
     prompts = [words for words in prompt for _ in range(count)]
     seeds = list(range(seed, seed + len(prompts)))
     digest = config.digest(recipe)
-    recipe = _resampled(recipe, set_, steps, guidance)
+    recipe = config.resampled(recipe, tuple(set_ or ()), steps, guidance)
     how, side = recipe.sample, recipe.stage[-1].resolution
     pictures = draw.draw(model, prompts, seeds, side, side, how, recipe.flow, recipe.tread)
 
@@ -624,7 +623,9 @@ def _cache_text(datasets: list[Path], encoder: str, max_tokens: int | None, prec
     if encoder.endswith(".toml"):
         recipe = config.load(encoder)
         if recipe.text.encoder is None:
-            raise BadRecipe(f"--cache-text {encoder}: there captions are read by one that learns")
+            raise BadRecipe(
+                f"--cache-text {encoder}: this recipe trains its own text encoder: nothing to cache"
+            )
         settings, precision = recipe.text, recipe.precision
     elif max_tokens:
         if max_tokens % text.LENGTH_STEP:
@@ -632,17 +633,6 @@ def _cache_text(datasets: list[Path], encoder: str, max_tokens: int | None, prec
         settings = text.Config(encoder=encoder, max_tokens=max_tokens)
     for dataset in datasets:
         print(f"text: {encoded.fill(dataset, settings, precision, _counter('captions'))}")
-
-
-def _resampled(
-    recipe: "Recipe", sets: list[str] | None, steps: int | None, guidance: float | None
-) -> "Recipe":
-    """Put the settings of the command line in the place of the recipe's."""
-    from daybreak import config
-
-    given = {"sample.steps": steps, "sample.guidance": guidance}
-    named = [f"{key}={value}" for key, value in given.items() if value is not None]
-    return config.resampled(recipe, (*(sets or ()), *named))
 
 
 def _file_name(prompt: str) -> str:

@@ -216,7 +216,7 @@ class Recipe(BaseModel):
         return {*stage.without, *(("repa",) if over else ())}
 
     def stage_at(self, step: int) -> int:
-        """Number of the stage that a step belongs to, counted from 1; after them all the last."""
+        """Index (from 0) of the stage of a step (from 1, over all); past the end, of the last."""
         for number, stage in enumerate(self.stage):
             if step <= stage.count:
                 return number
@@ -318,13 +318,17 @@ def assignments(old: Recipe, new: Recipe) -> list[str]:
     return [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
 
 
-def resampled(recipe: Recipe, sets: tuple[str, ...]) -> Recipe:
+def resampled(
+    recipe: Recipe, sets: tuple[str, ...], steps: int | None = None, guidance: float | None = None
+) -> Recipe:
     """Change how a finished run is sampled, and nothing else of its recipe.
 
     Errors  BadRecipe for a key outside `sample` and `tread`.
     """
     table = _without_none(recipe.model_dump(mode="json"))
-    for assignment in sets:
+    given = {"sample.steps": steps, "sample.guidance": guidance}
+    named = (f"{key}={value}" for key, value in given.items() if value is not None)
+    for assignment in (*sets, *named):
         if assignment.split(".")[0].strip() not in ("sample", "tread"):
             raise BadRecipe(
                 f"--set {assignment}: this run is trained, so only keys of sample and tread can "

@@ -128,7 +128,7 @@ def test_however_the_batch_is_cut_the_loss_is_the_same(
 def test_in_half_precision_every_part_is_near(setting: Setting, sections: dict[str, Any]) -> None:
     _, exact = setting.run(Objective(CONFIG, **sections))
     half = build(DIT, TEXT, setting.model.text.tokenizer, 0, torch.bfloat16)
-    half.load(setting.model.weights())
+    half.load_state_dict(setting.model.state_dict())
     _, near = setting._replace(model=half).run(
         Objective(CONFIG, **sections, compute=torch.bfloat16)
     )

@@ -185,8 +185,8 @@ def test_a_gain_that_few_seeds_show_is_no_improvement() -> None:
     found = verdict(comparison)
     assert found.word == "not resolved"
     assert found.sentence.endswith(
-        "better in 65% of seeds); an improvement shows in 75% of seeds at least, however sure the "
-        "mean is"
+        "better in 65% of seeds); what is called better wins in 75% of seeds at least, however "
+        "small p is"
     )
 
 

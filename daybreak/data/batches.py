@@ -292,8 +292,9 @@ def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
     is raised in the middle of a step. Of a worker that is killed while it sends, only the broken
     connection is seen at first; asked again a moment later, the loader names it.
 
-    Before Python 3.12 a worker hangs as it is born if a thread of C++ wants the interpreter just
-    then, as those of gloo do that let go of a tensor. So it begins when the last exchange is over.
+    Before Python 3.12 a forked worker can hang at its start if a thread of C++, as one of gloo's
+    that lets go of a tensor, asks for the interpreter's lock at that moment. So workers are forked
+    a while after the last exchange.
     """
     if dist.is_initialized():
         time.sleep(HUSH)

@@ -323,7 +323,7 @@ def _counted(things: tuple[Thing, ...]) -> bool:
 
 def _crossed(things: tuple[Thing, ...]) -> bool:
     for one, other in combinations(things, 2):
-        word = _side(one, other)
+        word = side(one, other)
         if word in ("right", "below"):
             word, one, other = OPPOSITE[word], other, one
         if (word, one.colour, other.colour) in _CROSSED:
@@ -358,10 +358,11 @@ def relation(scene: Scene) -> str | None:
         return None
     one, other = scene.things
     margin = abs(abs(one.x - other.x) - abs(one.y - other.y))
-    return _side(one, other) if margin >= 3 * CANVASES[scene.canvas].scale else None
+    return side(one, other) if margin >= 3 * CANVASES[scene.canvas].scale else None
 
 
-def _side(one: Thing, other: Thing) -> str:
+def side(one: Thing, other: Thing) -> str:
+    """How one thing stands to another, however near the diagonal."""
     across, down = one.x - other.x, one.y - other.y
     if abs(across) >= abs(down):
         return "left" if across < 0 else "right"

@@ -177,7 +177,9 @@ def compare(
     if drawn.any(1).all() and reference.any(1).all():
         values["cmmd"] = distances.cmmd(drawn, reference)
     else:
-        remarks.append(f"{name}.cmmd is left out: of some picture the network says nothing at all")
+        remarks.append(
+            f"{name}.cmmd is left out: at least one picture has features that are all zero"
+        )
     values |= distances.manifold(drawn, reference)._asdict()
     if said := distances.warning(f"{name}.frechet", frechet, n):
         remarks.append(said)

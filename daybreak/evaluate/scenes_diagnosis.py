@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daybreak.data import scenes_shapes
-from daybreak.data.scenes import CANVASES, PALETTE, Thing
+from daybreak.data.scenes import CANVASES, PALETTE, Thing, side
 from daybreak.data.scenes_captions import COLOURS, Specification, Wanted
 from daybreak.evaluate.scenes_checker import Detection, Found
 
@@ -58,7 +58,7 @@ def confusions(detection: Detection, specification: Specification) -> list[Confu
         if wanted.size is not None and thing.size is not None:
             found.append(Confusion("sizes", wanted.size, thing.size))
     if relation is not None:
-        found.append(Confusion("relation", relation, _side(*order)))
+        found.append(Confusion("relation", relation, side(*order)))
     return found
 
 
@@ -99,11 +99,3 @@ def _likeness(thing: Thing, wanted: Wanted) -> int:
     return sum(
         (thing.shape == wanted.shape, thing.colour == wanted.colour, thing.size == wanted.size)
     )
-
-
-def _side(one: Thing, other: Thing) -> str:
-    """How one thing stands to another, however near the diagonal."""
-    across, down = one.x - other.x, one.y - other.y
-    if abs(across) >= abs(down):
-        return "left" if across < 0 else "right"
-    return "above" if down < 0 else "below"

@@ -238,8 +238,8 @@ def verdict(comparison: Paired, p: float | None = None, comparisons: int = 1) ->
         if gain > 0 and wins < WINS:
             return Verdict(
                 "not resolved",
-                f"not resolved: {seen}; an improvement shows in {WINS:.0%} of seeds at least, "
-                "however sure the mean is",
+                f"not resolved: {seen}; what is called better wins in {WINS:.0%} of seeds at "
+                "least, however small p is",
             )
         word: Literal["better", "worse"] = "better" if gain > 0 else "worse"
         return Verdict(word, f"{word}: {seen}")

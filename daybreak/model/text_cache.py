@@ -41,6 +41,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from daybreak.failure import BadData, BadRecipe, BadStorage
+from daybreak.model import hub
 from daybreak.model.text import Config, Text, TextEncoder, clean
 
 SCHEMA = 1
@@ -324,14 +325,9 @@ def _commit(name: str) -> str:
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
-    try:
+    with hub.loading("text.encoder", name, "give text.encoder a local folder that holds it"):
         AutoConfig.from_pretrained(name)  # so that the commit is known here
         found = try_to_load_from_cache(name, "config.json")
-    except (OSError, ValueError) as error:
-        raise BadRecipe(
-            f"text.encoder = {name!r} is neither a local folder nor a model that can be loaded "
-            f"from the hub ({str(error).splitlines()[0]})"
-        ) from error
     assert isinstance(found, str)  # .../snapshots/COMMIT/config.json
     return Path(found).parent.name
 

@@ -4,7 +4,6 @@ Its trained weights, by name, are what the optimiser moves, the average follows,
 and an export writes. A frozen encoder is not among them: it is named in the recipe.
 """
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -28,19 +27,6 @@ class TextToImage(nn.Module):
             for name, parameter in self.named_parameters()
             if not name.startswith(frozen)
         }
-
-    @torch.no_grad()
-    def load(self, weights: Mapping[str, Tensor]) -> None:
-        """Copy trained weights in. Errors: ValueError unless names and shapes match exactly."""
-        mine = self.weights()
-        if mine.keys() != weights.keys():
-            raise ValueError(f"weights differ in {sorted(mine.keys() ^ weights.keys())[:5]}")
-        for name, value in mine.items():
-            if value.shape != weights[name].shape:
-                raise ValueError(
-                    f"{name} is {tuple(weights[name].shape)}, not {tuple(value.shape)}"
-                )
-            value.copy_(weights[name])
 
 
 def build(

@@ -1,4 +1,4 @@
-"""Frozen teachers: networks that know pictures, and are only asked.
+"""Frozen teachers: networks that know pictures, and learn nothing more.
 
 A DINOv2 or DINOv3 of any size, by hub id or local folder, gives one vector for each patch of a
 picture. The picture is resized so that the teacher's patches are the squares its caller asks for:

@@ -92,7 +92,8 @@ class Objective:
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """Return the loss to minimise and its detached, unweighted parts; one die a picture.
 
-        Beside the parts stands how many `words` the longest caption has, padding included.
+        Among the parts is `words`, the padded length of the captions in tokens: no part of the
+        loss, for the log.
 
         `without` names sections that rest in this step, `shift` stands in for that of [flow]. The
         order of the draws (time, noise, route, then a term's own) is part of a run's identity.

@@ -376,8 +376,8 @@ def traffic(recipe: Recipe, mesh: Mesh, passes: int = 1) -> tuple[float, float]:
     gathered = 4 * passes if recipe.parallel.reshard_after_forward else 2
     cut = (gathered + 4) * weights * others + 2 * 2 * matrices / mesh.shard * others
     copied = 2 * 4 * weights / mesh.shard * (mesh.replicate - 1) / mesh.replicate
-    inside, across = (cut, copied) if mesh.shard <= memory.NODE else (0.0, cut + copied)
-    return (inside, across) if mesh.devices > memory.NODE else (inside + across, 0.0)
+    inside, across = (cut, copied) if mesh.shard <= hardware.PER_NODE else (0.0, cut + copied)
+    return (inside, across) if mesh.devices > hardware.PER_NODE else (inside + across, 0.0)
 
 
 def check_memory(recipe: Recipe, made: Plan) -> None:

@@ -54,9 +54,9 @@ class Checkpoint(NamedTuple):
 
     @property
     def weights(self) -> str:
-        """The sha256 of its averaged weights, whoever wrote them: that of `ema.safetensors`.
+        """What identifies its averaged weights: the sha256 of `ema.safetensors`.
 
-        Ranks keep them in pieces beside all else: then that of what the manifest says of those.
+        Where ranks wrote shards, of the manifest's entries for them, optimiser state included.
         """
         listed = json.loads((self.folder / "manifest.json").read_text())["files"]
         if not self.sharded:

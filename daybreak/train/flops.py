@@ -26,7 +26,6 @@ from daybreak.optim import groups, polar_express
 from daybreak.train import networks
 from daybreak.train.networks import CHANNELS, Network
 
-SINUSOIDS = 256  # in which the denoiser reads a time
 VGG = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and convolutions of each depth
 
 
@@ -84,7 +83,7 @@ def denoiser(
     walking = routed * block(size, visible(route, n), l)
     blocks = (size.depth - routed) * block(size, n, l) + walking
     patches = linear(n, pixels, b, back=1) + linear(n, b, h) if b else linear(n, pixels, h, back=1)
-    time = linear(1, SINUSOIDS, h, back=1) + linear(1, h, h)
+    time = linear(1, dit.FEATURES, h, back=1) + linear(1, h, h)
     words = linear(l, context, h, back=2 if words_learn else 1)
     last = linear(n, h, pixels) + linear(1, h, 2 * h)
     fusion = linear(n, 2 * h, h) if route and route.kind == "sprint" else 0

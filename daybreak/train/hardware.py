@@ -28,7 +28,7 @@ from daybreak.model.product import product
 
 GB = 10**9
 NETWORK = 50 * GB  # between nodes, per GPU: 400 Gb/s, what clusters of these boards are sold with
-PER_NODE = 8
+PER_NODE = 8  # devices that share a fast link
 
 
 class Device(NamedTuple):

@@ -231,7 +231,7 @@ class Ledger:
     def late(self, first: float = 0.0) -> bool:
         """Whether there is no time for another step, and a checkpoint after it.
 
-        Before the step comes what takes so many seconds.
+        `first` is how many seconds something else, a grid, takes before that step.
         """
         if self.limit is None:
             return False

@@ -590,4 +590,4 @@ def _is_over(
 
 
 def _silent(_: object) -> None:
-    """Of several ranks one speaks; where nothing is known beforehand nobody expects it."""
+    """Do nothing: what other ranks than the first say, and who expects captions without a cache."""

@@ -4,7 +4,7 @@
     copies       of the weights in the precision of the blocks; the backward pass wants them again
     activations  what else it wants again, for each picture of a pass
     pictures     image, noise, their mixture, the guess
-    teachers     networks that are only asked
+    teachers     networks that are frozen
     workspace    the gradients of one block's activations, while the pass goes back through it
 
 A compiled block keeps what goes into a product and what comes out of one, and computes the rest
@@ -29,11 +29,11 @@ from daybreak.model import dit
 from daybreak.model.text import Text
 from daybreak.objective import lpips
 from daybreak.train import flops
+from daybreak.train.hardware import PER_NODE
 from daybreak.train.networks import CHANNELS, Network
 
 FULL = 4  # bytes of a float32
 PICTURES = 4  # of a picture: itself, its noise, their mixture, the guess
-NODE = 8  # devices that share a fast link
 
 
 class Mesh(NamedTuple):
@@ -66,7 +66,7 @@ class Saved(NamedTuple):
 
 def mesh_for(count: int) -> Mesh:
     """Cut weights among the devices of a node and copy them across nodes."""
-    shard = count if count <= NODE else math.gcd(count, NODE)
+    shard = count if count <= PER_NODE else math.gcd(count, PER_NODE)
     return Mesh(count // shard, shard)
 
 
@@ -97,7 +97,7 @@ def parts(
 
 
 def asleep(recipe: Recipe) -> float:
-    """Weights of the networks that are only asked; they stay through stages that do not ask."""
+    """Weights of the frozen networks; they stay through stages that do not ask them."""
     views = [view for stage in recipe.stage for view in flops.teachers(recipe, stage).values()]
     total = sum(network.weights for network in {view.network for view in views})
     if recipe.text.encoder is not None:

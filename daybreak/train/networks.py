@@ -1,4 +1,4 @@
-"""How large the networks are that a recipe names and only asks.
+"""Sizes of the frozen networks (text encoders, teachers) that a recipe names.
 
 Text encoders and teachers are named by hub id or local folder. Their sizes come from the
 `config.json` that is there (the folder, the hub's cache), else from the table below, so that a run

@@ -100,8 +100,8 @@ def sentences(found: Comparison, measured: bool) -> list[str]:
     question, base = found.question, found.rows[0].arm.name
     said = [sentence for one in found.versus for sentence in _against(one, base, found)]
     said += [
-        f"{row.arm.name}: the mean after the last step is {row.mean:.4g}; p = {row.meets:.2g} that "
-        f"it does not meet {question.target:g} (a record needs 0.01)"
+        f"{row.arm.name}: the mean after the last step is {row.mean:.4g}; one-sided p = "
+        f"{row.meets:.2g} against no better than {question.target:g} (a record needs 0.01)"
         for row in found.rows
         if row.meets is not None
     ]

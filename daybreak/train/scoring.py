@@ -228,9 +228,7 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
             "out, it is for pipelines"
         )
     recipe, found, network = runs.trained(folder, chosen=chosen)
-    given = {"sample.steps": wanted.steps, "sample.guidance": wanted.guidance}
-    named = [f"{key}={value}" for key, value in given.items() if value is not None]
-    recipe = config.resampled(recipe, (*wanted.sets, *named))
+    recipe = config.resampled(recipe, wanted.sets, wanted.steps, wanted.guidance)
     drawn_by = artist.ours(
         network,
         recipe.stage[-1].resolution,

@@ -42,7 +42,7 @@ class Status:
     def __init__(self, run: Path, tell: Callable[[str], None]) -> None:
         self.file, self.lock, self.tell = run / "status.json", run / "lock", tell
         self.rank = int(os.environ.get("RANK", "0"))
-        self.begun, self.ended = False, False
+        self.begun = False
         self.held: TextIO | None = None
         self.step, self.written = 0, 0.0
         self.checkpoint: int | None = None
@@ -114,7 +114,6 @@ class Status:
 
     def end(self, code: int, reason: str) -> None:
         """Enter how the run has ended, if this rank holds the lock."""
-        self.ended = True
         if self.held is not None:
             self._write("stopped" if code else "finished", reason, code)
 

@@ -3,8 +3,9 @@
     SIGTERM, SIGUSR1    code 75: a scheduler wants the machine back and starts the run again
     SIGINT              code 130: Ctrl-C
 
-A handler only remembers. The ranks tell one another with the numbers of the next step, so that all
-stop after the same one, whoever has heard. A second signal leaves at once, with 130 or 128 + n.
+The handler only sets a flag. Ranks exchange it with the next step's numbers, so that all stop after
+the same step, whichever of them got the signal. A second signal ends the process at once, with 130
+or 128 + n.
 """
 
 import os
