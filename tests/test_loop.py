@@ -1,8 +1,11 @@
 """Training as a whole: it learns, it stops, it goes on, bit for bit."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,7 +15,7 @@ import pytest
 import torch
 from PIL import Image
 
-from daybreak import config
+from daybreak import config, doctor
 from daybreak.evaluate import interim
 from daybreak.failure import BadData, BadRecipe, BadStorage, NotFinite
 from daybreak.generate.draw import draw
@@ -121,6 +124,35 @@ def test_a_signal_saves_and_leaves(tiny: Path, tmp_path: Path, number: int, code
     assert process.returncode == code, output
     assert "the same command continues" in output
     assert checkpoint.required(tmp_path / "run", print).step == len(losses(tmp_path / "run"))
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(doctor.compiler() is None, reason="no C++ compiler")
+def test_a_run_that_is_stopped_or_killed_while_it_compiles_goes_on(
+    tiny: Path, tmp_path: Path
+) -> None:
+    """The compiler is in the same process group, so Ctrl-C and kills meet it too."""
+    compiler = tmp_path / "g++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        'case "$*" in *.main.*) mkdir "$0.once" && kill -INT $PPID; exit 1;; esac\n'
+        f'exec {doctor.compiler()} "$@"\n'
+    )
+    compiler.chmod(0o755)
+    cache = tmp_path / "kernels"
+    empty = cache / "ab" / "cab.main.so"
+    empty.parent.mkdir(parents=True)
+    empty.touch()
+    os.utime(empty, (1, 1))
+    command = [sys.executable, "-m", "daybreak", "train", str(tiny), "--set", "compile=true"]
+    here = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(cache)}
+    ended = subprocess.run(
+        command, env=here | {"CXX": str(compiler)}, capture_output=True, text=True, check=False
+    )
+    assert ended.returncode == 130, ended.stdout + ended.stderr
+    assert "stopped before step 1 had compiled" in ended.stdout
+    assert "Traceback" not in ended.stderr
+    assert not empty.exists()
 
 
 def test_a_finished_run_says_so_and_changes_nothing(tiny: Path) -> None:

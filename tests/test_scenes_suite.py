@@ -1,6 +1,7 @@
 """The suite: truth scores all, noise nothing, and shuffled prompts chance."""
 
 import json
+import signal
 
 import numpy as np
 import numpy.typing as npt
@@ -200,3 +201,11 @@ def test_a_table_has_a_row_for_each_share(perfect: dict[str, object]) -> None:
     assert rows[0][3] == "240"
     assert ("tasks: size", "-", "-", "0") in rows
     assert len(rows) == 1 + len(scenes_suite.TASKS) + 5 + 2 + 4 + 1
+
+
+def test_its_workers_do_not_hear_what_asks_to_stop() -> None:
+    with scenes_suite._pool(2) as pool:
+        with scenes_suite.deaf():
+            asked = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
+        assert set(scenes_suite.STOPS) <= set(asked.result())
+    assert not set(scenes_suite.STOPS) & set(signal.pthread_sigmask(signal.SIG_BLOCK, []))

@@ -22,8 +22,10 @@ Source  tasks after GenEval, arXiv 2310.11513; clustered intervals, arXiv 2411.0
 
 import multiprocessing
 import os
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -52,6 +54,7 @@ SCORED = ("single", "colours", "two", "counting", "attribution", "position")
 TASKS = (*SCORED, "size", "three")
 ATTRIBUTES = ("count", "colours", "shapes", "relation")
 BATCH = 60  # pictures per call of the generator
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 FIRST = 1 << 62  # index of the first scene that belongs to the evaluation
 SEED_RULE = "an item's noise is that of its own seed: Philox(seed)'s first number >> 2, + its index"
 
@@ -110,9 +113,10 @@ def evaluate(
             batch = asked[start : start + BATCH]
             pictures = generate([item.prompt for item in batch], [item.seed for item in batch])
             _inspect(pictures, len(batch), config.canvas)
-            pending.append(pool.submit(look, pictures, config.canvas))
             renders = scenes.renders([item.scene for item in batch])
-            truths.append(pool.submit(look, renders, config.canvas))
+            with deaf():
+                pending.append(pool.submit(look, pictures, config.canvas))
+                truths.append(pool.submit(look, renders, config.canvas))
             if progress is not None:
                 progress(start + len(batch), len(asked))
         seen = [one for batch in pending for one in batch.result()]
@@ -218,6 +222,19 @@ def _pool(workers: int) -> Executor:
     if workers <= 1:
         return ThreadPoolExecutor(1)
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Keep signals to stop away, from this thread for now and for good from what it starts.
+
+    Ctrl-C goes to all processes of a terminal: the workers go on, and this one decides.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _inspect(pictures: Pictures, number: int, canvas: str) -> None:

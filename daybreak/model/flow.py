@@ -55,7 +55,7 @@ def shifted(t: Tensor, shift: float) -> Tensor:
 
 
 def draw_time(config: Config, dice: Dice, shift: float | None = None) -> Float[Tensor, " b"]:
-    """Draw one noise level per sample, in [T_FIRST, 1 - T_FIRST]; `shift` stands in for the config's."""
+    """Draw one noise level per sample, in [T_FIRST, 1 - T_FIRST]; `shift` instead of config's."""
     gauss, choice, flat = dice.normal(1)[:, 0], *dice.uniform(2).unbind(1)
     shift = config.shift if shift is None else shift
     t = torch.sigmoid(config.mean + math.log(shift) + config.spread * gauss)

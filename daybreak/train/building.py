@@ -4,8 +4,10 @@ Weights are random, a function of the seed, and equal on all ranks before they a
 frozen (a text encoder by name, teachers) stays whole on every rank.
 """
 
+import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import torch
 
@@ -23,6 +25,7 @@ from daybreak.train.checkpoint import Checkpoint, State
 from daybreak.train.parallel import World
 
 VARIANTS = 256  # of a block that may be compiled
+WRITING = 5.0  # seconds in which a linker fills the file that it has made
 
 
 def build(
@@ -102,8 +105,23 @@ def compiles(recipe: config.Recipe, device: torch.device, tell: Callable[[str], 
     if device.type != "cuda" and doctor.compiler() is None:
         tell("no C++ compiler with Python headers: torch.compile is off, training is slower")
         return False
+    _sweep()
     # Each number of image tokens, and of words, is a variant; past the limit they run uncompiled.
     # The other limit is on all blocks together, which share their code.
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = VARIANTS * recipe.dit.depth
     return True
+
+
+def _sweep() -> None:
+    """Remove libraries that a killed compiler has left empty: whoever finds one fails, for ever.
+
+    One that is being written now is left alone.
+    """
+    from torch._inductor.runtime.cache_dir_utils import cache_dir
+
+    for library in Path(cache_dir()).glob("*/*.so"):
+        with suppress(OSError):
+            found = library.stat()
+            if not found.st_size and time.time() - found.st_mtime > WRITING:
+                library.unlink()

@@ -296,7 +296,12 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
                 torch.compiler.reset()  # its variants come in the place of those before
                 run.watchdog.listen()
         rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
-        code = _step(run, number, batch, done, rate * factor)
+        try:
+            code = _step(run, number, batch, done, rate * factor)
+        except BrokenOff:
+            if done > start + 1:
+                _save(run, done - 1, wait=True)
+            return _leave(run, done - 1, stop.code, f"stopped before step {done} had compiled")
         ahead = recipe.stage_at(done + 1)
         run.spent.step(
             run.flops[number],
@@ -364,9 +369,19 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
 
 
 def _step(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -> int:
-    """Take one step, or pass it over; returns the exit code of a rank that was asked to stop."""
+    """Take one step, or pass it over; returns the exit code of a rank that was asked to stop.
+
+    Errors  BrokenOff if it was asked to stop while this step was being compiled.
+    """
     began, here, stage = time.monotonic(), run.here, run.recipe.stage[number]
-    sums = _gradient(run, stage, batch, step)
+    try:
+        sums = _gradient(run, stage, batch, step)
+    except Exception as error:
+        # Ctrl-C goes to the compiler too, which then fails.
+        compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if compiling and run.stop.code and here.mesh is None:
+            raise BrokenOff from error
+        raise
     trained = [*run.state.model.parameters(), *run.objective.learned.parameters()]
     norm = parallel.clip(here, trained, run.recipe.clip)
     counts = [norm.new_full((), count) for count in (batch.substituted, run.stop.code)]  # no copy
