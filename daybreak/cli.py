@@ -521,7 +521,9 @@ def plan(
     ] = None,
     budget: Annotated[
         str | None,
-        typer.Option(help="What do 1500usd, 24h, 4e20flop or 200k-images buy? Else [budget]'s."),
+        typer.Option(
+            help="What do 1500usd, 24h, 4e20flop or 200k-images buy? Else the recipe's own budget."
+        ),
     ] = None,
     price: Annotated[
         float | None, typer.Option(min=0, help="Dollars for a device and hour.")
@@ -563,10 +565,14 @@ def plan(
         raise BadRecipe("--measure finds the share that --share gives: leave one of them out")
     if fit and fit.exists():
         raise BadRecipe(f"--fit {fit} is there already: name another file, or remove it")
+    if fit and not fit.absolute().parent.is_dir():
+        raise BadStorage(f"cannot write {fit}: there is no folder {fit.parent}")
     wanted = config.load(recipe, tuple(set_ or ()), tuple(without or ()))
     given = paper.granted(wanted) if budget is None else (paper.parse(budget),)
     cluster = paper.cluster(wanted, gpus)
     wanted = paper.fitted(wanted, cluster) if fit else wanted
+    if measure:  # not before it is known to fit
+        paper.check_memory(wanted, paper.plan(wanted, cluster, price, cached=cached_text))
     made = paper.plan(wanted, cluster, price, share, measure, cached_text)
     times = min((paper.bought(made, one) for one in given), default=None)
     if json:

@@ -79,9 +79,9 @@ class Stage(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     resolution: int = Field(gt=0)
-    steps: int | None = Field(default=None, gt=0)
-    samples: int | None = Field(default=None, gt=0)
-    batch: int = Field(gt=0)
+    steps: int | None = Field(default=None, gt=0, lt=10**12)
+    samples: int | None = Field(default=None, gt=0, lt=10**15)
+    batch: int = Field(gt=0, lt=10**9)
     lr: float = Field(gt=0)
     warmup: int = Field(default=0, ge=0)
     cooldown: float = Field(default=0.0, ge=0, le=1)
@@ -110,7 +110,7 @@ class Recipe(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     out: str
-    seed: int = Field(default=0, ge=0)
+    seed: int = Field(default=0, ge=0, lt=2**64)
     micro: int = Field(default=0, ge=0)
     clip: float = Field(default=0.2, gt=0)
     precision: Literal["auto", "bfloat16", "float32"] = "auto"
@@ -236,9 +236,9 @@ def load(source: str | Path, sets: tuple[str, ...] = (), without: tuple[str, ...
     """
     path = find(source)
     try:
-        table = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise BadRecipe(f"{path} is not valid TOML: {error}") from error
+        table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except (ValueError, RecursionError) as error:
+        raise BadRecipe(f"{path} is not valid TOML: {str(error).splitlines()[0]}") from error
     except OSError as error:
         raise BadRecipe(f"cannot read the recipe {path}: {error.strerror}") from error
     sections = [key for key, value in table.items() if isinstance(value, dict)]
@@ -262,10 +262,22 @@ def parse(table: dict[str, Any], where: str) -> Recipe:
         recipe = Recipe.model_validate(table)
     except ValidationError as error:
         raise BadRecipe(f"{where}: {_first(error)}") from None
+    taken = _flat(recipe.model_dump(mode="json"))
     for name, value in _flat(table).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise BadRecipe(f"{where}: {name} = {value}: give a number that is finite")
+        if (wanted := _otherwise(value, taken.get(name))) is not None:
+            raise BadRecipe(f"{where}: {name} = {value!r}: give {wanted}")
     return recipe
+
+
+def _otherwise(given: Any, taken: Any) -> str | None:
+    """Say what a value should have been, if it was only taken for a number, or for yes or no."""
+    if isinstance(taken, bool):
+        return None if isinstance(given, bool) else "true or false"
+    if isinstance(taken, int | float) and isinstance(given, bool | str):
+        return "a number, without quotes"
+    return None
 
 
 def find(source: str | Path) -> Path:
@@ -279,7 +291,11 @@ def find(source: str | Path) -> Path:
     )
     names = sorted({found.stem for shelf in shelves for found in shelf.glob("*.toml")})
     for shelf in shelves:
-        if path.parent == Path() and (shelf / path.with_suffix(".toml").name).is_file():
+        if (
+            path.name
+            and path.parent == Path()
+            and (shelf / path.with_suffix(".toml").name).is_file()
+        ):
             return shelf / path.with_suffix(".toml").name
     raise BadRecipe(
         f"there is no recipe {str(source)!r}: give the path of a TOML file, or one of "

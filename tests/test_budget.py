@@ -146,7 +146,7 @@ def test_budgets_are_read_as_people_write_them(text: str, kind: str, amount: flo
     ["", "24", "h", "15eur", "-3h", "0h", "1e400flop", "1e305d", "1e300flop", "24 h 3 min"],
 )
 def test_other_budgets_are_refused_with_an_example(text: str) -> None:
-    with pytest.raises(BadRecipe, match="for example 1500usd, 24h or 4e20flop"):
+    with pytest.raises(BadRecipe, match="for example 1500usd, 1.5h or 4e20flop"):
         budget.parse(text)
 
 
@@ -185,7 +185,7 @@ def test_what_compiling_takes_is_paid_for_once(published: config.Recipe) -> None
     half = 600 + made.seconds / 2
     for spent in (Budget("seconds", half), Budget("dollars", rate * half)):
         assert budget.bought(slow, spent) == pytest.approx(0.5)
-    with pytest.raises(BadRecipe, match=r"too small for one step: give at least --budget 60\ds"):
+    with pytest.raises(BadRecipe, match=r"too small for a step of each stage: give at least --budget 60\ds"):
         budget.bought(slow, Budget("seconds", 300))
     assert plan.remarks(published, slow)["start"].startswith("10 min of the time")
     assert plan.remarks(published, made)["start"].startswith("not counted")
@@ -506,7 +506,9 @@ def test_plan_prints_tables_and_writes_nothing(tiny: Path) -> None:
 
 def test_the_budget_of_a_recipe_counts_where_no_other_is_given(tiny: Path) -> None:
     def buys(*arguments: str) -> float:
-        return float(json.loads(asked(tiny, "--gpus", "H100", "--json", *arguments))["budget_buys"])
+        bought = json.loads(asked(tiny, "--gpus", "H100", "--json", *arguments))["budget_buys"]
+        assert bought["steps"] == [max(1, int(10 * bought["times"] * (1 + 1e-12)))]
+        return float(bought["times"])
 
     whole = json.loads(asked(tiny, "--gpus", "H100", "--json"))
     assert "budget_buys" not in whole
@@ -558,7 +560,7 @@ def test_plan_gives_json(tiny: Path) -> None:
         (("--gpus", "8xH300"), "H300"),
         (("--gpus", "3xH200"), "2 can"),
         (("--budget", "15eur"), "15eur"),
-        (("--gpus", "H200", "--budget", "1e3flop"), "too small for one step"),
+        (("--gpus", "H200", "--budget", "1e3flop"), "too small for a step of each stage"),
         (("--gpus", "cpu", "--budget", "9usd"), "--price"),
         (("--gpus", "H200", "--measure"), "--measure"),
         (("--gpus", "cpu", "--measure", "--share", "0.3"), "leave one of them out"),
@@ -600,3 +602,37 @@ def test_a_plan_that_does_not_fit_is_printed_and_leaves_with_code_2(tiny: Path) 
     assert "DOES NOT FIT" in done.stdout
     assert done.stderr.startswith("daybreak: ")
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("text", "amount"),
+    [
+        ("1,500usd", 1500),
+        ("1_000_000 images", 1e6),
+        ("1.5h", 5400),
+        ("2 days", 172800),
+        ("30m", 1800),
+    ],
+)
+def test_a_budget_is_read_as_it_was_meant(text: str, amount: float) -> None:
+    assert budget.parse(text).amount == amount
+
+
+@pytest.mark.parametrize("text", ["1,5h", "1_0h", "٣h", "0h", "1,50,000usd", "24", "1e400h"])
+def test_a_budget_that_could_mean_something_else_is_refused(text: str) -> None:
+    with pytest.raises(BadRecipe, match="an amount above 0 and a unit"):
+        budget.parse(text)
+
+
+def test_nothing_is_measured_that_does_not_fit_or_cannot_be_written(
+    tiny: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    nowhere = tmp_path / "nowhere" / "fitted.toml"
+    with pytest.raises(BadStorage, match="there is no folder"):
+        cli.plan(str(tiny), measure=True, fit=nowhere)
+    with pytest.raises(BadRecipe, match="trains its own text encoder"):
+        cli.plan(str(tiny), cached_text=True)
+    large = ["dit.width=24576", "dit.heads=64", "dit.depth=64"]
+    with pytest.raises(BadRecipe, match="GB"):
+        cli.plan(str(tiny), measure=True, set_=large)
+    assert "20 steps" not in capsys.readouterr().out

@@ -124,3 +124,40 @@ def test_differences_name_each_key_with_both_values(tiny: Path) -> None:
     assert "seed: 3 -> 4" in told
     assert "stage.0.lr: 0.003 -> 1.0" in told
     assert any(line.startswith("muon.momentum: 0.95 -> absent") for line in told)
+
+
+@pytest.mark.parametrize(
+    ("assignment", "wanted"),
+    [
+        ("micro=true", "a number"),
+        ("clip=true", "a number"),
+        ("dit.width='192'", "a number"),
+        ("compile=yes", "true or false"),
+        ("save_async=1", "true or false"),
+    ],
+)
+def test_what_was_only_taken_for_a_value_is_refused(
+    tiny: Path, assignment: str, wanted: str
+) -> None:
+    with pytest.raises(BadRecipe, match=f"{assignment.split('=')[0]} = .*: give {wanted}"):
+        config.load(tiny, (assignment,))
+
+
+def test_a_recipe_with_a_byte_order_mark_is_read(tiny: Path) -> None:
+    before = config.load(tiny)
+    tiny.write_bytes(b"\xef\xbb\xbf" + tiny.read_bytes())
+    assert config.load(tiny) == before
+
+
+@pytest.mark.parametrize("text", ["x = " + "[" * 5000, "x = " + "9" * 5000])
+def test_what_no_reader_of_toml_can_hold_is_one_sentence(tiny: Path, text: str) -> None:
+    tiny.write_text(text)
+    with pytest.raises(BadRecipe, match="is not valid TOML") as refused:
+        config.load(tiny)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("name", ["", ".", ".."])
+def test_a_name_that_is_none_is_no_recipe(name: str) -> None:
+    with pytest.raises(BadRecipe, match="there is no recipe"):
+        config.load(name)

@@ -67,7 +67,7 @@ def test_the_rank_with_a_bad_number_is_named(tmp_path: Path) -> None:
     watching = Guard(Config(), tmp_path / "incidents.jsonl", tell=said.append)
     watching.judge(7, numbers(1.0, 1.0, NAN), range(24))
     assert said == [
-        "step 7: loss nan, gradient norm 1.0 on rank 2 (samples 0 to 23); skipped",
+        "step 7: loss nan, gradient norm 1 on rank 2 (samples 0 to 23); skipped",
     ]
     assert incidents(tmp_path)[0]["loss"] == [1.0, 1.0, "nan"]
 

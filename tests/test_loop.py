@@ -19,7 +19,7 @@ from daybreak import config, doctor
 from daybreak.evaluate import interim
 from daybreak.failure import BadData, BadRecipe, BadStorage, NotFinite
 from daybreak.generate.draw import draw
-from daybreak.train import checkpoint, flops, loop, runs
+from daybreak.train import checkpoint, evaluations, flops, loop, runs
 from tests import warm
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
@@ -323,6 +323,24 @@ def test_a_budget_of_all_the_flops_of_a_run_leaves_it_its_last_grid(tiny: Path) 
     recipe = config.load(tiny, (f"budget.flops={whole.steps * step}",))
     assert loop.train(recipe, lambda line: None) == (10, 0)
     assert len(list(Path(recipe.out, "samples").iterdir())) == 1
+
+
+def test_flops_that_are_spent_leave_time_for_a_grid_and_an_evaluation(tiny: Path) -> None:
+    whole = config.load(tiny)
+    sets = (f"budget.flops={4.5 * flops.of_step(whole, whole.stage[0])}",)
+    evaluate = ("evaluate.every=100", 'evaluate.suites=["validation"]', "evaluate.pictures=32")
+    recipe = config.load(tiny, (*sets, *evaluate))
+    assert loop.train(recipe, lambda line: None) == (4, 0)
+    assert (Path(recipe.out) / "samples" / "step-0000004" / "grid.png").is_file()
+    assert [line["step"] for line in evaluations.lines(Path(recipe.out))] == [4]
+
+
+def test_a_run_goes_on_where_its_folder_has_gone(tiny: Path, tmp_path: Path) -> None:
+    loop.train(config.load(tiny, ("stage.0.steps=3",)), lambda line: None)
+    (tmp_path / "run").rename(tmp_path / "moved")
+    moved = config.load(tiny, ("stage.0.steps=3", f"out={(tmp_path / 'moved').as_posix()}"))
+    assert loop.train(moved, lambda line: None) == (3, 0)
+    assert not (tmp_path / "run").exists()
 
 
 def test_the_log_counts_the_words_that_were_read(tiny: Path, pictures: Path) -> None:

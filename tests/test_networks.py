@@ -113,3 +113,14 @@ def test_a_configuration_without_sizes_is_one_sentence(tmp_path: Path, text: str
 def test_an_unknown_network_is_one_sentence_that_names_known_ones(source: str) -> None:
     with pytest.raises(BadRecipe, match=r"text\.encoder = '.*' is neither .*flan-t5-small"):
         networks.named(source, "text.encoder")
+
+
+def test_a_network_is_of_the_kind_that_its_key_wants() -> None:
+    with pytest.raises(BadRecipe, match=r"text\.encoder = .* is a network of pictures"):
+        networks.named("facebook/dinov2-with-registers-base", "text.encoder")
+    with pytest.raises(BadRecipe, match=r"repa\.teacher = .* is a network of words"):
+        networks.named("google/flan-t5-large", "repa.teacher")
+    with pytest.raises(BadRecipe) as refused:
+        networks.named("nosuch/thing", "text.encoder")
+    assert "flan-t5" in str(refused.value)
+    assert "dino" not in str(refused.value)

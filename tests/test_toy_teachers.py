@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from daybreak import config
-from daybreak.failure import BadStorage
+from daybreak.failure import BadRecipe, BadStorage
 from daybreak.model import toy_teachers, vision
 from daybreak.objective import lpips
 from tests import warm
@@ -64,3 +64,10 @@ def test_a_place_that_cannot_be_a_folder_is_a_storage_failure(tmp_path: Path) ->
     (tmp_path / "file").write_text("x")
     with pytest.raises(BadStorage, match="cannot make the folder"):
         toy_teachers.make(tmp_path / "file")
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "vgg16.pth").write_text("precious")
+    with pytest.raises(BadRecipe, match="is not empty"):
+        toy_teachers.make(tmp_path)
+    assert [path.read_text() for path in tmp_path.iterdir()] == ["precious"]

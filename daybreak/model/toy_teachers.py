@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from daybreak.failure import BadStorage
+from daybreak.failure import BadRecipe, BadStorage
 
 WIDTH, DEPTH, HEADS = 32, 2, 2
 CHANNELS = ((8, 2), (16, 2), (32, 3), (32, 3), (32, 3))  # and convolutions; VGG-16 has 64 to 512
@@ -22,7 +22,9 @@ def make(folder: Path, seed: int = 0) -> dict[str, Path]:
     """Write all of them to a folder; returns what to set in a recipe, by kind.
 
     `dinov2`, `dinov2_with_registers` and `dinov3` are folders for `repa.teacher` and
-    `dino.teacher`; `vgg` and `heads` are the files of `[lpips]`. Errors: BadStorage.
+    `dino.teacher`; `vgg` and `heads` are the files of `[lpips]`.
+
+    Errors  BadStorage, and BadRecipe for a folder that is not empty.
     """
     from transformers import (
         Dinov2Config,
@@ -53,6 +55,8 @@ def make(folder: Path, seed: int = 0) -> dict[str, Path]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadStorage(f"cannot make the folder {folder}: {error.strerror}") from error
+    if any(folder.iterdir()):
+        raise BadRecipe(f"{folder} is not empty: name a new folder for the toy teachers")
     made = {name: folder / name for name in transformers}
     with torch.random.fork_rng(devices=[]):
         for name, build in transformers.items():

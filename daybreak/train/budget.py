@@ -52,6 +52,8 @@ UNITS: dict[str, tuple[Literal["seconds", "dollars", "flops", "pictures"], float
     "k-images": ("pictures", 1e3),
     "m-images": ("pictures", 1e6),
 }
+SPELT = {"sec": "s", "m": "min", "minutes": "min", "hour": "h", "hours": "h", "day": "d"}
+SPELT |= {"days": "d", "dollars": "usd", "flops": "flop"}
 
 
 class Budget(NamedTuple):
@@ -155,15 +157,17 @@ class Plan(NamedTuple):
 
 def parse(text: str) -> Budget:
     """Read `1500usd`, `$1500`, `24h`, `90s`, `4e20flop` or `200k-images`. Errors: BadRecipe."""
-    plain = text.strip().lower().replace(",", "").replace("_", "")
+    # A comma or underscore parts thousands, and nothing else: 1,5h would be ten times 1.5h.
+    plain = re.sub(r"(?<=[0-9])[,_](?=[0-9]{3}(?![0-9]))", "", text.strip().lower())
     plain = f"{plain[1:]}usd" if plain.startswith("$") else plain
-    found = re.fullmatch(r"(\d+\.?\d*(?:e[+-]?\d+)?)\s*([a-z-]+)", plain)
-    kind, size = UNITS.get(found[2] if found else "", ("seconds", 0))
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([a-z-]+)", plain)
+    unit = SPELT.get(found[2], found[2]) if found else ""
+    kind, size = UNITS.get(unit, ("seconds", 0))
     amount = float(found[1]) * size if found else 0
     if not 0 < amount < MOST:
         raise BadRecipe(
-            f"--budget {text}: write an amount and a unit ({', '.join(UNITS)}), "
-            "for example 1500usd, 24h or 4e20flop"
+            f"--budget {text}: write an amount above 0 and a unit ({', '.join(UNITS)}), "
+            "for example 1500usd, 1.5h or 4e20flop"
         )
     return Budget(kind, amount)
 
@@ -213,6 +217,11 @@ def plan(
         raise BadRecipe(
             "--measure takes steps with the captions that are there, and none are encoded: leave "
             "--cached-text out, or encode them first, with daybreak prepare --cache-text"
+        )
+    if cached and recipe.text.encoder is None:
+        raise BadRecipe(
+            "--cached-text: this recipe trains its own text encoder, so nothing can be encoded "
+            "beforehand: leave it out"
         )
     cached = cached or there
     if measured:
@@ -474,7 +483,9 @@ def largest_pass(recipe: Recipe, cluster: Cluster) -> int | None:
     count, device = cluster
     mesh, dtype = mesh_of(recipe, count), precision(recipe, cluster)
     shares = [stage.batch // count for stage in recipe.stage]
-    for pictures in range(max(shares), 0, -1):
+    largest = max(shares)
+    small = [part for part in range(1, math.isqrt(largest) + 1) if largest % part == 0]
+    for pictures in sorted({*small, *(largest // part for part in small)}, reverse=True):
         taken = [min(pictures, mine) for mine in shares]
         if any(mine % one for mine, one in zip(shares, taken, strict=True)):
             continue
@@ -489,14 +500,15 @@ def largest_pass(recipe: Recipe, cluster: Cluster) -> int | None:
 
 
 def bought(made: Plan, budget: Budget) -> float:
-    """How many times the run a budget pays for. Errors: BadRecipe if not even for one step."""
-    first = made.stages[0]
+    """How many times the run a budget pays for. Errors: BadRecipe if not a step of each stage."""
     rate = (made.dollars or 0) / made.seconds
+    seconds = sum(stage.step for stage in made.stages)
+    flops = sum(sum(stage.flops.values()) / stage.steps for stage in made.stages)
     start, whole, step, unit = {
-        "seconds": (made.start, made.seconds, first.step, "s"),
-        "dollars": (rate * made.start, made.dollars, rate * first.step, "usd"),
-        "flops": (0, made.flops, sum(first.flops.values()) / first.steps, "flop"),
-        "pictures": (0, made.pictures, first.batch, "images"),
+        "seconds": (made.start, made.seconds, seconds, "s"),
+        "dollars": (rate * made.start, made.dollars, rate * seconds, "usd"),
+        "flops": (0, made.flops, flops, "flop"),
+        "pictures": (0, made.pictures, sum(stage.batch for stage in made.stages), "images"),
     }[budget.kind]
     if not whole:
         raise BadRecipe(
@@ -506,8 +518,8 @@ def bought(made: Plan, budget: Budget) -> float:
     if budget.amount < (least := start + step):
         digit = 10.0 ** (math.floor(math.log10(least)) - 2)
         raise BadRecipe(
-            f"a budget of {budget.amount:g} {unit} is too small for one step: give at least "
-            f"--budget {math.ceil(least / digit) * digit:.4g}{unit}"
+            f"a budget of {budget.amount:g} {unit} is too small for a step of each stage: give "
+            f"at least --budget {math.ceil(least / digit) * digit:.4g}{unit}"
         )
     return (budget.amount - start) / (whole - start)
 

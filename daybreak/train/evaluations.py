@@ -63,10 +63,10 @@ def check(recipe: Recipe, metric: str | None = None) -> None:
     interim.check(config, scenes_of(recipe), resolutions, recipe.dit.patch, metric or config.best)
 
 
-def due(recipe: Recipe, step: int) -> bool:
-    """Whether the recipe wants the model after this step evaluated."""
+def due(recipe: Recipe, step: int, last: bool = False) -> bool:
+    """Whether the recipe wants the model evaluated after this step, which a budget may end with."""
     config = recipe.evaluate
-    return config is not None and (step % config.every == 0 or step == recipe.steps)
+    return config is not None and (step % config.every == 0 or step == recipe.steps or last)
 
 
 def missing(recipe: Recipe, run: Path, step: int) -> bool:

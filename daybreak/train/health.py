@@ -99,7 +99,8 @@ class Guard:
         bad = [
             rank for rank, values in enumerate(rows.tolist()) if not all(map(math.isfinite, values))
         ]
-        what = f"loss {loss}, gradient norm {norm}" + ("" if finite else f" on rank {bad[0]}")
+        what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
+        what += f", of late {usual:.4g}" if finite else f" on rank {bad[0]}"
         take = finite and self.config.spike == "log"
         self._record(
             f"step {step}: {what} ({where}); {'learned from' if take else 'skipped'}",

@@ -172,6 +172,12 @@ def _train(
     if found and "guard" in found.facts:
         guard.restore(found.facts["guard"])
     shared = f" on each of {here.size} processes" if here.size > 1 else ""
+    for number, stage in enumerate(recipe.stage):
+        if stage.warmup >= stage.count:
+            tell(
+                f"stage.{number}.warmup = {stage.warmup} is no less than its {stage.count} steps: "
+                f"its rate never stands at stage.{number}.lr"
+            )
     tell(
         f"{runs.millions(model):.1f} M weights, "
         f"{str(dtype).removeprefix('torch.')} on {here.device.type} with "
@@ -283,7 +289,7 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
         _keep(run, start)
     run.spent.each = run.flops[recipe.stage_at(start + 1)]
     run.spent.write()
-    done, (factor, over) = start, _budget(run, start)
+    done, (factor, over, late) = start, _budget(run, start)
     if code := _heard(here, stop.code):
         return _leave(run, done, code, "stopped before the first step")
     if over and start < recipe.steps:
@@ -309,7 +315,7 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
             new=now == 1 or done == start + 1,
             compiles=recipe.stage[ahead].resolution != stage.resolution,
         )
-        factor, over = _budget(run, done)
+        factor, over, late = _budget(run, done)
         run.watchdog.beat(done)
         if done == start + 1:
             log.note(f"first step after {time.monotonic() - began:.0f} s")
@@ -317,18 +323,18 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
         if done % recipe.health.check_every == 0:
             _check(run)
         best = False
-        if (done % recipe.sample.every == 0 or last) and not code and not over:
+        if (done % recipe.sample.every == 0 or last) and not code and not late:
             _show(run, done, stage.resolution)
             code = max(code, _heard(here, stop.code))
-            factor, over = _budget(run, done)
-        if evaluations.due(recipe, done) and not code and not over:
+            factor, over, late = _budget(run, done)
+        if evaluations.due(recipe, done, last) and not code and not late:
             best = _evaluate(run, done)
             code = max(code, _heard(here, stop.code))
-            factor, over = _budget(run, done)
+            factor, over, late = _budget(run, done)
         last = last or over
         if done % recipe.save_every == 0 or last or code or best:
             _save(run, done, wait=bool(last or code or best))
-            factor, over = _budget(run, done)
+            factor, over, late = _budget(run, done)
         if over:
             run.saver.finish()  # there is no time to save again what is being written
         if best:
@@ -504,7 +510,7 @@ def _save(run: Run, step: int, wait: bool) -> None:
 
 def _show(run: Run, step: int, side: int) -> None:
     """Draw the recipe's prompts, on all ranks; one writes them down, if the disk lets it."""
-    if _budget(run, step, first=run.spent.drawing)[1]:
+    if _budget(run, step, first=run.spent.drawing)[2]:
         run.log.note(f"no grid at step {step}: the budget leaves no time for one")
         return
     began = time.monotonic()
@@ -562,7 +568,10 @@ def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
 
 def _spent(run: Run, step: int) -> Outcome:
     """Say that no more steps can be paid for."""
-    run.log.note(f"the budget is spent: {run.spent.spent:.0f} s, {step} steps")
+    done = f"{step:,} step{'s' * (step != 1)}"
+    run.log.note(
+        f"the budget is spent: {run.spent.spent:.0f} s, {run.spent.flops:.3g} FLOP, {done}"
+    )
     run.spent.end()
     run.status.end(0, "the budget is spent")
     return Outcome(step, 0)
@@ -573,17 +582,19 @@ def _heard(here: World, code: int) -> int:
     return int(parallel.gather(here, torch.tensor([code])).max())
 
 
-def _budget(run: Run, done: int, first: float = 0.0) -> tuple[float, bool]:
-    """Return the factor on the rate, and whether no more steps fit, as the first rank's clock says.
+def _budget(run: Run, done: int, first: float = 0.0) -> tuple[float, bool, bool]:
+    """Return the factor on the rate, whether no more steps fit, and whether it is time that lacks.
 
-    One clock: another rate on another rank would be another step. So many seconds come `first`.
+    The first rank's clock decides: another rate on another rank would be another step. So many
+    seconds come `first`.
     """
     if run.recipe.budget is None:
-        return 1.0, False
-    over = run.spent.late(first) or (run.spent.full and done < run.recipe.steps)
-    mine = torch.tensor([run.spent.factor, over], dtype=torch.float64)
-    factor, over = parallel.gather(run.here, mine)[0].tolist()
-    return factor, bool(over)
+        return 1.0, False, False
+    late = run.spent.late(first)
+    over = late or (run.spent.full and done < run.recipe.steps)
+    mine = torch.tensor([run.spent.factor, over, late], dtype=torch.float64)
+    factor, over, late = parallel.gather(run.here, mine)[0].tolist()
+    return factor, bool(over), bool(late)
 
 
 def _is_over(

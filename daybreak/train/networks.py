@@ -9,6 +9,7 @@ Source   the `config.json` of each repository.
 """
 
 import json
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from daybreak.failure import BadRecipe
@@ -91,15 +92,29 @@ NETWORKS = {
 def named(source: str, key: str) -> Network:
     """Look a network up by local folder or hub id; `key` is the recipe's name for it.
 
-    Errors  BadRecipe if its size is nowhere to be found.
+    Errors  BadRecipe if its size is nowhere to be found, or it reads words where `key` wants
+            pictures seen, or the other way round.
     """
+    reads = key == "text.encoder"
+    known = [name for name, one in NETWORKS.items() if bool(one.patch) != reads]
+    network = _sized(source, key, known)
+    if bool(network.patch) == reads:
+        raise BadRecipe(
+            f"{key} = {source!r} is a network of {'pictures' if reads else 'words'}: name one of "
+            f"{'words' if reads else 'pictures'}"
+        )
+    return network
+
+
+def _sized(source: str, key: str, known: Sequence[str]) -> Network:
+    """Its size, from where it lies or from the table."""
     path = hub.described(source)
     if path is None:
         if source in NETWORKS:
             return NETWORKS[source]
         raise BadRecipe(
             f"{key} = {source!r} is neither on this machine nor among the networks whose size is "
-            f"known ({', '.join(NETWORKS)}): name one of them, or a folder that holds it"
+            f"known ({', '.join(known)}): name one of them, or a folder that holds it"
         )
     try:
         return described(json.loads(path.read_text(encoding="utf-8")))

@@ -127,10 +127,8 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
 
 def purchase(recipe: Recipe, made: Plan, times: float) -> str:
     """What a budget buys: so many times the run, and the run it would be."""
-    bought = budget.shortened(recipe, times)
+    bought, paper = _bought(recipe, made, times)
     sets = " ".join(f"--set {change}" for change in config.assignments(recipe, bought))
-    pace = zip(made.stages, bought.stage, strict=True)
-    paper = made._replace(stages=tuple(old._replace(steps=new.count) for old, new in pace))
     cost = [_time(paper.seconds)]
     if paper.dollars is not None:
         cost.append(f"${paper.dollars:,.2f}")
@@ -140,6 +138,14 @@ def purchase(recipe: Recipe, made: Plan, times: float) -> str:
         f"buys {_three(times)} times this run: {', '.join(cost)}, {paper.pictures:,} pictures"
         f"{_epochs(bought, paper)}{', with ' if sets else ''}{sets}"
     )
+
+
+def _bought(recipe: Recipe, made: Plan, times: float) -> tuple[Recipe, Plan]:
+    """The run that is so many times as long, and that on paper."""
+    bought = budget.shortened(recipe, times)
+    pace = zip(made.stages, bought.stage, strict=True)
+    stages = tuple(old._replace(steps=new.count) for old, new in pace)
+    return bought, made._replace(stages=stages)
 
 
 def totals(made: Plan) -> dict[str, float]:
@@ -177,7 +183,18 @@ def facts(recipe: Recipe, made: Plan, times: float | None = None) -> dict[str, A
             {**stage._asdict(), "step": stage.step, "limit": stage.limit} for stage in made.stages
         ],
     }
-    return found if times is None else found | {"budget_buys": times}
+    if times is None:
+        return found
+    recipe, paper = _bought(recipe, made, times)
+    bought = {
+        "times": times,
+        "steps": [stage.count for stage in recipe.stage],
+        "pictures": paper.pictures,
+        "seconds": paper.seconds,
+        "dollars": paper.dollars,
+        "energy": paper.energy,
+    }
+    return found | {"budget_buys": bought}
 
 
 def dollars(made: Plan, seconds: float) -> str:

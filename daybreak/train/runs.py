@@ -65,8 +65,11 @@ def enter(recipe: config.Recipe) -> Path:
     Errors  BadRecipe if something else lives there.
     """
     run = Path(recipe.out)
-    if run.exists() and not run.is_dir():
-        raise BadRecipe(f"out = {recipe.out!r} is a file: choose a folder for the run")
+    try:
+        if run.exists() and not run.is_dir():
+            raise BadRecipe(f"out = {recipe.out!r} is a file: choose a folder for the run")
+    except OSError as error:  # a name too long, a folder that may not be entered
+        raise BadStorage(f"cannot use the run folder {run}: {error.strerror}") from error
     begun = (run / "recipe.toml").is_file()
     if not begun and run.is_dir() and any(path.name not in OURS for path in run.iterdir()):
         raise BadRecipe(f"{run} is not empty and holds no run: choose another folder with --out")
@@ -78,7 +81,8 @@ def changes(
 ) -> list[str]:
     """List what is not as it was when a run was begun: keys of its recipe, files of its data.
 
-    How it is spread over machines ([parallel]) may change from one start to the next. `files` are
+    How it is spread over machines ([parallel]) may change from one start to the next, and so may
+    the place of the run folder, or the name it is called by. `files` are
     the sha256 of the data, by name.
 
     Errors  BadRecipe that lists the changes, unless they are `allowed`.
@@ -86,7 +90,8 @@ def changes(
     if not (run / "recipe.toml").is_file():
         return []
     before = config.load(run / "recipe.toml")
-    keys = config.differences(before, recipe.model_copy(update={"parallel": before.parallel}))
+    same = {"parallel": before.parallel, "out": before.out}
+    keys = config.differences(before, recipe.model_copy(update=same))
     if keys and not allowed:
         raise BadRecipe(
             f"{run} holds a run of another recipe ({'; '.join(keys)}): choose another folder with "
