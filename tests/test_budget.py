@@ -146,7 +146,7 @@ def test_budgets_are_read_as_people_write_them(text: str, kind: str, amount: flo
     ["", "24", "h", "15eur", "-3h", "0h", "1e400flop", "1e305d", "1e300flop", "24 h 3 min"],
 )
 def test_other_budgets_are_refused_with_an_example(text: str) -> None:
-    with pytest.raises(BadRecipe, match="for example 1500usd, 1.5h or 4e20flop"):
+    with pytest.raises(BadRecipe, match=r"for example 1500usd, 1\.5h or 4e20flop"):
         budget.parse(text)
 
 
@@ -185,7 +185,9 @@ def test_what_compiling_takes_is_paid_for_once(published: config.Recipe) -> None
     half = 600 + made.seconds / 2
     for spent in (Budget("seconds", half), Budget("dollars", rate * half)):
         assert budget.bought(slow, spent) == pytest.approx(0.5)
-    with pytest.raises(BadRecipe, match=r"too small for a step of each stage: give at least --budget 60\ds"):
+    with pytest.raises(
+        BadRecipe, match=r"too small for a step of each stage: give at least --budget 60\ds"
+    ):
         budget.bought(slow, Budget("seconds", 300))
     assert plan.remarks(published, slow)["start"].startswith("10 min of the time")
     assert plan.remarks(published, made)["start"].startswith("not counted")

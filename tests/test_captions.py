@@ -59,7 +59,8 @@ def test_bytes_are_utf_8() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, "has no caption; there is no `text`, `caption`, `prompt` or `keywords`."),
+        ({}, "has no caption; write one into a file beside it, of the same name but for .txt."),
+        ({"n": 1}, "has no caption; there is no `text`, `caption`, `prompt` or `keywords`."),
         ({"text": ""}, "has no caption; its `text` is empty."),
         ({"text": "  \n ", "keywords": []}, "has no caption; its `text` and `keywords` are empty."),
         ({"text": None}, "has no caption; its `text` is empty."),

@@ -139,7 +139,8 @@ def test_differences_name_each_key_with_both_values(tiny: Path) -> None:
 def test_what_was_only_taken_for_a_value_is_refused(
     tiny: Path, assignment: str, wanted: str
 ) -> None:
-    with pytest.raises(BadRecipe, match=f"{assignment.split('=')[0]} = .*: give {wanted}"):
+    name, _, _ = assignment.partition("=")
+    with pytest.raises(BadRecipe, match=f"{name} = .*: give {wanted}"):
         config.load(tiny, (assignment,))
 
 

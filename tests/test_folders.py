@@ -79,6 +79,7 @@ def test_what_is_no_picture_in_a_folder_is_named(tmp_path: Path) -> None:
 
 def test_a_name_that_is_no_utf_8_is_written_with_escapes(tmp_path: Path) -> None:
     picture(tmp_path / os.fsdecode(b"K\xe4tz.png"))
+    (tmp_path / os.fsdecode(b"K\xe4tz.txt")).write_text("x")
     (one,) = read(tmp_path)
     assert one.where == "K\\udce4tz.png"
     one.where.encode()
@@ -153,7 +154,7 @@ def test_every_bad_line_of_csv_is_named(tmp_path: Path) -> None:
         b"a.png,K\xe4tzchen",
         b"",
         b"a.png",
-        b"a.png,fine",
+        b"b.png,fine",
     ]
     (tmp_path / "metadata.csv").write_bytes(b"\r\n".join(lines) + b"\r\n")
     assert named(read(tmp_path)) == [
@@ -162,7 +163,7 @@ def test_every_bad_line_of_csv_is_named(tmp_path: Path) -> None:
         ("metadata.csv:4", "metadata"),
         ("metadata.csv", "metadata"),
         ("a.png", "record"),
-        ("a.png", "record"),
+        ("metadata.csv:8", "missing"),
     ]
 
 

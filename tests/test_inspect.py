@@ -203,6 +203,15 @@ def test_the_summary_fits_a_terminal(prepared: Prepare) -> None:
         assert words in text
 
 
+def test_a_summary_takes_nothing_for_markup(prepared: Prepare) -> None:
+    folder = prepared([SQUARE | {"licence": "<b>MIT</b>[/x]", "source": "pics [old]"}] * 2)
+    stream = io.StringIO()
+    found = census.count(census.read(folder), 2, 1, None)
+    Console(file=stream, width=120).print(inspect.summary(found))
+    assert "<b>MIT</b>[/x]" in stream.getvalue()
+    assert "pics [old]" in stream.getvalue()
+
+
 def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BadStorage, match="cannot write"):

@@ -274,6 +274,16 @@ def test_a_run_is_not_continued_with_other_data(
         loop.train(recipe, lambda line: None)
 
 
+def test_a_run_is_not_continued_with_other_captions(tiny: Path, pictures: Path) -> None:
+    recipe = config.load(
+        tiny, ("stage.0.steps=2", f"data.source='{pictures.as_posix()}'"), ("scenes",)
+    )
+    loop.train(recipe, lambda line: None)
+    (pictures / "3.txt").write_text("colour number 4")
+    with pytest.raises(BadRecipe, match="begun with other data: pictures differ"):
+        loop.train(recipe, lambda line: None)
+
+
 def test_it_learns_eight_pictures_and_draws_them_when_asked(tiny: Path, pictures: Path) -> None:
     text = tiny.read_text().replace('[scenes]\ncanvas = "32"\n', "")
     tiny.write_text(text.replace('"scenes"', json.dumps(pictures.as_posix())))

@@ -741,3 +741,107 @@ def test_the_summary_says_what_was_made_and_left_out(tmp_path: Path) -> None:
     assert "left out: 2 caption, such as 00004.png: has no caption" in text
     assert "left out: 1 damaged, such as 00002.png: is empty; replace it." in text
     assert str(out / "rejected.jsonl") in text
+
+
+def test_a_folder_of_two_kinds_is_refused_and_not_half_read(tmp_path: Path) -> None:
+    mixed = folder(tmp_path / "mixed", 3)
+    (mixed / "old").mkdir()
+    tarfile.open(mixed / "old" / "backup.tar", "w").close()
+    with pytest.raises(BadData, match=r"holds both pictures .* and .*backup\.tar"):
+        run(tmp_path / "out", mixed)
+
+
+def test_a_link_to_a_folder_is_named(tmp_path: Path) -> None:
+    inside, out = folder(tmp_path / "inside", 3), tmp_path / "out"
+    (inside / "more").symlink_to(folder(tmp_path / "side", 2, first=10))
+    assert run(out, inside)["counts"]["rejected"] == {"unsafe": 1}
+    assert lines(out / "rejected.jsonl")[0]["where"] == "more"
+
+
+def test_a_caption_of_the_same_length_is_another_dataset(tmp_path: Path) -> None:
+    inside, out = folder(tmp_path / "inside", 3), tmp_path / "out"
+    run(out, f"{inside}/")
+    run(out, inside)  # the same, however its name ends
+    (inside / "00001.txt").write_text("drawing number 7")
+    with pytest.raises(BadRecipe, match="has changed since"):
+        run(out, inside)
+
+
+def captioned(out: Path) -> dict[str, tuple[list[str], list[float]]]:
+    rows = load_from_disk(str(out)).remove_columns("image")
+    return {row["where"]: (row["captions"], row["caption_weights"]) for row in rows}
+
+
+def test_a_picture_has_the_captions_of_all_its_rows_whatever_the_cut(tmp_path: Path) -> None:
+    inside = folder(tmp_path / "inside", 4)
+    said = [[f"{word} {number}" for word in ("one", "two", "three")] for number in range(4)]
+    rows = ["file_name,text"]
+    rows += [f"{number:05d}.png,{text}" for number in range(4) for text in said[number]]
+    (inside / "metadata.csv").write_text("\n".join(rows))
+    for shard in (1, 4, 100):
+        out = tmp_path / f"out{shard}"
+        run(out, inside, config=SMALL.model_copy(update={"shard": shard}))
+        found = captioned(out)
+        assert {name: texts for name, (texts, _) in found.items()} == {
+            f"{number:05d}.png": said[number] for number in range(4)
+        }
+        assert found["00000.png"][1] == pytest.approx([0.3, 0.3, 0.3])
+
+
+def test_a_list_of_texts_is_as_many_captions_and_one_of_keywords_is_one(tmp_path: Path) -> None:
+    inside = folder(tmp_path / "inside", 1)
+    row = {
+        "file_name": "00000.png",
+        "text": ["a dog, running", "a dog"],
+        "keywords": ["dog", "run"],
+    }
+    (inside / "metadata.jsonl").write_text(json.dumps(row))
+    run(tmp_path / "out", inside)
+    texts, weights = captioned(tmp_path / "out")["00000.png"]
+    assert texts == ["a dog, running", "a dog", "dog, run"]
+    assert weights == pytest.approx([0.45, 0.45, 0.1])
+    (one,) = sources.folder(inside)
+    assert one.captions == ("a dog, running", "a dog")
+
+
+def test_what_is_no_longer_whole_is_not_called_done(tmp_path: Path) -> None:
+    inside, out = folder(tmp_path / "inside", 3), tmp_path / "out"
+    run(out, inside)
+    data = next(out.glob("*.arrow"))
+    data.rename(tmp_path / data.name)
+    with pytest.raises(BadData, match=f"{data.name} is not what its manifest says: remove"):
+        run(out, inside)
+    (out / "manifest.json").write_text("{}")
+    with pytest.raises(BadData, match="is damaged: remove"):
+        prepare.verify(out)
+
+
+def test_a_caption_column_that_nobody_has_is_named(tmp_path: Path) -> None:
+    asked = SMALL.model_copy(update={"caption_columns": (("text", 0.5), ("keyword", 0.5))})
+    inside = folder(tmp_path / "inside", 3)
+    with pytest.raises(BadData, match=r"--caption-column keyword: none of .* they have `text`"):
+        run(tmp_path / "out", inside, config=asked)
+
+
+def test_pictures_without_captions_are_counted_unless_none_has_one(tmp_path: Path) -> None:
+    inside = folder(tmp_path / "inside", 260)
+    for number in range(257):
+        (inside / f"{number:05d}.txt").unlink()
+    (inside / "00258.txt").rename(inside / "00258.TXT")
+    counts = run(tmp_path / "out", inside)["counts"]
+    assert counts["kept"] == 3
+    assert counts["rejected"] == {"caption": 257}
+    for text in (*inside.glob("*.txt"), *inside.glob("*.TXT")):
+        text.unlink()
+    with pytest.raises(BadData, match=r"no picture has a caption; put picture\.txt beside"):
+        run(tmp_path / "other", inside)
+
+
+def test_the_summary_says_how_to_keep_what_only_looks_alike(tmp_path: Path) -> None:
+    inside, out = folder(tmp_path / "inside", 3), tmp_path / "out"
+    nearly = drawing(0)
+    nearly[0, 0] ^= 1
+    (inside / "nearly.png").write_bytes(encoded(nearly))
+    (inside / "nearly.txt").write_text("x")
+    said = "\n".join(prepare.summary(out, run(out, inside)))
+    assert "1 of them only look alike, by 4 bits; --near 0 keeps such" in said

@@ -11,6 +11,8 @@ Caption choice, caption dropout, crop and mirroring are dice of the same (seed, 
 Letters  b pictures of the batch, c channels.
 """
 
+import hashlib
+import json
 import math
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -150,15 +152,21 @@ class Scenes:
 
 
 class Folder:
-    """A folder of captioned pictures, shuffled anew every epoch, cut to squares."""
+    """A folder of captioned pictures, shuffled anew every epoch, cut to squares.
 
-    files: ClassVar[Mapping[str, str]] = {}
+    What is known of its files is one sha256: of their names and sizes, captions and weights.
+    """
 
     def __init__(
         self, folder: Path, seed: int, caption_columns: Sequence[tuple[str, float]] = ()
     ) -> None:
         self.pictures = sources.folder(folder, caption_columns)
         sources.check(self.pictures)
+        said = [
+            [one.path.relative_to(folder).as_posix(), one.path.stat().st_size, *one[1:]]
+            for one in self.pictures
+        ]
+        self.files = {folder.name: hashlib.sha256(json.dumps(said).encode()).hexdigest()}
         self.seed = seed
         self.kept: dict[tuple[int, int], Picture] = {}
         self.bytes = 0

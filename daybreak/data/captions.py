@@ -1,9 +1,10 @@
 """Captions: what may be said of a picture, each with its weight.
 
-A picture may have several: one for each column asked for, of which training draws one by weight
-each time. Without a choice of columns, the first of `text`, `caption` and `prompt` that the picture
-has gets 0.9 and its `keywords`, where it has some, 0.1: whole sentences teach most, and a few bare
-words keep short prompts working.
+A picture may have several: those of each column asked for, of which training draws one by weight
+each time. A list of texts in a column is as many captions, which share its weight; of keywords or
+tags it is one. Without a choice of columns, the first of `text`, `caption` and `prompt` that the
+picture has gets 0.9 and its `keywords`, where it has some, 0.1: whole sentences teach most, and a
+few bare words keep short prompts working.
 
 Cleaning is light. HTML entities and control characters go, any white space becomes one space;
 words, case, digits and scripts stay as they are, since a prompt may ask for any of them.
@@ -19,6 +20,7 @@ from daybreak.data.records import Refused
 
 USUAL_COLUMNS = ("text", "caption", "prompt")
 KEYWORDS = "keywords"
+LISTS = (KEYWORDS, "tags")  # columns in which a list is one caption
 USUAL_WEIGHT, KEYWORDS_WEIGHT = 0.9, 0.1
 
 CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]+")  # what is not white space
@@ -36,6 +38,19 @@ def clean(text: str) -> str:
     """The text on one line, without HTML entities and control characters."""
     text = html.unescape(html.unescape(text))
     return " ".join(CONTROL.sub("", text).split())
+
+
+def several(value: object, column: str) -> list[str]:
+    """The captions in one cell, cleaned, without empty ones. A list is as many captions.
+
+    But one of keywords or tags is one caption: `words`.
+
+    Errors  Refused as `words`.
+    """
+    if isinstance(value, list) and column not in LISTS:
+        return [text for one in value if (text := words(one, column))]
+    text = words(value, column)
+    return [text] if text else []
 
 
 def words(value: object, column: str) -> str:
@@ -79,13 +94,18 @@ def read(
     kept: list[tuple[str, float]] = []
     faults = []
     for column, weight in asked or _usual(columns):
+        mine = list[str]()
         try:
-            text = words(columns.get(column), column)
-            if text:
-                _check_length(text, column, shortest, longest)
-                kept.append((text, weight))
+            for text in several(columns.get(column), column):
+                try:
+                    _check_length(text, column, shortest, longest)
+                except Refused as fault:
+                    faults.append(str(fault))
+                else:
+                    mine.append(text)
         except Refused as fault:
             faults.append(str(fault))
+        kept += [(text, weight / len(mine)) for text in mine]
     if not kept:
         raise Refused(faults[0] if faults else _nothing(columns, asked), "caption")
     texts, weights = zip(*kept, strict=True)
@@ -121,6 +141,8 @@ def _check_unicode(text: str, column: str) -> None:
 def _nothing(columns: Mapping[str, object], asked: Sequence[tuple[str, float]]) -> str:
     names = [name for name, _ in asked] or [*USUAL_COLUMNS, KEYWORDS]
     there = [name for name in names if name in columns]
+    if not columns:
+        return "has no caption; write one into a file beside it, of the same name but for .txt."
     if there:
         return f"has no caption; its {_listed(there)} {'is' if len(there) == 1 else 'are'} empty."
     return f"has no caption; there is no {_listed(names, 'or')}."

@@ -15,8 +15,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterable, Iterator
-from itertools import islice
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -25,6 +25,7 @@ from daybreak.data.records import Fault, Record, Refused, printable
 from daybreak.failure import BadData
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+BESIDE = (".txt", ".json")  # files that stand beside a picture
 FOREIGN = frozenset({".avif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg", ".tga"})
 
 
@@ -52,9 +53,14 @@ class Rows(NamedTuple):
     bytes: int
 
     def read(self) -> Iterator[Record | Fault]:
-        """Read the rows and the pictures they name."""
-        for row, _ in islice(rows(self.file, self.first), self.rows):
-            yield row if isinstance(row, Fault) else _named(self.file, row)
+        """Read the rows and the pictures they name; rows that follow one another may name one."""
+        here = (row for row, _ in islice(rows(self.file, self.first), self.rows))
+        for _, same in groupby(here, key=_picture_of):
+            first, *others = same
+            if isinstance(first, Fault):
+                yield from (first, *others)  # type: ignore[misc]
+            else:
+                yield _named(self.file, joined(first, others))
 
 
 class Files(NamedTuple):
@@ -71,6 +77,19 @@ class Files(NamedTuple):
                 yield _beside(self.root, name)
             except Refused as fault:
                 yield Fault(printable(name), fault.kind, str(fault))
+
+
+class Linked(NamedTuple):
+    """A part of a folder: links to other folders, which are not followed."""
+
+    names: tuple[str, ...]
+    bytes: int = 0
+
+    def read(self) -> Iterator[Record | Fault]:
+        """Say so of each."""
+        reason = "is a link to a folder, which is not followed; give that folder as a source."
+        for name in self.names:
+            yield Fault(printable(name), "unsafe", reason)
 
 
 class Unnamed(NamedTuple):
@@ -98,7 +117,7 @@ def parts(path: Path, name: str, shard: int) -> records.Source:
     sizes = {
         file: (path / file).lstat().st_size
         for file in walk(path)
-        if is_picture(file) or file.endswith((".txt", ".json"))
+        if is_picture(file) or file.lower().endswith(BESIDE)
     }
     if metadata:
         return _parts_of_metadata(name, metadata, sizes, shard)
@@ -107,42 +126,78 @@ def parts(path: Path, name: str, shard: int) -> records.Source:
     pictures = {_stem(file) for file in sizes if is_picture(file)}
     if not pictures:
         raise BadData(no_pictures(path))
-    lonely = {file for file in sizes if file.endswith(".txt") and _stem(file) not in pictures}
+    texts = [file for file in sizes if not is_picture(file)]
+    if pictures.isdisjoint(map(_stem, texts)):
+        raise BadData(
+            f"{path}: no picture has a caption; put picture.txt beside picture.png, or a "
+            "metadata.jsonl with `file_name` and `text` of each into the folder."
+        )
+    lonely = {
+        file for file in texts if file.lower().endswith(".txt") and _stem(file) not in pictures
+    }
     named = [file for file in sizes if is_picture(file) or file in lonely]
     stretches = [tuple(named[start : start + shard]) for start in range(0, len(named), shard)]
-    cut = tuple(Files(path, names, sum(sizes[one] for one in names)) for names in stretches)
-    return records.Source(name, "sidecars", _fingerprint(sizes.items()), cut)
+    cut: list[records.Part] = [
+        Files(path, names, sum(sizes[one] for one in names)) for names in stretches
+    ]
+    if links := linked(path):
+        cut.append(Linked(tuple(links)))
+    found = [*((one, sizes[one]) for one in named), *((one, _written(path / one)) for one in texts)]
+    return records.Source(name, "sidecars", _fingerprint(found), tuple(cut))
 
 
 def _parts_of_metadata(
     name: str, metadata: Path, sizes: dict[str, int], shard: int
 ) -> records.Source:
-    named, places, count = set[str](), [Place()], 0
-    for count, (row, after) in enumerate(rows(metadata), start=1):
-        if isinstance(row, Row) and isinstance(row.values.get("file_name"), str):
-            named.add(os.path.normpath(str(row.values["file_name"])))
-        if count % shard == 0:
-            places.append(after)
+    named, places, counts, last, end = set[str](), [Place()], [0], None, Place()
+    for row, after in rows(metadata):
+        one = row.values.get("file_name") if isinstance(row, Row) else None
+        if isinstance(one, str):
+            named.add(os.path.normpath(one))
+        if counts[-1] >= shard and (
+            one is None or one != last
+        ):  # rows of one picture stay together
+            places.append(end)
+            counts.append(0)
+        counts[-1] += 1
+        last, end = one, after
+    count = sum(counts)
     if not count:
         raise BadData(f"{metadata}: names no pictures; write one row for each, with `file_name`.")
     weight = sum(sizes.get(one, 0) for one in named) // count
     cut: list[records.Part] = [
-        Rows(metadata, place, length := min(shard, count - number * shard), length * weight)
-        for number, place in enumerate(places)
-        if number * shard < count
+        Rows(metadata, place, length, length * weight)
+        for place, length in zip(places, counts, strict=True)
     ]
     others = [file for file in sizes if is_picture(file) and file not in named]
     cut += [
         Unnamed(tuple(others[start : start + shard]), metadata.name)
         for start in range(0, len(others), shard)
     ]
-    with metadata.open("rb") as file:
-        written = hashlib.file_digest(file, "sha256").hexdigest()
-    fingerprint = _fingerprint([*sizes.items(), (metadata.name, written)])
+    fingerprint = _fingerprint([*sizes.items(), (metadata.name, _written(metadata))])
     return records.Source(name, "imagefolder", fingerprint, tuple(cut))
 
 
 # One picture, from either layout
+
+
+def _picture_of(row: Row | Fault) -> object:
+    """What rows of one picture have in common; other rows have nothing in common."""
+    name = row.values.get("file_name") if isinstance(row, Row) else None
+    return name if isinstance(name, str) else object()
+
+
+def joined(row: Row, others: Sequence[Row | Fault]) -> Row:
+    """A row with the values of others that name the same picture: several are a list."""
+    values: dict[str, object] = {}
+    for key in dict.fromkeys(
+        key for one in (row, *others) if isinstance(one, Row) for key in one.values
+    ):
+        found = [one.values.get(key) for one in (row, *others) if isinstance(one, Row)]
+        texts = [text for one in found for text in (one if isinstance(one, list) else [one])]
+        different = list(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
+        values[key] = different if len(different) > 1 else found[0]
+    return row._replace(values=values)
 
 
 def _named(file: Path, row: Row) -> Record | Fault:
@@ -171,10 +226,10 @@ def _beside(root: Path, name: str) -> Record:
         )
     if suffix not in images.SUFFIXES:
         raise Refused("has no picture beside it; add the picture or remove the text.", "missing")
-    for file in (picture, picture.with_suffix(".txt"), picture.with_suffix(".json")):
+    text, metadata = (beside(picture, ending) for ending in BESIDE)
+    for file in (picture, text, metadata):
         if file.is_symlink() and not within(root, file):
             raise Refused(f"{file.name} is a link that leads out of the folder; copy it.", "unsafe")
-    text, metadata = picture.with_suffix(".txt"), picture.with_suffix(".json")
     columns = records.columns(
         contents(text) if text.exists() else None, contents(metadata) if metadata.exists() else None
     )
@@ -198,11 +253,19 @@ def inside(root: Path, row: Row) -> Path:
     """The picture a row names, which must be a file inside the folder. Errors: Refused."""
     name = row.values.get("file_name")
     if not isinstance(name, str) or not name or "\0" in name or printable(name) != name:
-        raise Refused("has no `file_name`; write the name of the picture.", "metadata")
+        listed = ", ".join(f"`{key}`" for key in row.values)
+        raise Refused(
+            f"has no `file_name` with the name of a picture, but {listed or 'nothing'}.", "metadata"
+        )
     picture = root / name
-    if Path(name).is_absolute() or ".." in Path(name).parts or not within(root, picture):
+    if Path(name).is_absolute() or ".." in Path(name).parts:
         raise Refused(
             f"`file_name` {name!r} lies outside the folder; move the picture into it.", "unsafe"
+        )
+    if not within(root, picture):
+        raise Refused(
+            f"`file_name` {name!r} is a link that leads out of the folder; copy the picture.",
+            "unsafe",
         )
     try:
         there = picture.is_file()
@@ -218,6 +281,10 @@ def inside(root: Path, row: Row) -> Path:
 
 def check_folder(path: Path) -> None:
     """Errors: BadData if there is no such folder."""
+    if path.is_file():
+        raise BadData(
+            f"{path}: is a file; `daybreak prepare {path}` makes a dataset of tars, tables."
+        )
     if not path.is_dir():
         raise BadData(f"{path}: there is no such folder; give the folder that holds the pictures.")
 
@@ -253,6 +320,21 @@ def walk(path: Path) -> list[str]:
     return sorted(found)
 
 
+def linked(path: Path) -> list[str]:
+    """Links to folders below a folder by their relative names, sorted; hidden ones left out."""
+    found = []
+    for root, folders, _ in os.walk(path):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        found += [Path(root, name) for name in folders if Path(root, name).is_symlink()]
+    return sorted(one.relative_to(path).as_posix() for one in found)
+
+
+def beside(picture: Path, ending: str) -> Path:
+    """The file beside a picture with this ending, in small or in capital letters."""
+    small, capital = picture.with_suffix(ending), picture.with_suffix(ending.upper())
+    return capital if not small.exists() and capital.exists() else small
+
+
 def is_picture(name: str) -> bool:
     """Whether a file is meant to be a picture, by its ending."""
     return Path(name).suffix.lower() in images.SUFFIXES | FOREIGN
@@ -265,6 +347,17 @@ def within(path: Path, file: Path) -> bool:
 
 def _stem(name: str) -> str:
     return str(Path(name).with_suffix(""))
+
+
+def _written(file: Path) -> str:
+    """The sha256 of a text, empty for what is no readable file."""
+    try:
+        if not file.is_file():
+            return ""
+        with file.open("rb") as opened:
+            return hashlib.file_digest(opened, "sha256").hexdigest()
+    except OSError:
+        return ""
 
 
 def _fingerprint(found: Iterable[tuple[str, object]]) -> str:

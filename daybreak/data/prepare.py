@@ -68,6 +68,7 @@ def prepare(
         config.image_column,
         config.licence_column,
     )
+    names = [str(Path(name)) if Path(name).exists() else name for name in names]  # no end slash
     for name in names:
         if out.resolve().is_relative_to(Path(name).resolve()):
             raise BadRecipe(f"--out {out} lies in the source {name}: choose a folder beside it")
@@ -97,6 +98,10 @@ def prepare(
         except BadData:  # no picture is left: nothing here is of use to other settings
             shutil.rmtree(staging, ignore_errors=True)
             raise
+        except OSError as error:
+            raise BadStorage(
+                f"cannot write {out}: {error.strerror or error}; the same command goes on"
+            ) from error
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
 
@@ -150,6 +155,13 @@ def summary(out: Path, manifest: dict[str, Any]) -> Iterator[str]:
             break
     for kind, number in counts["rejected"].items():
         yield f"  left out: {number:,} {kind}, such as {examples[kind]}"
+    alike = sum(
+        len(group["dropped"])
+        for group in _lines(out / "duplicates.jsonl")
+        if group["kind"] != "exact"
+    )
+    if alike:
+        yield f"  {alike:,} of them only look alike, by {chosen['near']} bits; --near 0 keeps such"
     if examples:
         yield f"  every one of them, with its reason: {out / 'rejected.jsonl'}"
 
@@ -169,6 +181,12 @@ def settled(config: Config, found: Sequence[Source]) -> Config:
     for height, width in itertools.chain.from_iterable(_sizes(one, config, there) for one in found):
         seen += 1
         large_enough.update(side for side in SIDES if _fills(height, width, side, config))
+    for name, _ in config.caption_columns:
+        if name not in there:
+            raise BadData(
+                f"--caption-column {name}: none of the first pictures has it; they have "
+                f"{', '.join(f'`{one}`' for one in there) or 'no column'}"
+            )
     if config.licence_column and config.licence_column not in there:
         listed = ", ".join(f"`{name}`" for name in there) or "no column"
         raise BadData(
@@ -207,7 +225,13 @@ def _sizes(source: Source, config: Config, columns: dict[str, None]) -> Iterator
         with contextlib.suppress(Refused):
             yield images.size(record.data, record.where)
     asked = [name for name, _ in config.caption_columns] or [*USUAL_COLUMNS, KEYWORDS]
-    if seen and there.keys().isdisjoint(asked):
+    bare = source.layout == "sidecars" and not there  # the others may have some
+    if seen and not bare and there.keys().isdisjoint(asked):
+        if source.layout == "webdataset" and not there:
+            raise BadData(
+                f"{source.name}: none of its first {seen} pictures has a .txt or .json that follows "
+                "it in the tar; pack the files in the order of their names (tar --sort=name)"
+            )
         listed = ", ".join(f"`{name}`" for name in there) or "none"
         raise BadData(
             f"{source.name}: none of its first {seen} pictures has a caption in "
@@ -244,6 +268,13 @@ def _enter(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
     if (out / "manifest.json").is_file():
         manifest = disk.read_json(out / "manifest.json")
         _refuse_other(plan, manifest, f"{out} holds a dataset")
+        for name, listed in _listed(out, manifest).items():
+            there = (out / name).stat().st_size if (out / name).is_file() else None
+            if there != listed["bytes"]:
+                raise BadData(
+                    f"{out} is damaged, {name} is not what its manifest says: remove {out} and "
+                    "give the same command again"
+                )
         shutil.rmtree(out / STAGING, ignore_errors=True)
         return manifest
     if any(out.iterdir()) and not (out / STAGING).is_dir():
@@ -251,6 +282,15 @@ def _enter(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
             f"{out} is not empty and holds no dataset: choose another folder with --out"
         )
     return None
+
+
+def _listed(out: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """The files of a manifest. Errors: BadData if it is none of a dataset."""
+    parts = {"counts", "files", "buckets", "licences", "settings"}
+    if parts - manifest.keys():
+        raise BadData(f"{out}/manifest.json is damaged: remove {out} and prepare it again")
+    files: dict[str, dict[str, Any]] = manifest["files"]
+    return files
 
 
 @contextlib.contextmanager
@@ -334,7 +374,8 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     if not (folder / "manifest.json").is_file():
         raise BadData(f"{folder} is no prepared dataset: it has no manifest.json")
     manifest = disk.read_json(folder / "manifest.json")
-    counts, files = manifest["counts"], manifest["files"]
+    files = _listed(folder, manifest)
+    counts = manifest["counts"]
     disk.compare(folder, files, progress)
     if stray := sorted({path.name for path in folder.glob("*.arrow")} - files.keys()):
         raise BadData(

@@ -72,7 +72,7 @@ class Source(NamedTuple):
 
     name: str  # as the user wrote it
     layout: str
-    fingerprint: str  # sha256 over the names and sizes of what was found
+    fingerprint: str  # sha256 over what was found: names, sizes, texts, of large files their time
     parts: tuple[Part, ...]
 
 

@@ -84,10 +84,18 @@ def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source
         if (path / "state.json").is_file():
             return tables.saved(path, name, wanted, shard)
         inner = [] if folders.metadata_of(path) else folders.walk(path)
-        if found := [path / one for one in inner if one.endswith(".tar")]:
-            return tars.parts(found, path, name)
-        if found := [path / one for one in inner if one.endswith(".parquet")]:
-            return tables.parquet(found, path, name, wanted, shard)
+        packed = [path / one for one in inner if one.endswith(".tar")]
+        listed = [path / one for one in inner if one.endswith(".parquet")]
+        loose = [path / one for one in inner if folders.is_picture(one)]
+        if loose and (other := packed or listed):  # img2dataset itself puts tables beside tars
+            raise BadData(
+                f"{name}: holds both pictures (such as {loose[0]}) and {other[0]}; put them into "
+                "folders of their own, and give both."
+            )
+        if packed:
+            return tars.parts(packed, path, name)
+        if listed:
+            return tables.parquet(listed, path, name, wanted, shard)
         return folders.parts(path, name, shard)
     if drawn := DRAWN.fullmatch(name):
         return _drawn(name, int(drawn[1]), drawn[2], shard)
@@ -117,9 +125,10 @@ def folder(path: Path, caption_columns: Sequence[tuple[str, float]] = ()) -> lis
     """All pictures of a folder, each with its captions, in the order of their names.
 
     `caption_columns` are (name, weight); without them, the first of `text`, `caption` and `prompt`
-    that the metadata has. A list of words is one caption, joined by commas. A value that is missing
-    or empty drops that caption from that picture, and the others stay. With metadata, pictures it
-    does not name are not part of the dataset.
+    that the metadata has. A list of texts is as many captions, each with an equal part of the
+    weight; one of keywords is one caption, joined by commas. So are rows that name one picture. A
+    value that is missing or empty drops that caption from that picture, and the others stay. With
+    metadata, pictures it does not name are not part of the dataset.
 
     Errors  BadData for a folder or a row that cannot be used, naming it; BadRecipe for a weight
             that is not a positive number.
@@ -177,19 +186,24 @@ def _from_metadata(file: Path, caption_columns: Sequence[tuple[str, float]]) -> 
     if not rows:
         raise BadData(f"{file}: names no pictures; write one row for each, with `file_name`.")
     columns = _columns(file, rows, caption_columns)
-    captioned = []
+    captioned = dict[Path, Captioned]()
     for row in rows:
         try:
             found = [
-                (captions.words(row.values.get(name), name), weight) for name, weight in columns
+                (text, weight / len(texts))
+                for name, weight in columns
+                for texts in [captions.several(row.values.get(name), name)]
+                for text in texts
             ]
             picture = folders.inside(file.parent, row)
         except Refused as fault:
             raise BadData(f"{file}:{row.line}: {fault}") from fault
-        kept = [(text, weight) for text, weight in found if text]
-        texts, weights = tuple(text for text, _ in kept), tuple(weight for _, weight in kept)
-        captioned.append(Captioned(picture, texts, weights))
-    return captioned
+        one = captioned.setdefault(picture, Captioned(picture, (), ()))
+        captioned[picture] = one._replace(
+            captions=(*one.captions, *(text for text, _ in found)),
+            weights=(*one.weights, *(weight for _, weight in found)),
+        )
+    return list(captioned.values())
 
 
 def _side_by_side(path: Path) -> list[Captioned]:
@@ -200,7 +214,7 @@ def _side_by_side(path: Path) -> list[Captioned]:
             continue
         if not folders.within(path, picture):
             raise BadData(f"{picture}: is a link that leads out of {path}; copy the picture.")
-        caption = _caption_beside(path, picture.with_suffix(".txt"))
+        caption = _caption_beside(path, folders.beside(picture, ".txt"))
         captioned.append(
             Captioned(picture, (caption,), (1.0,)) if caption else Captioned(picture, (), ())
         )

@@ -115,7 +115,7 @@ def parquet(
     digest = hashlib.sha256()
     for path in paths:
         file = printable(path.relative_to(root).as_posix())
-        digest.update(f"{file}\0{path.stat().st_size}\n".encode())
+        digest.update(f"{file}\0{path.stat().st_size}\0{path.stat().st_mtime_ns}\n".encode())
         try:
             with pq.ParquetFile(path) as table:
                 image = image_column(f"{name}: {file}", table.schema_arrow, wanted.image)
@@ -136,7 +136,7 @@ def saved(path: Path, name: str, wanted: Columns, shard: int) -> records.Source:
         raise BadData(f"{path}: is a damaged dataset ({_short(error)}); save it again.") from error
     digest = hashlib.sha256()
     for file in sorted(path.glob("*.arrow")):
-        digest.update(f"{file.name}\0{file.stat().st_size}\n".encode())
+        digest.update(f"{file.name}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}\n".encode())
     return _rows(dataset, name, "datasets", digest.hexdigest(), wanted, shard)
 
 

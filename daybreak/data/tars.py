@@ -53,7 +53,8 @@ def parts(paths: Sequence[Path], root: Path, name: str) -> records.Source:
         Tar(path, printable(path.relative_to(root).as_posix()), path.stat().st_size)
         for path in paths
     )
-    listed = "".join(f"{tar.name}\0{tar.bytes}\n" for tar in tars)
+    # Tars are padded, so that another caption need not change their size.
+    listed = "".join(f"{tar.name}\0{tar.bytes}\0{tar.path.stat().st_mtime_ns}\n" for tar in tars)
     return records.Source(name, "webdataset", hashlib.sha256(listed.encode()).hexdigest(), tars)
 
 

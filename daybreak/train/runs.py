@@ -97,7 +97,7 @@ def changes(
             f"{run} holds a run of another recipe ({'; '.join(keys)}): choose another folder with "
             "--out, give the same values to continue, or continue all the same with --changed"
         )
-    had = facts.read(run).get("data", files)  # nothing is known of it where run.json was removed
+    had = facts.read(run).get("data") or files  # nothing is known where run.json was removed
     data = [name for name in sorted(had.keys() | files.keys()) if had.get(name) != files.get(name)]
     if data and not allowed:
         more = f" and {len(data) - 3} more" if len(data) > 3 else ""

@@ -127,13 +127,17 @@ def summary(found: census.Census) -> RenderableType:
     )
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim")
-    facts.add_row("sources", _listed(found.sources))
-    facts.add_row("licences", _listed(found.licences))
-    facts.add_row("sizes in px", _listed(found.sides))
-    facts.add_row("words a caption", f"{_listed(found.lengths)}; median {found.median_length}")
-    facts.add_row("frequent words", _listed(found.words[:12]))
-    facts.add_row("rejected", f"{out:,}: {_listed(found.rejected)}" if out else "none")
-    facts.add_row("duplicates", f"groups: {_listed(found.groups)}" if found.groups else "none")
+    rows = {
+        "sources": _listed(found.sources),
+        "licences": _listed(found.licences),
+        "sizes in px": _listed(found.sides),
+        "words a caption": f"{_listed(found.lengths)}; median {found.median_length}",
+        "frequent words": _listed(found.words[:12]),
+        "rejected": f"{out:,}: {_listed(found.rejected)}" if out else "none",
+        "duplicates": f"groups: {_listed(found.groups)}" if found.groups else "none",
+    }
+    for name, said in rows.items():
+        facts.add_row(name, Text(said))  # no markup: it is what users have written
 
     filled = Table("bucket", box=None, pad_edge=False, header_style="dim")
     for name in ("pictures", "full batches", "over", "enlarged"):
