@@ -27,6 +27,26 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 
+
+def _version(asked: bool) -> None:
+    """Say which version this is, and leave, if that is asked."""
+    if asked:
+        from importlib import metadata
+
+        print(f"daybreak {metadata.version('daybreak')}")
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool,
+        typer.Option("--version", is_eager=True, callback=_version, help="Say which version."),
+    ] = False,
+) -> None:
+    pass
+
+
 Run = Annotated[Path, typer.Argument(help="A run folder that `daybreak train` has written.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the recipe's if left out.")]
 Set = Annotated[
@@ -50,57 +70,80 @@ def prepare(
     out: Annotated[Path | None, typer.Option(help="Folder for the dataset.")] = None,
     resolution: Annotated[
         list[int] | None,
-        typer.Option(help="In pixels, of several the largest; what the pictures allow, to 512."),
+        typer.Option(
+            help="Pixels of a square; given several times, the largest. "
+            "\\[default: the largest of 32 to 512 that the pictures allow]"
+        ),
     ] = None,
     unit: Annotated[
-        int | None, typer.Option(help="Sides are multiples of it, as of a patch; 8, 16 or 32.")
+        int | None,
+        typer.Option(
+            help="Sides of all shapes are multiples of it, as of a patch. "
+            "\\[default: 8, 16 or 32, by resolution]"
+        ),
     ] = None,
     max_aspect: Annotated[
-        float | None, typer.Option(help="Of the longest bucket, 2; 1 gives squares only.")
+        float | None,
+        typer.Option(
+            help="Long by short side of the longest shape; 1: squares only. \\[default: 2]"
+        ),
     ] = None,
     max_crop: Annotated[
-        float | None, typer.Option(help="Share of a picture that may be cut away, 0.15.")
+        float | None, typer.Option(help="Share of a picture that may be cut off. \\[default: 0.15]")
     ] = None,
     max_upscale: Annotated[
-        float | None, typer.Option(help="How many times a picture may be enlarged, 1.33.")
+        float | None, typer.Option(help="Factor a picture may be enlarged by. \\[default: 1.33]")
     ] = None,
     min_side: Annotated[
-        int | None, typer.Option(help="Pixels that the shorter side must have.")
+        int | None, typer.Option(help="Pixels the shorter side must have. \\[default: 0]")
     ] = None,
     caption_column: Annotated[
         list[str] | None,
-        typer.Option(metavar="NAME:WEIGHT", help="Or the usual: text, caption, prompt, keywords."),
+        typer.Option(
+            metavar="NAME:WEIGHT",
+            help="A column of captions; may be given several times. "
+            "\\[default: text, caption or prompt, and keywords]",
+        ),
     ] = None,
     min_caption: Annotated[
-        int | None, typer.Option(help="Characters that a caption must have.")
+        int | None, typer.Option(help="Characters a caption must have. \\[default: 1]")
     ] = None,
     max_caption: Annotated[
-        int | None, typer.Option(help="Characters that it may have, 8000.")
+        int | None, typer.Option(help="Characters a caption may have. \\[default: 8000]")
     ] = None,
     image_column: Annotated[
-        str | None, typer.Option(help="Of a table, instead of the first that holds bytes.")
+        str | None,
+        typer.Option(help="A table's column of pictures. \\[default: the first that holds bytes]"),
     ] = None,
     licence_column: Annotated[
-        str | None, typer.Option(help="Instead of licence or license.")
+        str | None, typer.Option(help="A column of licences. \\[default: licence or license]")
     ] = None,
     licence: Annotated[
-        list[str] | None, typer.Option(help="One that is allowed; without this option all are.")
+        list[str] | None,
+        typer.Option(help="A licence to allow; may be given several times. \\[default: all]"),
     ] = None,
     skip: Annotated[
         Path | None,
-        typer.Option(help="A file of pictures to leave out: names or sha256, one a line."),
+        typer.Option(help="A file that lists pictures to leave out: names or sha256, one a line."),
     ] = None,
     form: Annotated[
         str | None,
-        typer.Option("--format", help="jpeg, webp, png; or auto: png where small, else jpeg."),
+        typer.Option(
+            "--format",
+            help="jpeg, webp, png, or auto: png where small, else jpeg. \\[default: auto]",
+        ),
     ] = None,
     background: Annotated[
-        str | None, typer.Option(help="Colour behind clear pixels, white; or as in #ffffff.")
+        str | None,
+        typer.Option(help="Colour behind clear pixels, by name or #rrggbb. \\[default: white]"),
     ] = None,
     near: Annotated[
-        int | None, typer.Option(help="Bits that near duplicates may differ in, 4; 0 keeps them.")
+        int | None,
+        typer.Option(help="Bits near duplicates may differ in; 0 keeps them. \\[default: 4]"),
     ] = None,
-    shard: Annotated[int | None, typer.Option(help="Pictures of one file, 1024.")] = None,
+    shard: Annotated[
+        int | None, typer.Option(help="Pictures in each file of the dataset. \\[default: 1024]")
+    ] = None,
     stream: Annotated[
         bool, typer.Option("--stream", help="Read from the hub without storing what it sends.")
     ] = False,
@@ -108,7 +151,7 @@ def prepare(
         bool, typer.Option("--salvage", help="Keep what can be read of damaged tars and tables.")
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="As many as there are cores.")
+        int | None, typer.Option(min=1, help="Processes that work. \\[default: one for each core]")
     ] = None,
     verify: Annotated[
         bool, typer.Option("--verify", help="Check every byte of a dataset that is there.")
@@ -117,14 +160,16 @@ def prepare(
         str | None,
         typer.Option(
             metavar="ENCODER",
-            help="Encode its captions, once for all runs with it; or RECIPE.toml, as that asks.",
+            help="Encode the captions once for all runs with this encoder, or with a recipe's.",
         ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of a caption, as text.max_tokens of these runs; 32.")
+        int | None,
+        typer.Option(min=1, help="text.max_tokens of the runs, for --cache-text. \\[default: 32]"),
     ] = None,
     precision: Annotated[
-        Literal["auto", "bfloat16", "float32"], typer.Option(help="As precision of these runs.")
+        Literal["auto", "bfloat16", "float32"],
+        typer.Option(help="precision of the runs, for --cache-text."),
     ] = "auto",
 ) -> None:
     """Make a dataset of captioned pictures; the same command again continues where it stopped."""
@@ -247,10 +292,15 @@ def sample(
     digest = config.digest(recipe)
     recipe = config.resampled(recipe, tuple(set_ or ()), steps, guidance)
     how, side = recipe.sample, recipe.stage[-1].resolution
+    folder = out or run / "samples" / _file_name(prompt[0])
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadStorage(f"cannot write {folder}: {error.strerror}") from error
     pictures = draw.draw(model, prompts, seeds, side, side, how, recipe.flow, recipe.tread)
 
-    folder = out or run / "samples" / _file_name(prompt[0])
-    facts = {"recipe": digest, "step": str(found.step), "guide": how.guide}
+    drawn = how.model_dump_json(exclude={"prompts", "every", "seed"})
+    facts = {"recipe": digest, "step": str(found.step), "guide": how.guide, "sample": drawn}
     facts |= {"steps": str(how.steps), "guidance": str(how.guidance)}
     for words, number, picture in zip(prompts, seeds, pictures, strict=True):
         path = folder / f"{_file_name(words)}-seed{number}.png"

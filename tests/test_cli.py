@@ -177,3 +177,9 @@ def test_one_of_many_processes_leaves_at_once(error: str, code: int, said: str, 
     assert said in done.stderr
     assert ("Traceback" in done.stderr) == (code == 1)
     assert done.stdout == ("took its time\n" if ranks == 1 else "")
+
+
+def test_it_says_its_version() -> None:
+    done = warm.run("-m", "daybreak", "--version")
+    assert done.returncode == 0
+    assert done.stdout.startswith("daybreak ")

@@ -244,9 +244,11 @@ def test_the_folder_names_what_every_reader_knows(model: TextToImage, tmp_path: 
 
 def test_exporting_again_replaces_the_folder(model: TextToImage, tmp_path: Path) -> None:
     folder = exported(model, tmp_path / "pipeline")
-    (folder / "stale").write_text("x")
+    (folder / "transformer" / "stale").write_text("x")
+    (folder / "notes.txt").write_text("mine")
     exported(model, folder)
-    assert not (folder / "stale").exists()
+    assert not (folder / "transformer" / "stale").exists()
+    assert (folder / "notes.txt").read_text() == "mine"
     assert [path.name for path in tmp_path.iterdir()] == ["pipeline"]
 
 

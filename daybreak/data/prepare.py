@@ -229,8 +229,8 @@ def _sizes(source: Source, config: Config, columns: dict[str, None]) -> Iterator
     if seen and not bare and there.keys().isdisjoint(asked):
         if source.layout == "webdataset" and not there:
             raise BadData(
-                f"{source.name}: none of its first {seen} pictures has a .txt or .json that follows "
-                "it in the tar; pack the files in the order of their names (tar --sort=name)"
+                f"{source.name}: none of its first {seen} pictures has a .txt or .json next to it "
+                "in the tar; pack the files in the order of their names (tar --sort=name)"
             )
         listed = ", ".join(f"`{name}`" for name in there) or "none"
         raise BadData(

@@ -56,7 +56,8 @@ def export(
     card: Card,
     route: tread.Config | None = None,
 ) -> Path:
-    """Write the pipeline folder, whole or not at all; an earlier one at its place is replaced.
+    """Write the pipeline folder, whole or not at all. An earlier one at its place is replaced, but
+    for what others have put there, as `daybreak evaluate` its scores.
 
     Errors  BadStorage if the disk refuses; BadRecipe for a network diffusers has no class for, and
             for a place where something else lies.
@@ -71,8 +72,11 @@ def export(
             'tread.kind = "sprint" puts a layer into the network that no class of diffusers has: '
             'a run to be exported uses kind = "tread"'
         )
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    staged = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        staged = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
+    except OSError as error:
+        raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
     old = staged.with_name(staged.name.replace(".tmp-", ".old-", 1))
     try:
         _transformer(model.dit, staged / "transformer")
@@ -105,6 +109,9 @@ def export(
         if folder.exists():
             folder.rename(old)
         staged.rename(folder)
+        for other in old.iterdir() if old.exists() else ():  # what others have put there stays
+            if not (folder / other.name).exists():
+                other.rename(folder / other.name)
     except OSError as error:
         raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
     finally:

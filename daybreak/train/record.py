@@ -26,7 +26,7 @@ from daybreak.data.scenes import SPLITS
 from daybreak.data.scenes import Config as Scenes
 from daybreak.evaluate import chart, suite
 from daybreak.failure import BadRecipe, BadStorage
-from daybreak.generate import grid
+from daybreak.generate import grid, sampler
 from daybreak.objective import repa
 from daybreak.train import arms as plan
 from daybreak.train import evaluations, runs
@@ -212,7 +212,9 @@ def _of_recipe(found: Comparison, recipe: Recipe) -> list[str]:
         why.append("scenes.held_out is not at its default")
     if asked is None or asked.per_task != PROMPTS:
         why.append(f"its tasks do not have {PROMPTS} prompts each (--per-task)")
-    if how.steps * (2 if how.guidance > 1 and how.interval == (0.0, 1.0) else 1) > CALLS:
+    shift = recipe.flow.shift if how.shift is None else how.shift
+    low, high = how.interval if how.guidance > 1 else (math.inf, math.inf)
+    if sum(1 + (low <= t <= high) for t in sampler.times(how.steps, shift)[:-1]) > CALLS:
         why.append(f"a picture takes more than {CALLS} evaluations of the network")
     taught = recipe.repa is not None and recipe.repa.teacher != repa.SELF
     if taught or recipe.text.encoder or recipe.lpips or recipe.dino:
