@@ -55,7 +55,8 @@ def build(
     twin = text_to_image.build(*of, shared).to(here.device)
     follows = parallel.Config(reshard_after_forward=True)
     compiled = compiles(recipe, here.device, tell)
-    if compiled and objective.vgg:
+    if compiled and objective.vgg and here.device.type == "cuda":
+        # On a processor convolutions are nearly all of it, and compiling takes longer than it saves.
         objective.vgg = lpips.compiled(objective.vgg)
     parallel.prepare(model.dit, model.dit.blocks, here, recipe.parallel, dtype, compiled)
     parallel.prepare(twin.dit, twin.dit.blocks, here, follows, dtype)

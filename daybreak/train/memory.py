@@ -136,7 +136,8 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
         total += Saved(compared * flops.target(recipe) * (5 * c + 2 * FULL), 0)
     if recipe.lpips and flops.active(recipe, stage, "lpips"):
         side = max(lpips.SMALLEST, round(stage.resolution * recipe.lpips.resize))
-        kept = perceived(flops.vgg_depths(recipe.lpips), side, c, recipe.compile)
+        fused = recipe.compile and kind == "cuda"
+        kept = perceived(flops.vgg_depths(recipe.lpips), side, c, fused)
         total += Saved(recipe.lpips.fraction * kept, 0)
     if recipe.dino and flops.active(recipe, stage, "dino"):
         view = flops.teachers(recipe, stage)["dino"]
