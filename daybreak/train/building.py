@@ -56,7 +56,7 @@ def build(
     follows = parallel.Config(reshard_after_forward=True)
     compiled = compiles(recipe, here.device, tell)
     if compiled and objective.vgg and here.device.type == "cuda":
-        # On a processor convolutions are nearly all of it, and compiling takes longer than it saves.
+        # On a processor convolutions are nearly all of it, and compiling saves less than it takes.
         objective.vgg = lpips.compiled(objective.vgg)
     parallel.prepare(model.dit, model.dit.blocks, here, recipe.parallel, dtype, compiled)
     parallel.prepare(twin.dit, twin.dit.blocks, here, follows, dtype)
