@@ -297,6 +297,13 @@ def sample(
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise BadStorage(f"cannot write {folder}: {error.strerror}") from error
+    for words in prompt:
+        if (length := model.text.length(words)) > recipe.text.max_tokens:
+            print(
+                f"{_file_name(words)}: of {length} tokens {recipe.text.max_tokens} are read "
+                "(text.max_tokens)",
+                file=sys.stderr,
+            )
     pictures = draw.draw(model, prompts, seeds, side, side, how, recipe.flow, recipe.tread)
 
     drawn = how.model_dump_json(exclude={"prompts", "every", "seed"})
@@ -487,6 +494,8 @@ def compare(
         print(f"with so many arms nothing is resolved by {seeds} seeds: give --seeds {enough}")
     if code := work.run(runs, arms, print):
         raise typer.Exit(code)
+    if target is not None and target > 1 and metric.startswith("scenes."):
+        raise BadRecipe(f"--target {target:g}: {metric} is a share between 0 and 1, as in 0.8")
     question = work.Question(metric, plan.unit(given, target), target, margin)
     found = work.compare(arms, [work.read(one, question) for one in runs], question)
     measured = given is not None and given.kind == "seconds"

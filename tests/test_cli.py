@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from daybreak.failure import BadStorage
 from tests import warm
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -44,6 +45,16 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
     )
     with Image.open(Path(again.stdout.split("\n")[0])) as picture:
         assert np.abs(np.array(picture).astype(int) - first.astype(int)).max() <= 1
+
+    (tmp_path / "file").touch()
+    long = ("sample", "red " * 60, "--run", run, "--count", 1, "--steps", 1)
+    refused = daybreak(*long, "--out", tmp_path / "file")
+    assert refused.returncode == BadStorage.code
+    assert refused.stderr.startswith("daybreak: cannot write")
+    cut = daybreak(*long, "--set", "sample.stochastic=true")
+    assert "tokens 24 are read (text.max_tokens)" in cut.stderr
+    with Image.open(Path(cut.stdout.split("\n")[0])) as picture:
+        assert json.loads(picture.info["sample"])["stochastic"] is True
 
     scored = daybreak(
         *("evaluate", run, "--suite", "scenes", "--per-task", 5, "--steps", 2),

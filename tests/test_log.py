@@ -291,7 +291,8 @@ def test_a_full_disk_warns_once_and_delays_the_lines(tmp_path: Path) -> None:
     stream = io.StringIO()
     with Log(tmp_path, 5, stream=stream) as log:
         log.step(1, {"loss": 1.0}, 1)
-        log.path, log.file = Path("/dev/full"), None
+        log._close()
+        log.path = Path("/dev/full")
         log.step(2, {"loss": 1.0}, 1)
         log.step(3, {"loss": 1.0}, 1)
         log.path = tmp_path / "metrics.jsonl"

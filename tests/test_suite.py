@@ -44,7 +44,9 @@ def model() -> TextToImage:
 
 def test_an_artist_that_draws_what_is_asked_has_every_point() -> None:
     result = suite.scenes(perfect(7, 5), CONFIG, 7, 5)
-    assert result.values["exact"][:3] == pytest.approx((1, 1, 1))
+    value, low, high = result.values["exact"][:3]
+    assert (value, high) == pytest.approx((1, 1))
+    assert 0.8 < low < 1, "thirty pictures are no certainty either"
     assert {"single", "position", "H1", "H4", "shuffled", "ground_truth"} <= result.values.keys()
     assert not {"three", "size", "H5"} & result.values.keys(), "nothing of them was asked"
     assert {*scenes_suite.names(CONFIG), "shuffled", "ground_truth"} == result.values.keys()

@@ -371,7 +371,7 @@ def test_the_verb_encodes_as_a_recipe_asks(
     from daybreak.train import encoded
 
     dataset, encoder = prepared([{"captions": ["a red circle"]}]), saved(tmp_path / "encoder")
-    with pytest.raises(BadRecipe, match="read by one that learns"):
+    with pytest.raises(BadRecipe, match="trains its own text encoder"):
         cli.prepare([str(dataset)], cache_text=str(tiny))
     sets = ('text.template="a {} circle"', "text.skip=1", f"text.encoder={encoder}")
     recipe = config.load(tiny, (*sets, f"data.source={dataset}", "dit.patch=16"), ("scenes",))

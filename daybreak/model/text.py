@@ -212,6 +212,10 @@ class TextEncoder(nn.Module):
         ids, mask = (torch.tensor(tokens[name]) for name in ("input_ids", "attention_mask"))
         return ids, mask.bool()
 
+    def length(self, caption: str) -> int:
+        """Tokens of a caption, however many are read."""
+        return len(self.tokenizer(clean(caption))["input_ids"])
+
     def forward(self, captions: Sequence[str]) -> Text:
         """Encode captions on the device of the weights."""
         device = next(self.encoder.parameters()).device
