@@ -154,9 +154,8 @@ def _parts_of_metadata(
         one = row.values.get("file_name") if isinstance(row, Row) else None
         if isinstance(one, str):
             named.add(os.path.normpath(one))
-        if counts[-1] >= shard and (
-            one is None or one != last
-        ):  # rows of one picture stay together
+        apart = one is None or one != last  # rows of one picture stay together
+        if counts[-1] >= shard and apart:
             places.append(end)
             counts.append(0)
         counts[-1] += 1
@@ -189,11 +188,12 @@ def _picture_of(row: Row | Fault) -> object:
 
 def joined(row: Row, others: Sequence[Row | Fault]) -> Row:
     """A row with the values of others that name the same picture: several are a list."""
+    same = [row, *(one for one in others if isinstance(one, Row))]
+    if len(same) == 1:
+        return row
     values: dict[str, object] = {}
-    for key in dict.fromkeys(
-        key for one in (row, *others) if isinstance(one, Row) for key in one.values
-    ):
-        found = [one.values.get(key) for one in (row, *others) if isinstance(one, Row)]
+    for key in dict.fromkeys(key for one in same for key in one.values):
+        found = [one.values.get(key) for one in same]
         texts = [text for one in found for text in (one if isinstance(one, list) else [one])]
         different = list(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
         values[key] = different if len(different) > 1 else found[0]

@@ -109,10 +109,12 @@ def export(
         if folder.exists():
             folder.rename(old)
         staged.rename(folder)
-        for other in old.iterdir() if old.exists() else ():  # what others have put there stays
+        for other in list(old.iterdir()) if old.exists() else ():  # what others put there stays
             if not (folder / other.name).exists():
                 other.rename(folder / other.name)
     except OSError as error:
+        if old.exists() and not folder.exists():
+            old.rename(folder)
         raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)

@@ -52,16 +52,9 @@ class _Modulate(Function):
     @once_differentiable
     def backward(ctx: Any, du: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         x, scale, mean, inverse = ctx.saved_tensors
-        full, du = x.float(), du.float()
+        full, du, s = x.float(), du.float(), 1 + scale.float()
         dx, _, _ = torch.ops.aten.native_layer_norm_backward(
-            (1 + scale.float()) * du,
-            full,
-            x.shape[-1:],
-            mean,
-            inverse,
-            None,
-            None,
-            [True, False, False],
+            s * du, full, x.shape[-1:], mean, inverse, None, None, [True, False, False]
         )
         dscale = (full - mean).mul_(inverse).mul_(du).sum(1, keepdim=True)
         dshift = du.sum(1, keepdim=True)
