@@ -11,12 +11,16 @@ from typing import Any
 from daybreak.failure import BadData
 
 
+def sha256(path: Path) -> str:
+    """The sha256 of a file, in hexadecimal."""
+    with path.open("rb") as file:
+        return file_digest(file, "sha256").hexdigest()
+
+
 def sealed(path: Path) -> dict[str, Any]:
     """The size and sha256 of a file, once the disk holds it."""
     sync(path)
-    with path.open("rb") as file:
-        digest = file_digest(file, "sha256").hexdigest()
-    return {"bytes": path.stat().st_size, "sha256": digest}
+    return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
 def compare(
@@ -35,9 +39,7 @@ def compare(
             return f"{name} is missing"
         if path.stat().st_size != listed["bytes"]:
             return f"{name} has {path.stat().st_size:,} bytes, not {listed['bytes']:,}"
-        with path.open("rb") as file:
-            found = file_digest(file, "sha256").hexdigest()
-        if found != listed["sha256"]:
+        if (found := sha256(path)) != listed["sha256"]:
             return f"{name} has sha256 {found[:12]}, not {listed['sha256'][:12]}"
         return None
 

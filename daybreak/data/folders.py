@@ -20,7 +20,7 @@ from itertools import groupby, islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
-from daybreak.data import images, records
+from daybreak.data import disk, images, records
 from daybreak.data.records import Fault, Record, Refused, printable
 from daybreak.failure import BadData
 
@@ -352,10 +352,7 @@ def _stem(name: str) -> str:
 def _written(file: Path) -> str:
     """The sha256 of a text, empty for what is no readable file."""
     try:
-        if not file.is_file():
-            return ""
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return disk.sha256(file) if file.is_file() else ""
     except OSError:
         return ""
 

@@ -33,7 +33,7 @@ import pyarrow as pa
 from PIL import ImageColor
 from pydantic import BaseModel, ConfigDict, Field, field_serializer, field_validator
 
-from daybreak.data import buckets, captions, duplicates, images, records
+from daybreak.data import buckets, captions, disk, duplicates, images, records
 from daybreak.data.records import LICENCES, Fault, Record, Refused, printable
 
 Picture = npt.NDArray[np.uint8]
@@ -206,9 +206,7 @@ def store(
             tick(1, 0, len(item.data))
         if rows:
             writer.write_batch(pa.RecordBatch.from_pylist(rows, schema))
-    with path.open("rb") as written:
-        digest = hashlib.file_digest(written, "sha256").hexdigest()
-    return Shard(kept, tuple(rejected), lost, path.stat().st_size, digest)
+    return Shard(kept, tuple(rejected), lost, path.stat().st_size, disk.sha256(path))
 
 
 def features() -> Any:

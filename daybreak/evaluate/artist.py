@@ -29,6 +29,7 @@ import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError
 
+from daybreak.data import disk
 from daybreak.failure import BadRecipe
 from daybreak.generate import draw as sampling
 from daybreak.generate import sampler
@@ -238,6 +239,5 @@ def _digest(folder: Path) -> str:
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()
         if not name.startswith("evaluation/"):
-            with path.open("rb") as file:
-                whole.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+            whole.update(f"{name} {disk.sha256(path)}\n".encode())
     return whole.hexdigest()

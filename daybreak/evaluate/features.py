@@ -33,7 +33,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load_file, save_file
 from torch import Tensor, nn
 
-from daybreak.data import images
+from daybreak.data import disk, images
 from daybreak.evaluate import scenes_features
 from daybreak.failure import BadData, BadRecipe, BadStorage
 
@@ -323,7 +323,6 @@ def _read(file: Path, height: int, width: int) -> tuple[Pictures, bool]:
 
 def _hash(file: Path) -> str:
     try:
-        with file.open("rb") as opened:
-            return hashlib.file_digest(opened, "sha256").hexdigest()
+        return disk.sha256(file)
     except OSError as error:
         raise BadData(f"{file}: cannot be read ({error.strerror})") from error

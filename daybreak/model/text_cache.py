@@ -40,6 +40,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from daybreak.data import disk
 from daybreak.failure import BadData, BadRecipe, BadStorage
 from daybreak.model import hub
 from daybreak.model.text import Config, Text, TextEncoder, clean
@@ -222,7 +223,7 @@ def _fill(
         staged = folder / f".tmp-{name}"
         save_file(shard, staged)
         staged.chmod(path.stat().st_mode)  # safetensors lets nobody else read it
-        shards[name] = {"bytes": staged.stat().st_size, "sha256": _sha256(staged)}
+        shards[name] = {"bytes": staged.stat().st_size, "sha256": disk.sha256(staged)}
         staged.replace(folder / name)
         _write_json(path, made_with | {"shards": shards})
 
@@ -233,7 +234,7 @@ def verify(dataset: Path) -> None:
         shards = _whole(path.parent)
         listed = json.loads(path.read_text(encoding="utf-8"))["shards"]
         for shard in shards:
-            if _sha256(shard) != listed[shard.name]["sha256"]:
+            if disk.sha256(shard) != listed[shard.name]["sha256"]:
                 raise BadData(f"{shard} is damaged, its sha256 is not the listed one: {_REMEDY}")
 
 
@@ -313,7 +314,7 @@ def _tree(folder: Path) -> str:
         if path.is_file() and not any(part[0] == "." for part in path.relative_to(folder).parts)
     )
     with ThreadPoolExecutor() as pool:
-        digests = pool.map(_sha256, paths)
+        digests = pool.map(disk.sha256, paths)
     whole = hashlib.sha256()
     for path, digest in zip(paths, digests, strict=True):
         whole.update(f"{path.relative_to(folder).as_posix()}\0{digest}\n".encode())
@@ -330,11 +331,6 @@ def _commit(name: str) -> str:
         found = try_to_load_from_cache(name, "config.json")
     assert isinstance(found, str)  # .../snapshots/COMMIT/config.json
     return Path(found).parent.name
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:

@@ -31,6 +31,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from daybreak.data import disk
 from daybreak.failure import BadRecipe, NoCheckpoint
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train.parallel import World, together
@@ -50,7 +51,7 @@ class Checkpoint(NamedTuple):
     @property
     def digest(self) -> str:
         """The sha256 of its manifest, which names every byte of it."""
-        return _sha256(self.folder / "manifest.json")
+        return disk.sha256(self.folder / "manifest.json")
 
     @property
     def weights(self) -> str:
@@ -210,7 +211,7 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
                 return f"{name} has {path.stat().st_size} bytes, not {expected['bytes']}"
             if number % ranks != rank:
                 continue
-            actual = _sha256(path)
+            actual = disk.sha256(path)
             if actual != expected["sha256"]:
                 return f"{name} has sha256 {actual[:12]}, not {expected['sha256'][:12]}"
             if path.suffix == ".safetensors" and (header := _header(path)) > HEADER:
@@ -354,11 +355,6 @@ def _copy(whole: Tensor, mine: Tensor) -> None:
         whole = whole.to(mine.device)
         whole = distribute_tensor(whole, mine.device_mesh, mine.placements, src_data_rank=None)
     mine.copy_(whole)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _header(path: Path) -> int:
