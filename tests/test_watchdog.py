@@ -8,7 +8,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -50,6 +50,9 @@ def main(how: str, out: Path) -> None:
             dog.beat(4)
             time.sleep(0.5 * LIMIT)
             return
+        if how == "is broken off":
+            with suppress(KeyError), dog.patience(600):
+                raise KeyError
         if compiles:
             if here.rank == here.size - 1:
                 torch.compile(torch.sin, backend=slow)(torch.ones(1))
@@ -125,6 +128,13 @@ def test_what_may_take_long_is_waited_for(tmp_path: Path) -> None:
         _, said = alone.communicate(timeout=60)
     assert alone.returncode == 0, said
     assert not list(tmp_path.iterdir())
+
+
+def test_patience_ends_with_what_was_broken_off(tmp_path: Path) -> None:
+    with ranks(1, "is broken off", tmp_path) as (alone,):
+        _, said = alone.communicate(timeout=60)
+    assert alone.returncode == LostPeer.code, said
+    assert "in spin" in said
 
 
 def test_ranks_wait_for_one_that_compiles_and_not_for_what_it_does_after(tmp_path: Path) -> None:

@@ -111,8 +111,10 @@ class Watchdog:
         """Allow what is inside so many seconds, if that is more; on all ranks or on none."""
         before, self.allowed = self.allowed, max(self.allowed, seconds)
         self.last = time.monotonic()
-        yield
-        self.allowed, self.last = before, time.monotonic()
+        try:
+            yield
+        finally:  # an evaluation may be broken off
+            self.allowed, self.last = before, time.monotonic()
 
     def _compiles(self, _: object) -> None:
         """Hear that something is being compiled."""
