@@ -57,10 +57,7 @@ class Rows(NamedTuple):
         here = (row for row, _ in islice(rows(self.file, self.first), self.rows))
         for _, same in groupby(here, key=_picture_of):
             first, *others = same
-            if isinstance(first, Fault):
-                yield from (first, *others)  # type: ignore[misc]
-            else:
-                yield _named(self.file, joined(first, others))
+            yield first if isinstance(first, Fault) else _named(self.file, joined(first, others))
 
 
 class Files(NamedTuple):
@@ -113,16 +110,16 @@ def parts(path: Path, name: str, shard: int) -> records.Source:
     Errors  BadData for a folder without pictures, or with metadata that cannot be read at all.
     """
     check_folder(path)
-    metadata = metadata_of(path)
+    metadata, there = metadata_of(path), walk(path)
     sizes = {
         file: (path / file).lstat().st_size
-        for file in walk(path)
+        for file in there
         if is_picture(file) or file.lower().endswith(BESIDE)
     }
     if metadata:
         return _parts_of_metadata(name, metadata, sizes, shard)
 
-    _refuse_deeper_metadata(path)
+    _refuse_deeper_metadata(path, there)
     pictures = {_stem(file) for file in sizes if is_picture(file)}
     if not pictures:
         raise BadData(no_pictures(path))
@@ -297,8 +294,8 @@ def metadata_of(path: Path) -> Path | None:
     return found[0] if found else None
 
 
-def _refuse_deeper_metadata(path: Path) -> None:
-    for name in walk(path):
+def _refuse_deeper_metadata(path: Path, there: Sequence[str]) -> None:
+    for name in there:
         if Path(name).name in METADATA:
             deeper = path / Path(name).parent
             raise BadData(f"{path}: the metadata lies deeper, in {deeper}; give that folder.")

@@ -98,12 +98,12 @@ def compiles(recipe: config.Recipe, device: torch.device, tell: Callable[[str], 
     """
     if not recipe.compile:
         return False
-    if device.type == "cuda" and doctor.compiler("cuda") is None:
-        raise BadRecipe(
-            "compile = true needs a C compiler and Python's headers on a machine with a GPU: "
-            "apt install gcc python3-dev, or go on far more slowly with --set compile=false"
-        )
-    if device.type != "cuda" and doctor.compiler() is None:
+    if doctor.compiler(device.type) is None:
+        if device.type == "cuda":
+            raise BadRecipe(
+                "compile = true needs a C compiler and Python's headers on a machine with a GPU: "
+                "apt install gcc python3-dev, or go on far more slowly with --set compile=false"
+            )
         tell("no C++ compiler with Python headers: torch.compile is off, training is slower")
         return False
     _sweep()
