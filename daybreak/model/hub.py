@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from huggingface_hub import try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, HFValidationError
 from safetensors import SafetensorError
 
 from daybreak.failure import BadRecipe
@@ -13,6 +11,9 @@ from daybreak.failure import BadRecipe
 
 def described(source: str) -> Path | None:
     """Return the `config.json` of a local folder, or of a hub id in the cache; nothing else."""
+    from huggingface_hub import try_to_load_from_cache
+    from huggingface_hub.errors import HFValidationError
+
     if (path := Path(source) / "config.json").is_file():
         return path
     try:
@@ -31,6 +32,8 @@ def loading(key: str, source: str, remedy: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, SafetensorError) as error:
+        from huggingface_hub.errors import GatedRepoError
+
         if isinstance(error.__cause__, GatedRepoError):
             raise BadRecipe(
                 f"{key} = {source!r} is gated: accept its licence at https://hf.co/{source} and "

@@ -25,7 +25,6 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import ftfy
 import torch
 from jaxtyping import Bool, Float, Int
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -101,6 +100,8 @@ def clean(caption: str) -> str:
     """
     if caption.isascii() and caption.isprintable() and "&" not in caption:
         return caption.strip()
+    import ftfy  # takes as long to load as a hundred captions
+
     return html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
 
 

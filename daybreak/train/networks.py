@@ -1,8 +1,8 @@
 """Sizes of the frozen networks (text encoders, teachers) that a recipe names.
 
 Text encoders and teachers are named by hub id or local folder. Their sizes come from the
-`config.json` that is there (the folder, the hub's cache), else from the table below, so that a run
-can be planned on a machine that holds none of their weights. Nothing is downloaded.
+`config.json` of the folder, from the table below, or from the `config.json` in the hub's cache, so
+that a run can be planned on a machine that holds none of their weights. Nothing is downloaded.
 
 Letters  n tokens, d width.
 Source   the `config.json` of each repository.
@@ -10,6 +10,7 @@ Source   the `config.json` of each repository.
 
 import json
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from daybreak.failure import BadRecipe
@@ -107,11 +108,11 @@ def named(source: str, key: str) -> Network:
 
 
 def _sized(source: str, key: str, known: Sequence[str]) -> Network:
-    """Its size, from where it lies or from the table."""
+    """Its size, from the folder that it names, the table, or the cache of the hub."""
+    if source in NETWORKS and not Path(source).exists():
+        return NETWORKS[source]
     path = hub.described(source)
     if path is None:
-        if source in NETWORKS:
-            return NETWORKS[source]
         raise BadRecipe(
             f"{key} = {source!r} is neither on this machine nor among the networks whose size is "
             f"known ({', '.join(known)}): name one of them, or a folder that holds it"
