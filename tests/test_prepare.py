@@ -481,7 +481,7 @@ def test_what_the_disk_refuses_is_said_and_the_rest_goes_on_later(tmp_path: Path
     child.start()
     child.join()
     assert child.exitcode == 70
-    assert not list((out / prepare.STAGING).glob("*.tmp"))
+    assert not list((out / prepare.STAGING).glob(".tmp-*"))
     assert run(out, source)["counts"]["kept"] == 24
 
 

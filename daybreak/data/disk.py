@@ -2,8 +2,9 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -61,12 +62,22 @@ def read_json(path: Path) -> dict[str, Any]:
         raise BadData(f"{path} cannot be read ({error}): remove the folder it lies in") from error
 
 
+@contextmanager
+def fresh(path: Path) -> Iterator[Path]:
+    """Lend a name to write under, so that what lies under the file's own is always whole."""
+    staged = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    try:
+        yield staged
+        staged.replace(path)
+    finally:
+        staged.unlink(missing_ok=True)
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file under another name first, so that under its own it is always whole."""
-    fresh = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-    fresh.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    sync(fresh)
-    fresh.replace(path)
+    """Write a file of JSON, which the disk holds before it bears its name."""
+    with fresh(path) as staged:
+        staged.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        sync(staged)
 
 
 def sync(path: Path) -> None:

@@ -51,7 +51,7 @@ def store_all(
 
     Errors  LostPeer if a process is killed; BadStorage if the disk refuses.
     """
-    for leftover in staging.glob("*.tmp"):
+    for leftover in staging.glob(".tmp-*"):
         leftover.unlink()
     parts = [(source.name, part) for source in found for part in source.parts]
     pending = [n for n in range(len(parts)) if not report_path(staging, n).is_file()]
@@ -140,16 +140,13 @@ def _store(
             for place, count in enumerate(more):
                 counts[place] += count
 
-    fresh = staging / f"{number:06d}.{os.getpid()}.tmp"
     try:
-        shard = ingest.store(part, source, config, schema, fresh, tick)
-        disk.sync(fresh)
-        fresh.replace(shard_path(staging, number))
+        with disk.fresh(shard_path(staging, number)) as staged:
+            shard = ingest.store(part, source, config, schema, staged, tick)
+            disk.sync(staged)
         disk.write_json(report_path(staging, number), shard._asdict())
     except OSError as error:  # sources that cannot be read are faults by now
         raise BadStorage(
             f"cannot write {staging} ({error.strerror or error}): mend that and give the same "
             "command again; what is finished is kept"
         ) from error
-    finally:
-        fresh.unlink(missing_ok=True)

@@ -25,6 +25,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from daybreak.data import disk
 from daybreak.data import scenes as scenes_data
 from daybreak.data.batches import to_unit
 from daybreak.data.scenes import CANVASES, SPLITS
@@ -199,11 +200,10 @@ def as_json(value: Estimate) -> dict[str, float | None]:
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
     """Put JSON in its place, whole or not at all. Errors: BadStorage."""
-    staged = path.with_name(f".tmp-{os.getpid()}-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
-        staged.replace(path)
+        with disk.fresh(path) as staged:
+            staged.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     except OSError as error:
         raise BadStorage(
             f"cannot write {path}: {error.strerror}; choose another folder with --out"

@@ -8,7 +8,6 @@ Shapes  images (n, h, w, 3), or a list of (h, w, 3).     Units  uint8, sRGB; len
 """
 
 import math
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -16,6 +15,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from daybreak.data import disk
 
 PAPER, INK, FRAME = (244, 244, 241), (52, 52, 50), (214, 214, 208)
 GREEN, RED = (34, 139, 84), (201, 62, 52)
@@ -97,12 +98,8 @@ def save(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
         else:
             chunks.add_itxt(key, text)
     path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".tmp-{os.getpid()}-{path.name}")
-    try:
-        image.save(unfinished, "PNG", pnginfo=chunks)
-        unfinished.replace(path)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with disk.fresh(path) as staged:
+        image.save(staged, "PNG", pnginfo=chunks)
 
 
 def _columns(count: int) -> int:

@@ -215,17 +215,16 @@ def _fill(
     """Add shards with the captions that are new, each listed as soon as it is whole."""
     path = folder / "manifest.json"
     if not path.is_file():
-        _write_json(path, made_with | {"shards": {}})
+        disk.write_json(path, made_with | {"shards": {}})
     shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
     held = set(Reader([folder], encoder.config).digests.tolist())
     for shard in _shards(encoder, _new(captions, held, progress)):
         name = f"{len(shards):05}.safetensors"
-        staged = folder / f".tmp-{name}"
-        save_file(shard, staged)
-        staged.chmod(path.stat().st_mode)  # safetensors lets nobody else read it
-        shards[name] = {"bytes": staged.stat().st_size, "sha256": disk.sha256(staged)}
-        staged.replace(folder / name)
-        _write_json(path, made_with | {"shards": shards})
+        with disk.fresh(folder / name) as staged:
+            save_file(shard, staged)
+            staged.chmod(path.stat().st_mode)  # safetensors lets nobody else read it
+            shards[name] = disk.sealed(staged)
+        disk.write_json(path, made_with | {"shards": shards})
 
 
 def verify(dataset: Path) -> None:
@@ -331,9 +330,3 @@ def _commit(name: str) -> str:
         found = try_to_load_from_cache(name, "config.json")
     assert isinstance(found, str)  # .../snapshots/COMMIT/config.json
     return Path(found).parent.name
-
-
-def _write_json(path: Path, value: dict[str, Any]) -> None:
-    staged = path.with_name(f".tmp-{path.name}")
-    staged.write_text(json.dumps(value, indent=1) + "\n", encoding="utf-8")
-    staged.replace(path)

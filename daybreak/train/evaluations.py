@@ -23,6 +23,7 @@ import torch
 import torch.distributed as dist
 
 from daybreak.config import Recipe
+from daybreak.data import disk
 from daybreak.data.scenes import Config as Scenes
 from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model.text_to_image import TextToImage
@@ -241,11 +242,10 @@ def _agreed(answer: bool) -> bool:
 
 def _write(run: Path, kept: list[dict[str, Any]]) -> None:
     path = run / FILE
-    staged = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
-        staged.replace(path)
+        with disk.fresh(path) as staged:
+            staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     except OSError as error:
         raise BadStorage(f"cannot write {path}: {error.strerror}") from error
 

@@ -25,6 +25,7 @@ from jaxtyping import Float, Int
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from daybreak.data import disk
 from daybreak.failure import LostPeer, NotFinite
 from daybreak.train.parallel import World, gather
 
@@ -297,7 +298,8 @@ def _cut(file: Path, start: int) -> None:
         with suppress(ValueError):
             if json.loads(line)["step"] <= start:
                 kept.append(line)
-    file.write_text("".join(kept), encoding="utf-8")
+    with disk.fresh(file) as staged:
+        staged.write_text("".join(kept), encoding="utf-8")
 
 
 def _readable(value: Any) -> Any:

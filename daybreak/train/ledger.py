@@ -24,10 +24,12 @@ import statistics
 import time
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.train import facts
 
@@ -274,10 +276,6 @@ class Ledger:
             "flops_of_a_step": self.each,
             "sessions": self.sessions,
         }
-        staged = self.file.with_name(f".tmp-{self.file.name}")
-        try:
+        with suppress(OSError, BadStorage), disk.fresh(self.file) as staged:
             told = facts.read(self.file.parent) | {"ledger": mine}
             staged.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
-            staged.replace(self.file)
-        except (OSError, BadStorage):
-            staged.unlink(missing_ok=True)

@@ -28,6 +28,8 @@ from typing import Any, BinaryIO, NamedTuple, Self, TextIO
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
+from daybreak.data import disk
+
 EVERY = 10.0  # seconds between plain lines
 REFRESH = 0.1  # seconds between pictures of the bar
 WINDOW = 30.0  # seconds over which the speed is taken
@@ -323,9 +325,8 @@ def _cut(path: Path, start: int) -> dict[str, float]:
             last = values
     wanted = b"".join(line + b"\n" for line in kept.values())
     if wanted != text:
-        unfinished = path.with_name(f".tmp-{path.name}")
-        unfinished.write_bytes(wanted)
-        unfinished.replace(path)
+        with disk.fresh(path) as staged:
+            staged.write_bytes(wanted)
     return last
 
 

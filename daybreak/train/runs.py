@@ -23,6 +23,7 @@ from typing import Any
 import torch
 
 from daybreak import config, doctor
+from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model import text, text_to_image
 from daybreak.objective.objective import Objective
@@ -140,9 +141,8 @@ def begin(
         run.mkdir(parents=True, exist_ok=True)
         # The recipe is last: its presence makes the folder a run.
         for name, said in (("run.json", json.dumps(ours, indent=1) + "\n"), ("recipe.toml", dump)):
-            staged = run / f".{name}"
-            staged.write_text(said, encoding="utf-8")
-            staged.replace(run / name)
+            with disk.fresh(run / name) as staged:
+                staged.write_text(said, encoding="utf-8")
     except OSError as error:
         raise BadStorage(f"cannot write the run folder {run}: {error.strerror}") from error
 

@@ -27,7 +27,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from daybreak.data import buckets, census, images
+from daybreak.data import buckets, census, disk, images
 from daybreak.data.prepared import Opened
 from daybreak.failure import BadData, BadStorage
 
@@ -108,11 +108,10 @@ def page(written: census.Written, found: census.Census) -> str:
 
 def write(text: str, path: Path) -> Path:
     """Put a page in its place, whole or not at all. Errors: BadStorage."""
-    staged = path.with_name(f".tmp-{path.name}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        staged.write_text(text, encoding="utf-8")
-        staged.replace(path)
+        with disk.fresh(path) as staged:
+            staged.write_text(text, encoding="utf-8")
     except OSError as error:
         raise BadStorage(f"cannot write {path}: {error.strerror}; choose another --out") from error
     return path
