@@ -113,11 +113,11 @@ def saves(
     )
     for turn in range(1 + rounds):  # the first one finds its memory
         began = now()
-        before.save(2 * turn + 1, arm.state)
+        before.save(2 * turn + 1, arm.state, {})
         waited = now() - began
 
         began, steps = now(), 0
-        beside.save(2 * turn + 2, arm.state)
+        beside.save(2 * turn + 2, arm.state, {})
         blocked = now() - began
         while beside.pending is not None and not beside.pending.done():
             take()

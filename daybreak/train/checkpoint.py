@@ -36,7 +36,7 @@ from daybreak.failure import BadRecipe, NoCheckpoint
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train.parallel import World, together
 
-SCHEMA = 2  # 1 held no guard, and never shards
+SCHEMA = 2
 WEIGHTS = {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}  # of one process
 PARTS = WEIGHTS | {"objective.safetensors", "state", "tokenizer", "recipe.toml", "trainer.json"}
 HEADER = 16 * 2**20  # bytes that the names in one file may take
@@ -78,7 +78,7 @@ class Checkpoint(NamedTuple):
     @property
     def ranks(self) -> int:
         """How many processes have written it."""
-        return int(json.loads((self.folder / "manifest.json").read_text()).get("ranks", 1))
+        return int(json.loads((self.folder / "manifest.json").read_text())["ranks"])
 
 
 class State(NamedTuple):
@@ -183,12 +183,12 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        listed, own = manifest["files"], manifest.pop("sha256", None)
+        listed, own = manifest["files"], manifest.pop("sha256")
         actual = digest(manifest)
-        if own != actual and (own is not None or manifest["schema"] > 1):
-            return f"manifest.json has sha256 {actual[:12]}, not {str(own)[:12]}"
-        if manifest["schema"] > SCHEMA:
-            return f"it is of schema {manifest['schema']}, of a newer daybreak than this"
+        if own != actual:
+            return f"manifest.json has sha256 {actual[:12]}, not {own[:12]}"
+        if manifest["schema"] != SCHEMA:
+            return f"it is of schema {manifest['schema']}, and this daybreak reads {SCHEMA}"
         there = {
             path.relative_to(folder).as_posix()
             for path in folder.rglob("*")

@@ -169,7 +169,7 @@ def _train(
     parallel.together(here, lambda: _open(recipe, folder, source, here, dtype, start, changes))
     status.begin(here.first, start, start or None)
     guard = health.Guard(recipe.health, folder / "incidents.jsonl" if here.first else None, start)
-    if found and "guard" in found.facts:
+    if found:
         guard.restore(found.facts["guard"])
     shared = f" on each of {here.size} processes" if here.size > 1 else ""
     for number, stage in enumerate(recipe.stage):

@@ -95,7 +95,7 @@ class Saver:
             with contextlib.suppress(BaseException):
                 self.pending.result(GOODBYE)
 
-    def save(self, step: int, state: State, guard: Mapping[str, Any] | None = None) -> None:
+    def save(self, step: int, state: State, guard: Mapping[str, Any]) -> None:
         """Write checkpoint-STEP, move `latest` to it, and let old ones go.
 
         Errors  those of `settle`, for the save before this one or for this one.
@@ -105,7 +105,7 @@ class Saver:
         if self.stage is not None:
             tensors = self.stage(tensors)
         self.pending, self.step = Future(), step
-        work = partial(fulfil, self.pending, partial(self._write, step, tensors, dict(guard or {})))
+        work = partial(fulfil, self.pending, partial(self._write, step, tensors, dict(guard)))
         if self.recipe.save_async:
             threading.Thread(target=work, name="save", daemon=True).start()
         else:
