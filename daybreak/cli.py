@@ -5,7 +5,7 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
@@ -376,9 +376,6 @@ def evaluate(
     ] = None,
 ) -> None:
     """Score a run or a pipeline of diffusers: a table, and FOLDER/evaluation/SUITE.json."""
-    from rich.console import Console
-    from rich.table import Table
-
     from daybreak.train import scoring
 
     wanted = scoring.Wanted(
@@ -404,11 +401,7 @@ def evaluate(
     scored = scoring.score(folder, wanted, out or folder / "evaluation", _counter)
     if scored is None:  # of several processes one speaks
         return
-    for head, lines in filter(lambda table: table[1], scored.tables):
-        rows = Table(*head, box=None)
-        for line in lines:
-            rows.add_row(*line)
-        Console().print(rows)
+    _show(table for table in scored.tables if table[1])
     for remark in scored.result.remarks:
         print(f"note: {remark}")
     print(f"score: {scored.path}")
@@ -455,9 +448,6 @@ def compare(
     ] = None,
 ) -> None:
     """Train recipes with equal seeds and budget; say which is better, and how sure that is."""
-    from rich.console import Console
-    from rich.table import Table
-
     from daybreak.evaluate import interim, statistics, suite
     from daybreak.train import arms as plan
     from daybreak.train import budget as paper
@@ -470,6 +460,8 @@ def compare(
             "without torchrun"
         )
     asked = suite.suite_of(metric)
+    if target is not None and target > 1 and asked == "scenes":
+        raise BadRecipe(f"--target {target:g}: {metric} is a share between 0 and 1, as in 0.8")
     if record is not None:
         view.check(record)
     loaded = plan.named(recipe, tuple(set_ or ()), tuple(without or ()))
@@ -494,16 +486,10 @@ def compare(
         print(f"with so many arms nothing is resolved by {seeds} seeds: give --seeds {enough}")
     if code := work.run(runs, arms, print):
         raise typer.Exit(code)
-    if target is not None and target > 1 and metric.startswith("scenes."):
-        raise BadRecipe(f"--target {target:g}: {metric} is a share between 0 and 1, as in 0.8")
     question = work.Question(metric, plan.unit(given, target), target, margin)
     found = work.compare(arms, [work.read(one, question) for one in runs], question)
     measured = given is not None and given.kind == "seconds"
-    for head, lines in view.tables(found):
-        rows = Table(*head, box=None)
-        for line in lines:
-            rows.add_row(*line)
-        Console().print(rows)
+    _show(view.tables(found))
     print(*view.sentences(found, measured), sep="\n")
     view.write(found, budget, measured, out)
     print(f"comparison: {out / 'README.md'}")
@@ -676,6 +662,19 @@ def doctor(
         mark = "[green]ok[/]" if finding.ok else "[yellow]slow[/]"
         table.add_row(mark, *map(escape, (finding.name, finding.value, finding.remark)))
     Console().print(table)
+
+
+def _show(tables: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> None:
+    """Print tables, each of a head and lines; brackets in a cell are no markup."""
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    for head, lines in tables:
+        rows = Table(*map(escape, head), box=None)
+        for line in lines:
+            rows.add_row(*map(escape, line))
+        Console().print(rows)
 
 
 def _cache_text(datasets: list[Path], encoder: str, max_tokens: int | None, precision: str) -> None:

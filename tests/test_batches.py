@@ -184,15 +184,6 @@ def test_a_stage_taken_up_in_the_middle_meets_the_rest_of_its_batches(prepared: 
         assert (one.captions, one.first) == (other.captions, other.first)
 
 
-def test_a_batch_that_cannot_be_dealt_evenly_is_refused() -> None:
-    source = batches.Scenes(SCENES, seed=5)
-    stream = batches.stream(
-        source, batches.Config(source="scenes"), 5, 32, batch=4, first=0, count=1, world=3
-    )
-    with pytest.raises(BadRecipe, match="4 cannot be dealt evenly to 3"):
-        next(stream)
-
-
 @pytest.mark.parametrize("workers", [0, 1])
 def test_a_picture_that_cannot_be_read_is_replaced_counted_and_named_once(
     prepared: Write, workers: int

@@ -300,7 +300,7 @@ def test_the_way_to_a_value_is_that_at_the_last_resolution(tiny: Path) -> None:
     (run.folder / "evaluation").mkdir(parents=True)
     (run.folder / "metrics.jsonl").write_text("")
     rows: list[dict[str, Any]] = [{"step": 10, "resolution": 16}, {"step": 20, "resolution": 32}]
-    values = {"values": {"validation.loss": {"value": 0.5}}}
+    values = {"sides": {}, "values": {"validation.loss": {"value": 0.5}}}
     text = "".join(json.dumps(row | values) + "\n" for row in rows)
     (run.folder / evaluations.FILE).write_text(text)
     assert compare.read(run, Question("validation.loss")).curve == [(160.0, 0.5)]
@@ -364,6 +364,23 @@ def test_several_processes_are_refused(tiny: Path, monkeypatch: pytest.MonkeyPat
     done = CliRunner().invoke(cli.app, ["compare", str(tiny), str(tiny)])
     assert isinstance(done.exception, BadRecipe)
     assert "start it without torchrun" in str(done.exception)
+
+
+def test_a_share_above_one_is_refused_before_anything_is_trained(
+    tiny: Path, tmp_path: Path
+) -> None:
+    arguments = ["compare", str(tiny), str(tiny), "--target", "2", "--out", str(tmp_path / "o")]
+    done = CliRunner().invoke(cli.app, arguments)
+    assert isinstance(done.exception, BadRecipe)
+    assert "--target 2: scenes.exact is a share between 0 and 1" in str(done.exception)
+    assert not (tmp_path / "o").exists()
+
+
+def test_brackets_in_a_table_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
+    cli._show([(("recipe", "[b]"), [("sample.prompts=['x [/b]']", "[red]")])])
+    said = capsys.readouterr().out
+    assert "sample.prompts=['x [/b]']" in said
+    assert "[red]" in said
 
 
 def test_one_command_trains_compares_and_records(

@@ -1,6 +1,8 @@
 """Evaluations during training: they disturb nothing, miss nothing, and the best is kept."""
 
+import errno
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -9,7 +11,7 @@ import pytest
 import torch
 
 from daybreak import config
-from daybreak.failure import BadData, BadRecipe, Failure, NoCheckpoint
+from daybreak.failure import BadData, BadRecipe, BadStorage, Failure, NoCheckpoint
 from daybreak.train import checkpoint, evaluations, loop, runs
 
 FEW = 'evaluate={every=4, suites=["validation"], pictures=32, best="validation.loss"}'
@@ -104,6 +106,24 @@ def test_the_best_checkpoint_shares_its_bytes_with_the_one_it_is(tiny: Path) -> 
     assert checkpoint.verify(run / "best") is None
 
 
+def test_a_best_checkpoint_that_cannot_be_kept_can_be_later(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = trained(tiny, FEW)
+    step = checkpoint.found(run)[0].step
+
+    def refuse(source: str, target: str) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", target)
+
+    with monkeypatch.context() as full:
+        full.setattr(os, "link", refuse)
+        full.setattr(shutil, "copy2", refuse)
+        with pytest.raises(BadStorage, match=r"cannot keep .*best: .*No space left on device"):
+            evaluations.keep(run, step)
+    evaluations.keep(run, step)
+    assert evaluations.best(run).step == step
+
+
 def test_a_best_checkpoint_that_is_missing_or_damaged_is_refused(
     tiny: Path, tmp_path: Path
 ) -> None:
@@ -135,7 +155,8 @@ def test_a_run_that_goes_on_evaluates_what_it_could_not_before(tiny: Path, tmp_p
 
 
 def line(step: int, value: float | None, resolution: int = 32) -> dict[str, Any]:
-    return {"step": step, "resolution": resolution, "values": {"scenes.exact": {"value": value}}}
+    values = {"scenes.exact": {"value": value}}
+    return {"step": step, "resolution": resolution, "sides": {}, "values": values}
 
 
 def test_the_best_is_the_first_that_beats_all_before() -> None:

@@ -183,6 +183,15 @@ def test_a_changed_recipe_goes_on_when_told_to_and_the_checkpoint_says_so(tiny: 
     assert config.load(Path(recipe.out) / "recipe.toml") == longer
 
 
+def test_what_a_kill_left_of_the_first_file_is_no_other_thing(tiny: Path, tmp_path: Path) -> None:
+    recipe = config.load(tiny)
+    Path(recipe.out).mkdir()
+    left = Path(recipe.out) / ".tmp-01234567-run.json"
+    left.write_text("{")
+    assert loop.train(recipe, lambda line: None, trial=True).code == 0
+    assert not left.exists()
+
+
 def test_a_folder_with_other_things_in_it_is_not_touched(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")

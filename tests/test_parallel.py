@@ -301,13 +301,22 @@ def test_shares_are_a_batch_cut_evenly() -> None:
     assert [parallel.share(rank, 24) for rank in ranks] == [(0, 8), (8, 8), (16, 8)]
 
 
+def test_the_number_that_is_named_can_share_the_batch_of_every_stage() -> None:
+    for count in (2, 3, 4):
+        with pytest.raises(BadRecipe, match=r"evenly: 1 can"):
+            parallel.check_shares([9, 8], count)
+    with pytest.raises(BadRecipe, match=r"stage\.1\.batch = 18 evenly: 6 can"):
+        parallel.check_shares([24, 18], 8)
+    parallel.check_shares([24, 18], 6)
+
+
 @pytest.mark.parametrize(
     ("size", "config", "sentence"),
     [
         ("8", Config(dp_replicate=2, dp_shard=3), "makes 6 processes, and this run has 8: start"),
         ("7", Config(dp_replicate=2), "does not divide the number of processes, which is 7: start"),
         (None, Config(dp_shard=8), "makes 8 processes, and this run has 1: start"),
-        ("8", Config(), "batch of 12 cannot be shared evenly by 8 processes: start 6, or change"),
+        ("8", Config(), r"share stage\.0\.batch = 12 evenly: 6 can, or"),
     ],
 )
 def test_what_does_not_fit_is_refused_before_ranks_meet(

@@ -1,7 +1,7 @@
 """Embeddings kept on disk: the encoder's own numbers, and never those of another caption."""
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -230,6 +230,18 @@ def test_a_kill_costs_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(set(reader.digests.tolist())) == len(reader.digests) == 41
     assert reader.tokens(captions) is not None
     assert not list(folder.glob(".tmp-*"))
+
+
+def test_a_kill_before_the_first_shard_leaves_a_cache_that_knows_nothing(tmp_path: Path) -> None:
+    encoder = loaded(saved(tmp_path / "encoder"))
+
+    def nothing_yet() -> Iterator[str]:
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        text_cache.write(tmp_path, encoder, nothing_yet())
+    assert opened(tmp_path, encoder).tokens(["a red circle"]) is None
 
 
 def cut(folder: Path) -> None:

@@ -409,6 +409,8 @@ def stream(
 ) -> Generator[Batch]:
     """Yield this rank's slice of `count` global batches of a stage, of which `done` were had.
 
+    `world` divides `batch`.
+
     `first` is the global index of the stage's first sample; `late` hears now and then how many
     seconds a batch has been waited for, and `expect`, in a thread of its own, the captions of those
     that come next.
@@ -417,13 +419,9 @@ def stream(
     ahead as pinned bytes, and become floats on the device in the caller's thread: that only queues
     the copy, on the stream of the step that needs it, and no batch waits in the device's memory.
 
-    Errors  BadRecipe if the batch cannot be dealt evenly; BadData, also from a worker, for a
-            picture that cannot be read, or for too many of them; LostPeer for a dead worker.
+    Errors  BadData, also from a worker, for a picture that cannot be read, or for too many of them;
+            LostPeer for a dead worker.
     """
-    if batch % world:
-        raise BadRecipe(
-            f"a batch of {batch} cannot be dealt evenly to {world} processes: change stage.batch"
-        )
     share = batch // world
     plan = source.plan(resolution, batch, first)
     here = torch.device(device).type == "cpu"

@@ -2,6 +2,7 @@
 
 import json
 import os
+import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -65,12 +66,35 @@ def read_json(path: Path) -> dict[str, Any]:
 @contextmanager
 def fresh(path: Path) -> Iterator[Path]:
     """Lend a name to write under, so that what lies under the file's own is always whole."""
-    staged = path.with_name(f".tmp-{os.getpid()}-{path.name}")
+    staged = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         yield staged
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+def sweep(folder: Path) -> None:
+    """Remove what killed processes have left half written; for who has the folder to himself."""
+    for left in folder.glob(f".tmp-{'[0-9a-f]' * 8}-*"):
+        left.unlink(missing_ok=True)
+
+
+def swap(staged: Path, folder: Path) -> Path:
+    """Put a folder in its place; returns where the one lies that was there, if one was.
+
+    Errors  OSError if the disk refuses, and that one is back in its place.
+    """
+    old = staged.with_name(staged.name.replace(".tmp-", ".old-", 1))
+    if folder.exists():
+        folder.rename(old)
+    try:
+        staged.rename(folder)
+    except OSError:
+        if old.exists():
+            old.rename(folder)
+        raise
+    return old
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

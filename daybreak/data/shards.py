@@ -51,8 +51,7 @@ def store_all(
 
     Errors  LostPeer if a process is killed; BadStorage if the disk refuses.
     """
-    for leftover in staging.glob(".tmp-*"):
-        leftover.unlink()
+    disk.sweep(staging)
     parts = [(source.name, part) for source in found for part in source.parts]
     pending = [n for n in range(len(parts)) if not report_path(staging, n).is_file()]
     of = sum(parts[number][1].bytes for number in pending)

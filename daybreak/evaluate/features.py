@@ -303,11 +303,10 @@ def kept(place: Path, number: int, what: str = "features") -> Features | None:
 
 def keep(place: Path, features: Features, **others: Features) -> None:
     """Put features, and what else is known, into a cache, whole or not. Errors: BadStorage."""
-    staged = place.with_suffix(f".{os.environ.get('RANK', '0')}-{os.getpid()}")
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
-        save_file({"features": features, **others}, staged)
-        staged.replace(place)
+        with disk.fresh(place) as staged:
+            save_file({"features": features, **others}, staged)
     except OSError as error:
         raise BadStorage(
             f"cannot keep the reference in {place.parent}: {error.strerror}"

@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 
 from safetensors.torch import save_file
 
+from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.generate import sampler
 from daybreak.model import dit, flow, tread
@@ -77,7 +78,6 @@ def export(
         staged = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
     except OSError as error:
         raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
-    old = staged.with_name(staged.name.replace(".tmp-", ".old-", 1))
     try:
         _transformer(model.dit, staged / "transformer")
         plain = how.stochastic and flow_config.noise_scale == 1  # its scheduler knows no other
@@ -106,19 +106,15 @@ def export(
             _card(card, resolution, how, flow_config), encoding="utf-8"
         )
         staged.chmod(0o755)
-        if folder.exists():
-            folder.rename(old)
-        staged.rename(folder)
+        old = disk.swap(staged, folder)
         for other in list(old.iterdir()) if old.exists() else ():  # what others put there stays
             if not (folder / other.name).exists():
                 other.rename(folder / other.name)
+        shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
-        if old.exists() and not folder.exists():
-            old.rename(folder)
         raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
-        shutil.rmtree(old, ignore_errors=True)
     return folder
 
 

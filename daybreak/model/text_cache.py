@@ -142,7 +142,7 @@ class Reader:
         """Where the words of these captions are mapped; nothing is read yet."""
         digests = np.array(wanted)
         found = np.searchsorted(self.digests, digests)
-        if (self.digests.take(found, mode="clip") != digests).any():
+        if not len(self.digests) or (self.digests.take(found, mode="clip") != digests).any():
             return None
         return [self.shards[shard][start:end] for shard, start, end in self.entries[found]]
 
@@ -213,6 +213,7 @@ def _fill(
     progress: Callable[[int], None] | None,
 ) -> None:
     """Add shards with the captions that are new, each listed as soon as it is whole."""
+    disk.sweep(folder)
     path = folder / "manifest.json"
     if not path.is_file():
         disk.write_json(path, made_with | {"shards": {}})

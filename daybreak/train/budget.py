@@ -25,7 +25,7 @@ from daybreak.config import Recipe, Stage
 from daybreak.data import prepared
 from daybreak.failure import BadRecipe
 from daybreak.model import text_cache
-from daybreak.train import flops, hardware, length, log, measure, memory, runs
+from daybreak.train import flops, hardware, length, log, measure, memory, parallel, runs
 from daybreak.train.hardware import Cluster
 from daybreak.train.memory import Mesh
 
@@ -318,15 +318,7 @@ def check_shares(recipe: Recipe, count: int) -> None:
     Where pictures are set against each other in pairs, a share is even.
     """
     runs.check_pairs(recipe, count)
-    common = math.gcd(*(stage.batch for stage in recipe.stage))
-    if common % count:
-        below = range(1, min(count, common + 1))
-        near = max(divisor for divisor in below if common % divisor == 0)
-        number = next(n for n, stage in enumerate(recipe.stage) if stage.batch % count)
-        raise BadRecipe(
-            f"{count} devices cannot share stage.{number}.batch = {recipe.stage[number].batch} "
-            f"evenly: {near} can, or set a batch that {count} divides"
-        )
+    parallel.check_shares([stage.batch for stage in recipe.stage], count)
 
 
 def mesh_of(recipe: Recipe, count: int) -> Mesh:

@@ -86,7 +86,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 def cut(run: Path, start: int) -> None:
     """Drop evaluations of steps after `start`, which will be done again, and unfinished files."""
-    for folder in run.glob(".tmp-best-*"):
+    for folder in (*run.glob(".tmp-best-*"), *run.glob(".old-best-*")):
         shutil.rmtree(folder, ignore_errors=True)
     if lines(run):
         _write(run, [line for line in lines(run) if line["step"] <= start])
@@ -171,21 +171,20 @@ def value(line: Mapping[str, Any], metric: str) -> float:
 
 def side(line: Mapping[str, Any], metric: str) -> int:
     """The side of the pictures that a value of one evaluation rests on."""
-    sides: Mapping[str, int] = line.get("sides", {})  # lines before there were any have none
+    sides: Mapping[str, int] = line["sides"]
     return sides.get(metric.partition(".")[0], line["resolution"])
 
 
 def keep(run: Path, step: int) -> None:
     """Make RUN/best the checkpoint of a step. Errors: BadStorage."""
-    staged, old = run / f".tmp-best-{os.getpid()}", run / f".tmp-best-{os.getpid()}-old"
+    staged = run / f".tmp-best-{os.getpid()}"
     try:
         shutil.copytree(run / f"checkpoint-{step}", staged, copy_function=_link)
-        if (run / "best").exists():
-            (run / "best").rename(old)
-        staged.rename(run / "best")
+        shutil.rmtree(disk.swap(staged, run / "best"), ignore_errors=True)
     except OSError as error:
-        raise BadStorage(f"cannot keep {run / 'best'}: {error.strerror}") from error
-    shutil.rmtree(old, ignore_errors=True)
+        raise BadStorage(f"cannot keep {run / 'best'}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
 
 
 def best(run: Path) -> Checkpoint:

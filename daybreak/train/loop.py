@@ -21,7 +21,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from daybreak import config
-from daybreak.data import batches
+from daybreak.data import batches, disk
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
@@ -277,6 +277,7 @@ def _open(
         return
     if changes or not all((folder / name).is_file() for name in ("recipe.toml", "run.json")):
         runs.begin(folder, recipe, dtype, source.files, changes)
+    disk.sweep(folder)
     checkpoint.clear_unfinished(folder)
     evaluations.cut(folder, start)
 

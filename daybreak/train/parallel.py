@@ -19,6 +19,7 @@ Letters  r ranks.
 Source   FSDP2: docs.pytorch.org, torch.distributed.fsdp.fully_shard; HSDP: arXiv 2304.11277.
 """
 
+import math
 import os
 import socket
 import sys
@@ -96,7 +97,7 @@ class World(NamedTuple):
 
 
 @contextmanager
-def world(config: Config, batches: Iterable[int] = ()) -> Iterator[World]:
+def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
     """Join the other ranks, if torchrun has started any, and leave them at the end.
 
     `batches` are the global batches of the run, so that one that cannot be shared is refused here.
@@ -150,6 +151,18 @@ def world(config: Config, batches: Iterable[int] = ()) -> Iterator[World]:
         ) from error
     _farewell(store, rank, size)
     dist.destroy_process_group()  # only where nobody is lost: it may wait for them
+
+
+def check_shares(batches: Sequence[int], count: int) -> None:
+    """Refuse a number of devices that does not divide the stages' batches. Errors: BadRecipe."""
+    common = math.gcd(*batches)
+    if common % count:
+        near = max(number for number in range(1, count) if common % number == 0)
+        number = next(number for number, batch in enumerate(batches) if batch % count)
+        raise BadRecipe(
+            f"{count} devices cannot share stage.{number}.batch = {batches[number]} evenly: {near} "
+            f"can, or set a batch that {count} divides"
+        )
 
 
 def share(here: World, batch: int) -> tuple[int, int]:
@@ -319,7 +332,7 @@ def _absent(store: Store, rank: int, size: int) -> list[int]:
     return []
 
 
-def _shards(config: Config, size: int, batches: Iterable[int]) -> int:
+def _shards(config: Config, size: int, batches: Sequence[int]) -> int:
     """Return the ranks that share one copy of the weights. Errors: BadRecipe."""
     replicate, shards = config.dp_replicate, config.dp_shard or size // config.dp_replicate
     if replicate * shards != size:
@@ -332,13 +345,7 @@ def _shards(config: Config, size: int, batches: Iterable[int]) -> int:
             f"[parallel] {wanted} {size}: start another number with torchrun --nproc-per-node, or "
             "change [parallel]"
         )
-    for batch in batches:
-        if batch % size:
-            fits = max(number for number in range(1, size) if batch % number == 0)
-            raise BadRecipe(
-                f"a batch of {batch} cannot be shared evenly by {size} processes: start {fits}, or "
-                "change stage.batch"
-            )
+    check_shares(batches, size)
     return shards
 
 

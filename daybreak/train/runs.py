@@ -72,7 +72,8 @@ def enter(recipe: config.Recipe) -> Path:
     except OSError as error:  # a name too long, a folder that may not be entered
         raise BadStorage(f"cannot use the run folder {run}: {error.strerror}") from error
     begun = (run / "recipe.toml").is_file()
-    if not begun and run.is_dir() and any(path.name not in OURS for path in run.iterdir()):
+    others = [] if begun or not run.is_dir() else [path.name for path in run.iterdir()]
+    if any(name not in OURS and not name.startswith(".tmp-") for name in others):
         raise BadRecipe(f"{run} is not empty and holds no run: choose another folder with --out")
     return run
 
