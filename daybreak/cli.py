@@ -200,7 +200,7 @@ def prepare(
             "shard": shard,
             "stream": stream,
         }
-        settings, cores = work.settings(given), processes or os.cpu_count() or 1
+        settings, cores = work.settings(given), processes or host.cores()
         if (out / "manifest.json").is_file():
             print(f"{out} is there already: nothing to do if sources and settings are the same")
         try:
@@ -740,6 +740,8 @@ def _remaining() -> "Callable[[Progress], None]":
 def _plain_failures() -> Iterator[None]:
     """Print a failure as one sentence, what nobody foresaw as it is, and leave with its code."""
     try:
+        if sys.platform == "win32":
+            raise BadRecipe("daybreak runs on Linux and macOS; on Windows, inside of WSL")
         yield
     except Exception as error:
         many, code = int(os.environ.get("WORLD_SIZE", "1")) > 1, 1

@@ -21,6 +21,8 @@ from typing import NamedTuple
 
 import torch
 
+from daybreak import host
+
 EXTRAS = {  # of pyproject.toml, and the module that shows one is there
     "eval": "torch_fidelity",
     "fast": "simplejpeg",
@@ -29,9 +31,8 @@ EXTRAS = {  # of pyproject.toml, and the module that shows one is there
 }
 PACKAGES = ("torch", "diffusers", "transformers")
 VECTORS = ("avx2", "avx512f", "avx512_bf16", "amx_bf16", "neon", "asimd", "bf16")
-CGROUP = Path("/sys/fs/cgroup")
 GIB = 2**30
-LITTLE_MEMORY, LITTLE_DISK = 4 * GIB, 5 * GIB
+LITTLE_MEMORY, LITTLE_DISK, LITTLE_SHARED = 4 * GIB, 5 * GIB, GIB
 
 # What inductor's kernels need: a compiler, OpenMP, and the headers of this Python.
 PROBE = "#include <Python.h>\n#include <omp.h>\nint cores() { return omp_get_max_threads(); }\n"
@@ -54,6 +55,7 @@ def report(folder: Path = Path()) -> list[Finding]:
         cores(),
         memory(),
         disk(folder),
+        *shared_memory(),
         vectors(),
         bfloat16(),
         compilation(),
@@ -89,8 +91,9 @@ def compiler(device: str = "cpu") -> str | None:
         source = Path(folder, name)
         source.write_text(lines)
         command = [path, "-shared", "-fPIC", *more, f"-I{headers}", name, "-o", "probe.so"]
-        if sys.platform == "darwin":
-            command[1:2] = ["-c"]  # the OpenMP library is torch's own, linked by inductor
+        if sys.platform == "darwin":  # OpenMP is torch's own, header and library
+            command[1:2] = ["-c"]
+            command.append(f"-I{Path(torch.__file__).parent / 'include'}")
         try:
             done = subprocess.run(command, cwd=folder, capture_output=True, timeout=60, check=False)
         except (OSError, subprocess.SubprocessError):
@@ -107,9 +110,7 @@ def versions() -> list[Finding]:
 def cores() -> Finding:
     """Processor cores this process may use, which in a container are fewer than there are."""
     there = os.cpu_count() or 1
-    allowed = len(os.sched_getaffinity(0)) if sys.platform == "linux" else there
-    quota = cpu_quota(CGROUP)
-    usable = min(float(allowed), quota or allowed)
+    usable = host.usable()
     threads = torch.get_num_threads()
     value = f"{usable:g} of {there}, {threads} {'thread' if threads == 1 else 'threads'} in torch"
     if threads > usable:
@@ -126,7 +127,7 @@ def cores() -> Finding:
 def memory() -> Finding:
     """Memory that is free for this process."""
     free = _available_memory()
-    limit = memory_limit(CGROUP)
+    limit = host.memory_limit(host.CGROUP)
     if free is None and limit is None:
         return Finding("memory", "unknown", "", True)
     usable = min(amount for amount in (free, limit) if amount is not None)
@@ -158,13 +159,28 @@ def standing(folder: Path) -> Path:
     return there
 
 
+def shared_memory(where: Path = Path("/dev/shm")) -> list[Finding]:  # noqa: S108
+    """Room for what loader workers hand over, which containers often keep small."""
+    if not where.is_dir():  # this system knows no such folder
+        return []
+    free = shutil.disk_usage(where).free
+    value = f"{free / GIB:.1f} GiB free at {where}"
+    if free < LITTLE_SHARED:
+        remark = (
+            "little: loader workers hand over pictures there, 2 GiB at most for each process of a "
+            "run, and die where it is full; docker run --shm-size=16g"
+        )
+        return [Finding("shared memory", value, remark, False)]
+    return [Finding("shared memory", value, "", True)]
+
+
 def vectors() -> Finding:
     """The instruction sets torch's kernels are chosen by."""
     known = torch.backends.cpu.get_cpu_capability()
     flags = _cpu_flags()
     listed = ", ".join(flag for flag in VECTORS if flag in flags)
     value = f"{platform.machine()}, torch uses {known}" + (f" ({listed})" if listed else "")
-    if known in {"DEFAULT", "NO AVX"}:
+    if known in {"DEFAULT", "NO AVX"} and not _is_arm():  # whose default are its vectors
         remark = "torch has no vector kernels for this processor: every step will be slow"
         return Finding("instructions", value, remark, False)
     return Finding("instructions", value, "", True)
@@ -175,11 +191,21 @@ def bfloat16() -> Finding:
     if fast_bfloat16():
         return Finding("bfloat16", "fast", "", True)
     remark = (
-        "no AVX512_BF16, AMX or recent GPU, so bfloat16 would be emulated: blocks compute in "
-        "float32, about four times as long; a recipe that fits the time you have: "
+        "blocks compute in float32: bfloat16 on ARM has not been measured yet; to try it, --set "
+        "precision=bfloat16"
+        if _is_arm()
+        else "no AVX512_BF16, AMX or recent GPU, so bfloat16 would be emulated: blocks compute in "
+        "float32, about four times as long"
+    )
+    remark += (
+        "; a recipe that fits the time you have: "
         "daybreak plan quickstart --measure --budget 8min --fit mine.toml"
     )
     return Finding("bfloat16", "slow", remark, False)
+
+
+def _is_arm() -> bool:
+    return platform.machine().lower() in {"arm64", "aarch64"}
 
 
 def compilation() -> Finding:
@@ -214,7 +240,20 @@ def accelerator() -> Finding:
         count = torch.cuda.device_count()
         names = sorted({torch.cuda.get_device_name(i) for i in range(count)})
         total = torch.cuda.get_device_properties(0).total_memory
-        return Finding("gpu", f"{count} x {', '.join(names)}, {total / GIB:.0f} GiB", "", True)
+        value = f"{count} x {', '.join(names)}, {total / GIB:.0f} GiB"
+        made_for = [
+            arch[3:].rstrip("af") for arch in torch.cuda.get_arch_list() if arch[:3] == "sm_"
+        ]
+        major, minor = torch.cuda.get_device_capability(0)
+        if 10 * major + minor < min(map(int, made_for), default=0):
+            remark = (
+                f"too old for this torch ({torch.__version__}), which has no kernels for it: "
+                "CUDA_VISIBLE_DEVICES= in front of a command keeps to the processor"
+            )
+            return Finding("gpu", value, remark, False)
+        return Finding("gpu", value, "", True)
+    if sys.platform == "darwin":
+        return Finding("gpu", "none", "Apple's is not used: runs compute on the processor", True)
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
         built = torch.version.cuda or "no CUDA"
         remark = (
@@ -233,28 +272,6 @@ def extras() -> list[Finding]:
         remark = "" if there else f'pip install "daybreak[{extra}]"'
         findings.append(Finding(f"extra {extra}", "usable" if there else "absent", remark, True))
     return findings
-
-
-def cpu_quota(cgroup: Path) -> float | None:
-    """Cores a container may keep busy, by version 2 or 1 of Linux' control groups."""
-    second = _words(cgroup / "cpu.max")
-    if len(second) == 2 and second[0] != "max":
-        return int(second[0]) / int(second[1])
-    quota = _words(cgroup / "cpu" / "cpu.cfs_quota_us")
-    period = _words(cgroup / "cpu" / "cpu.cfs_period_us")
-    if quota and period and int(quota[0]) > 0:
-        return int(quota[0]) / int(period[0])
-    return None
-
-
-def memory_limit(cgroup: Path) -> int | None:
-    """Bytes a container may hold, by version 2 or 1 of Linux' control groups."""
-    for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
-        words = _words(file)
-        # Version 1 says "no limit" with a number near 2^63.
-        if words and words[0] != "max" and int(words[0]) < 2**60:
-            return int(words[0])
-    return None
 
 
 def _compiler_name(device: str) -> str:
@@ -292,10 +309,3 @@ def _available_memory() -> int | None:
         if line.startswith("MemAvailable:"):
             return int(line.split()[1]) * 1024
     return None
-
-
-def _words(file: Path) -> list[str]:
-    try:
-        return file.read_text().split()
-    except OSError:
-        return []

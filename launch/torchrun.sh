@@ -12,6 +12,11 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 : "${RECIPE:=prx_24h}" "${RUN:=runs/prx_24h}"
 : "${NODES:=1}" "${HEAD:=localhost}" "${PORT:=29400}" "${GPUS:=gpu}" "${RESTARTS:=0}"
 
+# Compiled kernels outlive a container beside the run, each node's in a folder of its own.
+kernels=$(dirname "$(realpath -m "$RUN")")/kernels/$(hostname)
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$kernels}"
+export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
+
 version() { stat -c %i-%y "$RUN/status.json" 2>/dev/null; }
 before=$(version)
 
@@ -23,7 +28,7 @@ trap 'if [ -n "$torchrun" ]; then kill -TERM "$torchrun"; else stopped=1; fi' TE
 setsid torchrun \
     --nnodes "$NODES" --nproc-per-node "$GPUS" --max-restarts "$RESTARTS" --shutdown-timeout 600 \
     --rdzv-backend c10d --rdzv-endpoint "$HEAD:$PORT" --rdzv-id "$RUN" \
-    -m daybreak train "$RECIPE" --out "$RUN" "$@" &
+    -m daybreak train "$RECIPE" --out "$RUN" --set parallel.dp_replicate="$NODES" "$@" &
 torchrun=$!
 [ -z "$stopped" ] || kill -TERM "$torchrun"
 code=0

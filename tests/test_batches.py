@@ -3,6 +3,8 @@
 import os
 import re
 import signal
+import subprocess
+import sys
 import time
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -109,6 +111,31 @@ def test_workers_look_as_far_ahead_as_memory_allows() -> None:
             assert ahead == 1 or ahead * workers * share * picture <= batches.UNDERWAY
             more = (ahead + 1) * workers * share * picture
             assert ahead == batches.FORESIGHT or more > batches.UNDERWAY
+
+
+def test_ctrl_c_while_a_worker_starts_is_not_meant_for_it() -> None:
+    """Where workers are not forked (macOS), they are in the terminal's group for seconds."""
+    code = """if True:
+        import multiprocessing, os, signal, threading
+        multiprocessing.set_start_method("spawn")
+        from daybreak.data import batches, scenes
+        heard = []
+        signal.signal(signal.SIGINT, lambda *_: heard.append(1))
+        threading.Timer(0.7, os.killpg, (0, signal.SIGINT)).start()
+        config = batches.Config(source="scenes", workers=1)
+        stream = batches.stream(
+            batches.Scenes(scenes.Config(), 5), config, 5, 32, batch=4, first=0, count=3
+        )
+        print(len(list(stream)), len(heard))
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        check=False,
+        start_new_session=True,
+    )
+    assert (done.stdout, done.returncode) == ("3 1\n", 0), done.stderr
 
 
 @pytest.mark.parametrize("workers", [0, 1])

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from daybreak import config, doctor
+from daybreak import config, doctor, host
 from daybreak.failure import BadRecipe
 from daybreak.train import building
 
@@ -49,16 +49,16 @@ def test_a_missing_package_is_named() -> None:
 
 
 def test_limits_of_a_container_count(tmp_path: Path) -> None:
-    assert doctor.cpu_quota(tmp_path) is None
-    assert doctor.memory_limit(tmp_path) is None
+    assert host.cpu_quota(tmp_path) is None
+    assert host.memory_limit(tmp_path) is None
     (tmp_path / "cpu.max").write_text("150000 100000\n")
     (tmp_path / "memory.max").write_text("1073741824\n")
-    assert doctor.cpu_quota(tmp_path) == 1.5
-    assert doctor.memory_limit(tmp_path) == doctor.GIB
+    assert host.cpu_quota(tmp_path) == 1.5
+    assert host.memory_limit(tmp_path) == doctor.GIB
     (tmp_path / "cpu.max").write_text("max 100000\n")
     (tmp_path / "memory.max").write_text("max\n")
-    assert doctor.cpu_quota(tmp_path) is None
-    assert doctor.memory_limit(tmp_path) is None
+    assert host.cpu_quota(tmp_path) is None
+    assert host.memory_limit(tmp_path) is None
 
 
 def test_limits_of_an_older_container_count(tmp_path: Path) -> None:
@@ -67,10 +67,10 @@ def test_limits_of_an_older_container_count(tmp_path: Path) -> None:
     (tmp_path / "cpu" / "cpu.cfs_period_us").write_text("100000\n")
     for quota, cores in [("-1", None), ("200000", 2.0)]:
         (tmp_path / "cpu" / "cpu.cfs_quota_us").write_text(quota)
-        assert doctor.cpu_quota(tmp_path) == cores
+        assert host.cpu_quota(tmp_path) == cores
     for limit, expected in [("9223372036854771712", None), ("1000", 1000)]:
         (tmp_path / "memory" / "memory.limit_in_bytes").write_text(limit)
-        assert doctor.memory_limit(tmp_path) == expected
+        assert host.memory_limit(tmp_path) == expected
 
 
 def test_the_compiler_is_tried_and_not_only_found(
@@ -138,6 +138,19 @@ def test_bfloat16_agrees_with_what_torch_sees() -> None:
         expected = bool(able.get("avx512_bf16") or able.get("amx_bf16"))
         assert doctor.fast_bfloat16() == expected
     assert doctor.bfloat16().ok == doctor.fast_bfloat16()
+
+
+def test_little_shared_memory_is_told_with_a_remedy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(doctor, "LITTLE_SHARED", 0)
+    (finding,) = doctor.shared_memory(tmp_path)
+    assert finding.ok
+    monkeypatch.setattr(doctor, "LITTLE_SHARED", 2**70)
+    (finding,) = doctor.shared_memory(tmp_path)
+    assert not finding.ok
+    assert "--shm-size" in finding.remark
+    assert doctor.shared_memory(tmp_path / "of another system") == []
 
 
 def test_the_disk_is_that_of_a_folder_still_to_be_made(tmp_path: Path) -> None:

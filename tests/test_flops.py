@@ -1,6 +1,7 @@
 """The arithmetic of a step: counted on paper, and by torch's own counter."""
 
 from pathlib import Path
+from typing import Literal
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from daybreak.model import dit, text, text_to_image, tread, vision
 from daybreak.model.text import Text
 from daybreak.objective.objective import Objective
 from daybreak.optim import polar_express
+from daybreak.optim.groups import MuonConfig
 from daybreak.train import flops, networks, parallel
 from daybreak.train.dice import Dice
 
@@ -131,11 +133,15 @@ def test_a_step_with_every_term_takes_as_many_flops_as_the_counter_counts(
     assert counted == pytest.approx(counter.get_total_flops(), rel=0.01)
 
 
-def test_orthogonal_steps_take_as_many_flops_as_the_counter_counts() -> None:
+@pytest.mark.parametrize("rounds", ["polar-express", "newton-schulz"])
+def test_orthogonal_steps_take_as_many_flops_as_the_counter_counts(
+    rounds: Literal["polar-express", "newton-schulz"],
+) -> None:
+    muon = MuonConfig(rounds=rounds)
     for shape in ((96, 32), (32, 112), (48, 48)):
         with FlopCounterMode(display=False) as counter:
-            polar_express.orthogonal(torch.randn(1, *shape))
-        assert flops.newton_schulz([torch.Size(shape)]) == counter.get_total_flops()
+            polar_express.orthogonal(torch.randn(1, *shape), polar_express.NAMED[rounds])
+        assert flops.orthogonalisation([torch.Size(shape)], muon) == counter.get_total_flops()
 
 
 def total(recipe: config.Recipe) -> float:

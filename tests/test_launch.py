@@ -104,7 +104,7 @@ def test_the_exit_code_is_that_of_the_status(
     assert process.returncode == code, output
     asked = (tmp_path / "asked").read_text()
     assert "--nproc-per-node gpu" in asked
-    assert asked.endswith("-m daybreak train prx_24h --out run\n")
+    assert asked.endswith("-m daybreak train prx_24h --out run --set parallel.dp_replicate=1\n")
 
 
 @pytest.mark.parametrize(("given", "seen"), [("", "1"), ("0", "0")], ids=["unsaid", "allowed"])
@@ -151,6 +151,7 @@ def test_slurm_queues_again_what_can_be_tried_again(
         assert (tmp_path / "queued").read_text() == "requeue 17\n"
     asked = (tmp_path / "asked").read_text()
     assert "--nnodes 4" in asked
+    assert "parallel.dp_replicate=4" in asked
     assert "--rdzv-endpoint one:29400" in asked
 
 

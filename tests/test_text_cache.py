@@ -221,8 +221,13 @@ def test_a_kill_costs_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         yield from captions[:30]
         raise KeyboardInterrupt
 
+    def partial() -> list[Path]:
+        return text_cache.partial([tmp_path], encoder.config, encoder.compute)
+
+    assert partial() == [tmp_path]
     with pytest.raises(KeyboardInterrupt):
         text_cache.write(tmp_path, encoder, until_the_power_fails())  # type: ignore[arg-type]
+    assert partial() == [tmp_path]
     kept = len(opened(tmp_path, encoder).digests)
     assert 15 < kept < 30
     folder = text_cache.write(tmp_path, encoder, captions)
@@ -230,6 +235,7 @@ def test_a_kill_costs_one_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert len(set(reader.digests.tolist())) == len(reader.digests) == 41
     assert reader.tokens(captions) is not None
     assert not list(folder.glob(".tmp-*"))
+    assert partial() == []
 
 
 def test_a_kill_before_the_first_shard_leaves_a_cache_that_knows_nothing(tmp_path: Path) -> None:
@@ -356,6 +362,12 @@ def test_a_cache_that_does_not_fit_the_recipe_is_said(tiny: Path, tmp_path: Path
     assert "another text.encoder, text.max_tokens, template or precision" in told[0]
     recipe = config.load(tiny, (*sets, "text.max_tokens=16"), ("scenes",))
     assert encoded.known(recipe, torch.float32, told.append) is not None
+    assert told[1:] == ["9 captions are already encoded"]
+    (tmp_path / "other" / "text").mkdir(parents=True)
+    both = f'data.source=[["{tmp_path}", 1.0], ["{tmp_path / "other"}", 1.0]]'
+    recipe = config.load(tiny, (both, *sets[1:], "text.max_tokens=16"), ("scenes",))
+    assert encoded.known(recipe, torch.float32, told.append) is not None
+    assert told[3].startswith(f"not all captions of {tmp_path / 'other'} are, and a batch")
 
 
 def test_the_verb_encodes_a_dataset_and_checks_it(

@@ -11,12 +11,16 @@ Caption choice, caption dropout, crop and mirroring are dice of the same (seed, 
 Letters  b pictures of the batch, c channels.
 """
 
+import contextlib
 import hashlib
 import json
 import math
+import os
+import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache, partial
+from multiprocessing import resource_tracker
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
@@ -43,6 +47,7 @@ MOMENT = 0.2  # seconds until a process that was killed is known to be dead
 PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
 HUSH = 0.05  # seconds after which threads of an exchange that is over rest
 LAST = 19  # niceness of a worker beside a step on the same processor
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what train/stop hears
 READY = 2  # batches that lie received when a step asks for one
 FORESIGHT, UNDERWAY = 4, 2 * 2**30  # a worker's batches ahead, and the bytes of all workers' ones
 
@@ -306,7 +311,8 @@ def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
     """
     if dist.is_initialized():
         time.sleep(HUSH)
-    arriving, asked = iter(loader), time.monotonic()
+    with _deaf():
+        arriving, asked = iter(loader), time.monotonic()
     broken: Exception | None = None
     while True:
         try:
@@ -338,6 +344,20 @@ def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
         asked = time.monotonic()
 
 
+@contextlib.contextmanager
+def _deaf() -> Iterator[None]:
+    """Keep signals to stop away from workers that are started here, until they have stepped aside.
+
+    One that is not forked takes seconds to come so far, and is in the terminal's group till then.
+    """
+    resource_tracker.ensure_running()  # before Python 3.13 its start ends by letting them through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _step_aside(niceness: int, _: int) -> None:
     """Keep a worker out of the way of the step, and of signals meant for the main process.
 
@@ -347,10 +367,13 @@ def _step_aside(niceness: int, _: int) -> None:
     In a process group of its own it does not hear a Ctrl-C or a kill of the whole group, after
     which the main process still wants to save; it ends when its loader does.
     """
-    import os
-
     os.setpgrp()
     os.nice(niceness)
+    for number in STOPS:  # what came meanwhile was not meant for it
+        signal.signal(number, signal.SIG_IGN)
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
+    for number in STOPS:
+        signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
 
 

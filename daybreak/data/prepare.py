@@ -277,7 +277,7 @@ def _enter(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
                 )
         shutil.rmtree(out / STAGING, ignore_errors=True)
         return manifest
-    if any(out.iterdir()) and not (out / STAGING).is_dir():
+    if any(path.name != ".DS_Store" for path in out.iterdir()) and not (out / STAGING).is_dir():
         raise BadRecipe(
             f"{out} is not empty and holds no dataset: choose another folder with --out"
         )
@@ -377,7 +377,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     files = _listed(folder, manifest)
     counts = manifest["counts"]
     disk.compare(folder, files, progress)
-    if stray := sorted({path.name for path in folder.glob("*.arrow")} - files.keys()):
+    if stray := sorted({path.name for path in folder.glob("[!.]*.arrow")} - files.keys()):
         raise BadData(
             f"{folder} holds {', '.join(stray[:NAMED_AT_MOST])}, which its manifest does not list: "
             "remove what is not of this dataset"

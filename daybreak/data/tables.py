@@ -135,7 +135,7 @@ def saved(path: Path, name: str, wanted: Columns, shard: int) -> records.Source:
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
         raise BadData(f"{path}: is a damaged dataset ({_short(error)}); save it again.") from error
     digest = hashlib.sha256()
-    for file in sorted(path.glob("*.arrow")):
+    for file in sorted(path.glob("[!.]*.arrow")):
         digest.update(f"{file.name}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}\n".encode())
     return _rows(dataset, name, "datasets", digest.hexdigest(), wanted, shard)
 

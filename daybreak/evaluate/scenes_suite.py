@@ -21,7 +21,6 @@ Source  tasks after GenEval, arXiv 2310.11513; clustered intervals, arXiv 2411.0
 """
 
 import multiprocessing
-import os
 import signal
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
@@ -31,6 +30,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from daybreak import host
 from daybreak.data import scenes, scenes_captions
 from daybreak.data.scenes import CANVASES, Config, Demand, Scene, Split
 from daybreak.data.scenes_captions import Specification
@@ -107,7 +107,7 @@ def evaluate(
     Errors  ValueError if the generator returns other pictures than it was asked for.
     """
     asked = [*tasks(config, seed, per_task), *held_out(config, seed, per_task)]
-    with _pool(os.cpu_count() or 1 if workers is None else workers) as pool:
+    with _pool(host.cores() if workers is None else workers) as pool:
         pending, truths = [], []
         for start in range(0, len(asked), BATCH):
             batch = asked[start : start + BATCH]

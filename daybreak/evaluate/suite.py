@@ -15,7 +15,6 @@ from that of the result by the rule that stands beside it.
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -25,6 +24,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 
+from daybreak import host
 from daybreak.data import disk
 from daybreak.data import scenes as scenes_data
 from daybreak.data.batches import to_unit
@@ -82,7 +82,7 @@ def scenes(
         )
     asked = (len(scenes_suite.TASKS) + len(config.held_out)) * per_task
     ranks = dist.get_world_size() if dist.is_initialized() else 1
-    workers = 1 if asked < FEW else max(1, (os.cpu_count() or 1) // ranks)
+    workers = 1 if asked < FEW else max(1, host.cores() // ranks)
     found = scenes_suite.evaluate(square(artist), config, seed, per_task, progress, workers)
     groups: list[Any] = [found[group] for group in ("tasks", "held_out", "controls")]
     shares: dict[str, Any] = {"exact": found["overall"]}

@@ -48,6 +48,7 @@ from daybreak.model.text import Config, Text, TextEncoder, clean
 SCHEMA = 1
 SHARD_BYTES = 2**30
 BATCH, AHEAD = 32, 4096  # captions encoded together, out of so many sorted by length
+READERS = 16  # captions of a batch that are read from the disk at once
 SOON = 6  # batches whose words are held before they are asked for
 RECENT = 2**14  # captions whose digests are known: those of these batches
 DIGITS = 24  # 96 bits: among a billion captions two are alike with a chance of 1e-11
@@ -93,6 +94,7 @@ class Reader:
             entries.append(np.stack([np.full_like(ends, len(self.shards)), starts, ends], axis=1))
             digests.append(shard["digests"].numpy().view(f"S{DIGITS}")[:, 0])
             self.shards.append(shard["tokens"])
+        self.readers = ThreadPoolExecutor(READERS, "words")
         self.soon: deque[tuple[list[bytes], Text]] = deque(maxlen=SOON)
         order = np.argsort(np.concatenate(digests))
         self.digests: npt.NDArray[np.bytes_] = np.concatenate(digests)[order]
@@ -132,9 +134,13 @@ class Reader:
         length = -(-int(lengths.max()) // self.step) * self.step
         shape = len(words), length, words[0].shape[1]
         tokens = torch.empty(shape, dtype=words[0].dtype, pin_memory=self.pinned)
-        for row, one in zip(tokens, words, strict=True):
+
+        def fill(row: Tensor, one: Tensor) -> None:
             row[: len(one)] = one
             row[len(one) :] = 0
+
+        # Each reads from the disk what is not in memory yet, and all of them at once.
+        deque(self.readers.map(fill, tokens, words), maxlen=0)
         mask = torch.arange(length) < lengths[:, None]
         return Text(tokens, mask.pin_memory() if self.pinned else mask)
 
@@ -163,6 +169,12 @@ def present(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> l
     made_with = settings(config, compute)
     folders = [place(dataset, made_with) for dataset in datasets]
     return [folder for folder in folders if (folder / "manifest.json").is_file()]
+
+
+def partial(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> list[Path]:
+    """Those of the datasets of which not every caption is known to be held."""
+    made_with = settings(config, compute)
+    return [dataset for dataset in datasets if not _listed(place(dataset, made_with)).get("whole")]
 
 
 def write(
@@ -217,7 +229,8 @@ def _fill(
     path = folder / "manifest.json"
     if not path.is_file():
         disk.write_json(path, made_with | {"shards": {}})
-    shards = json.loads(path.read_text(encoding="utf-8"))["shards"]
+    before = _listed(folder)
+    shards = dict(before["shards"])
     held = set(Reader([folder], encoder.config).digests.tolist())
     for shard in _shards(encoder, _new(captions, held, progress)):
         name = f"{len(shards):05}.safetensors"
@@ -226,6 +239,14 @@ def _fill(
             staged.chmod(path.stat().st_mode)  # safetensors lets nobody else read it
             shards[name] = disk.sealed(staged)
         disk.write_json(path, made_with | {"shards": shards})
+    if (now := made_with | {"shards": shards, "whole": True}) != before:
+        disk.write_json(path, now)
+
+
+def _listed(folder: Path) -> dict[str, Any]:
+    """What the manifest of a folder says; nothing where there is none."""
+    path = folder / "manifest.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
 
 
 def verify(dataset: Path) -> None:

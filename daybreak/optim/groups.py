@@ -11,21 +11,29 @@ as anywhere else.
 Source  kellerjordan.github.io/posts/muon; scale 0.2 sqrt(max(rows, columns)): arXiv 2502.16982.
 """
 
+from typing import Literal
+
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 from torch.optim import AdamW, Optimizer
 
+from daybreak.optim import polar_express
+
 LAYERS = ("dit.blocks.", "text.encoder.layers.")  # of the denoiser, and of the words
 
 
 class MuonConfig(BaseModel):
-    """Momentum, made orthogonal; for matrices of blocks, with those of `modulation` or not."""
+    """Momentum, made orthogonal; for matrices of blocks, with those of `modulation` or not.
+
+    `rounds` names the products that do it: four of Polar Express, or the first Muon's five.
+    """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     rate: float = Field(default=1.0, gt=0)
     momentum: float = Field(default=0.95, ge=0, lt=1)
+    rounds: Literal["polar-express", "newton-schulz"] = "polar-express"
     modulation: bool = False
     weight_decay: float = Field(default=0.0, ge=0)
 
@@ -79,6 +87,7 @@ def optimizers(
                 momentum=muon.momentum,
                 weight_decay=muon.weight_decay,
                 precision=precision,
+                rounds=polar_express.NAMED[muon.rounds],
             ),
             muon.rate,
         )

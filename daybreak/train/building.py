@@ -104,7 +104,7 @@ def compiles(recipe: config.Recipe, device: torch.device, tell: Callable[[str], 
                 "compile = true needs a C compiler and Python's headers on a machine with a GPU: "
                 "apt install gcc python3-dev, or go on far more slowly with --set compile=false"
             )
-        tell("no C++ compiler with Python headers: torch.compile is off, training is slower")
+        tell("blocks are not compiled, and training is slower: daybreak doctor says why")
         return False
     _sweep()
     # Each number of image tokens, and of words, is a variant; past the limit they run uncompiled.

@@ -289,7 +289,7 @@ def _stored(checkpoint: Checkpoint) -> dict[str, torch.Size]:
             if isinstance(entry, TensorStorageMetadata)
         }
     shapes = {}
-    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+    for path in sorted(checkpoint.folder.glob("[!.]*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118 - it is no dictionary
                 shapes[f"{path.stem}.{name}"] = torch.Size(file.get_slice(name).get_shape())
@@ -340,7 +340,7 @@ def _fill(
             reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
             load_shards(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
         return
-    for path in sorted(checkpoint.folder.glob("*.safetensors")):
+    for path in sorted(checkpoint.folder.glob("[!.]*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
                 if (flat := f"{path.stem}.{name}") in wanted:

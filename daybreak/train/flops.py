@@ -51,7 +51,8 @@ def work(recipe: Recipe, stage: Stage, cached: bool = False) -> Work:
         **terms(recipe, stage),
     }
     matrices = [weight for weight, learner in learned(recipe) if learner == "muon"]
-    return Work(picture, {"muon": newton_schulz(matrices)} if matrices else {})
+    muon = orthogonalisation(matrices, recipe.muon) if recipe.muon else 0.0
+    return Work(picture, {"muon": muon} if muon else {})
 
 
 def of_step(recipe: Recipe, stage: Stage, cached: bool = False, replicas: int = 1) -> float:
@@ -192,16 +193,16 @@ def vgg_depths(config: lpips.Config) -> tuple[tuple[int, int], ...]:
     return tuple((len(depth[0][0]), len(depth)) for depth in lpips.load(config).depths)
 
 
-def newton_schulz(matrices: Iterable[torch.Size]) -> float:
-    """FLOPs to orthogonalise matrices once.
+def orthogonalisation(matrices: Iterable[torch.Size], muon: groups.MuonConfig) -> float:
+    """FLOPs to make matrices orthogonal once.
 
     A round takes 4 r^2 c + 2 r^3, r the shorter side; where two are taken at once, both together
     4 r^2 c + 10 r^3.
     """
-    total = 0
+    total, rounds = 0, len(polar_express.NAMED[muon.rounds])
     for shape in matrices:
         r, c = sorted(shape)
-        pairs, single = polar_express.pairing(shape)
+        pairs, single = polar_express.pairing(shape, rounds)
         total += pairs * (4 * r * r * c + 10 * r**3) + single * (4 * r * r * c + 2 * r**3)
     return float(total)
 

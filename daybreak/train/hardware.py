@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 import torch
 
-from daybreak import doctor
+from daybreak import host
 from daybreak.failure import BadRecipe
 from daybreak.model.product import product
 
@@ -128,7 +128,7 @@ def known(title: str) -> Device | None:
 def processor(dtype: torch.dtype) -> Device:
     """Measure the processor of this machine, with the threads torch would use."""
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
-    allowed = doctor.memory_limit(doctor.CGROUP)
+    allowed = host.memory_limit(host.CGROUP)
     memory = min(memory, allowed) if allowed else memory
     return Device("cpu", speed(dtype, "cpu"), memory, 10 * GB, None, None)
 

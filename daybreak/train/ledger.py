@@ -33,7 +33,7 @@ from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.train import facts
 
-EVERY = 1.0  # seconds between two entries
+EVERY, SHARE = 1.0, 0.005  # seconds between two entries, and the share of time they may take
 CLOSING = 1.0  # seconds for the last checkpoint at least
 ENDING = 1.5  # seconds that a process takes to end, when nothing can be entered any more
 DISK = 5e8  # bytes a second that are written, until a checkpoint was
@@ -115,6 +115,7 @@ class Ledger:
         self.compiling, self.compiles = 0.0, True  # seconds of it; whether the next step does
         self.steps: deque[float] = deque(maxlen=16)
         self.written = self.last = clock()
+        self.entering = 0.0  # seconds that the last entry took
 
     @property
     def spent(self) -> float:
@@ -253,8 +254,8 @@ class Ledger:
         return self.late() or self.full
 
     def tick(self) -> None:
-        """Enter what is spent, if the last entry is a second old."""
-        if self.clock() - self.written >= EVERY:
+        """Enter what is spent, if the last entry is a second old; where disks are slow, older."""
+        if self.clock() - self.written >= max(EVERY, self.entering / SHARE):
             self.write()
 
     def end(self) -> None:
@@ -279,3 +280,4 @@ class Ledger:
         with suppress(OSError, BadStorage), disk.fresh(self.file) as staged:
             told = facts.read(self.file.parent) | {"ledger": mine}
             staged.write_text(json.dumps(told, indent=1) + "\n", encoding="utf-8")
+        self.entering = self.clock() - self.written

@@ -184,6 +184,11 @@ def _train(
         f"{torch.get_num_threads()} threads{shared}, "
         f"{'from step ' + str(start) if start else 'from random weights'}; run folder {folder}"
     )
+    if here.size == 1 and here.device.type == "cuda" and torch.cuda.device_count() > 1:
+        tell(
+            f"one of the {torch.cuda.device_count()} GPUs of this machine is used: torchrun "
+            "--standalone --nproc-per-node gpu -m daybreak train ... uses all"
+        )
     if found and (before := found.ranks) != here.size:
         tell(
             f"checkpoint-{start} was saved by {before} processes and goes on with {here.size}: the "

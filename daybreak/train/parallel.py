@@ -439,8 +439,8 @@ def _farewell(store: Store, rank: int, size: int) -> None:
 
 
 def _is_broken(error: Exception) -> bool:
-    """Whether this rank's device is to blame (ECC, Xid, NVLink), and neither code nor memory."""
-    others = ("device-side assert triggered", "out of memory")
+    """Whether this rank's device is to blame (ECC, Xid, NVLink), not code, memory or its age."""
+    others = ("device-side assert triggered", "out of memory", "no kernel image")
     return isinstance(error, torch.AcceleratorError) and not any(
         other in str(error) for other in others
     )

@@ -22,14 +22,15 @@ from typing import Any
 
 import torch
 
-from daybreak import config, doctor
+from daybreak import config, doctor, host
 from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model import text, text_to_image
 from daybreak.objective.objective import Objective
 from daybreak.train import accelerator, checkpoint, facts
 
-OURS = {"lock", "status.json", "run.json"}  # of a start that was broken off before the first step
+# Of a start that was broken off before the first step; and what macOS leaves in every folder.
+OURS = {"lock", "status.json", "run.json", ".DS_Store"}
 
 
 def precision(recipe: config.Recipe) -> torch.dtype:
@@ -128,7 +129,7 @@ def begin(
         "arguments": sys.argv[1:],
         "machine": {
             "processor": processor(),
-            "cores": len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count(),
+            "cores": host.cores(),
             "threads": torch.get_num_threads(),
             "device": str(accelerator.choose()),
         },
@@ -227,6 +228,9 @@ def millions(model: text_to_image.TextToImage) -> float:
 
 def processor() -> str:
     """Return the name of this machine's processor, as far as the system knows it."""
+    if sys.platform == "darwin":
+        asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
             if line.startswith("model name"):

@@ -46,6 +46,7 @@ FAILURES = 3  # saves in a row
 PIECE = 2**28  # bytes of a file of a rank's rows: each is put together in memory, at one go
 GOODBYE = 20.0  # seconds that a run which has failed gives to a save under way
 HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
+LINKLESS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # of a disk without symbolic links
 
 Files = dict[str, dict[str, Any]]  # bytes and sha256 by name
 Tensors = dict[str, dict[str, Tensor]]  # by file and name in it
@@ -374,8 +375,13 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _point(link: Path, name: str) -> None:
-    """Move a symbolic link in one step."""
+    """Move a symbolic link in one step; no program reads it, so a disk may do without links."""
     fresh = link.with_name(f".{link.name}-{os.getpid()}")
     fresh.unlink(missing_ok=True)
-    fresh.symlink_to(name)
-    fresh.replace(link)
+    try:
+        fresh.symlink_to(name)
+    except OSError as error:
+        if error.errno not in LINKLESS:
+            raise
+    else:
+        fresh.replace(link)
