@@ -210,7 +210,7 @@ def prepare(
             raise typer.Exit(130) from None
         if sys.stderr.isatty():
             print("\x1b[K", end="", file=sys.stderr, flush=True)
-        print(*work.summary(out, manifest), sep="\n")
+        print(*work.summary(out, manifest), f"now: daybreak inspect {out}", sep="\n")
     datasets = [out] if out else [Path(name) for name in source or ()]
     if cache_text:
         _cache_text(datasets, cache_text, max_tokens, precision)
@@ -272,7 +272,7 @@ def sample(
     best: Best = False,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture.")] = 0,
     set_: Set = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the pictures; RUN/samples/... if left out.")
@@ -288,11 +288,14 @@ def sample(
     chosen = evaluations.best(run) if best else None
     recipe, found, model = runs.trained(run, chosen=chosen)
     prompts = [words for words in prompt for _ in range(count)]
-    seeds = list(range(seed, seed + len(prompts)))
+    seeds = [seed + number for _ in prompt for number in range(count)]
     digest = config.digest(recipe)
     recipe = config.resampled(recipe, tuple(set_ or ()), steps, guidance)
     how, side = recipe.sample, recipe.stage[-1].resolution
-    folder = out or run / "samples" / _file_name(prompt[0])
+    several = f"-and-{len(prompt) - 1}-more" if len(prompt) > 1 else ""
+    folder = out or run / "samples" / f"{_file_name(prompt[0])}{several}"
+    given = {"steps": steps, "guidance": guidance}  # other pictures than without: another name
+    apart = "".join(f"-{key}{value:g}" for key, value in given.items() if value is not None)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -310,12 +313,12 @@ def sample(
     facts = {"recipe": digest, "step": str(found.step), "guide": how.guide, "sample": drawn}
     facts |= {"steps": str(how.steps), "guidance": str(how.guidance)}
     for words, number, picture in zip(prompts, seeds, pictures, strict=True):
-        path = folder / f"{_file_name(words)}-seed{number}.png"
+        path = folder / f"{_file_name(words)}-seed{number}{apart}.png"
         grid.save(Image.fromarray(picture), path, facts | {"prompt": words, "seed": str(number)})
         print(path)
     sheet = grid.grid(pictures, prompts, min(count, 8) if len(prompt) > 1 else None)
-    grid.save(sheet, folder / "grid.png", facts)
-    print(folder / "grid.png")
+    grid.save(sheet, folder / f"grid{apart}.png", facts)
+    print(folder / f"grid{apart}.png")
 
 
 @app.command()
@@ -564,6 +567,9 @@ def plan(
     gpus: Annotated[
         str | None, typer.Option(help="32xH200, RTX4090 or cpu; this machine if left out.")
     ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="Folder of captioned pictures, instead of the recipe's.")
+    ] = None,
     budget: Annotated[
         str | None,
         typer.Option(
@@ -612,7 +618,8 @@ def plan(
         raise BadRecipe(f"--fit {fit} is there already: name another file, or remove it")
     if fit and not fit.absolute().parent.is_dir():
         raise BadStorage(f"cannot write {fit}: there is no folder {fit.parent}")
-    wanted = config.load(recipe, tuple(set_ or ()), tuple(without or ()))
+    sets = [*(set_ or ()), *([f"data.source={config.quoted(data)}"] if data else ())]
+    wanted = config.load(recipe, tuple(sets), tuple(without or ()))
     given = paper.granted(wanted) if budget is None else (paper.parse(budget),)
     cluster = paper.cluster(wanted, gpus)
     wanted = paper.fitted(wanted, cluster) if fit else wanted
@@ -646,7 +653,7 @@ def doctor(
         from daybreak.model import toy_teachers
 
         made = toy_teachers.make(make_toy_teachers)
-        keys = {"repa.teacher": "dinov3", "dino.teacher": "dinov2"}
+        keys = {"repa.teacher": "dinov3", "dino.teacher": "dinov2_with_registers"}
         keys |= {"lpips.vgg": "vgg", "lpips.heads": "heads"}
         print(*(f"--set {key}={made[kind]}" for key, kind in keys.items()))
         return

@@ -148,7 +148,7 @@ class Recipe(BaseModel):
                     f"stage.{number}.resolution = {stage.resolution} is not divisible by "
                     f"dit.patch = {self.dit.patch}"
                 )
-            if self.micro and stage.batch % self.micro:
+            if self.micro and stage.batch > self.micro and stage.batch % self.micro:
                 raise ValueError(
                     f"stage.{number}.batch = {stage.batch} is not divisible by micro = {self.micro}"
                 )
@@ -320,17 +320,21 @@ def digest(recipe: Recipe) -> str:
 
 def differences(old: Recipe, new: Recipe) -> list[str]:
     """List every key whose value differs, as `key: old -> new`."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = (_flat(recipe.model_dump(mode="json"), whole=True) for recipe in (old, new))
     return [
-        f"{key}: {before.get(key, 'absent')} -> {after.get(key, 'absent')}"
+        f"{key}: {_shown(before.get(key, 'absent'))} -> {_shown(after.get(key, 'absent'))}"
         for key in sorted(before.keys() | after.keys())
         if before.get(key, "absent") != after.get(key, "absent")
     ]
 
 
+def _shown(value: Any) -> str:
+    return f"a list of {len(value)}" if isinstance(value, list) and len(value) > 3 else str(value)
+
+
 def assignments(old: Recipe, new: Recipe) -> list[str]:
     """List what `--set` needs to make one recipe of another, as `key=value`."""
-    before, after = _flat(old.model_dump(mode="json")), _flat(new.model_dump(mode="json"))
+    before, after = (_flat(recipe.model_dump(mode="json"), whole=True) for recipe in (old, new))
     return [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
 
 
@@ -406,6 +410,8 @@ def _first(error: ValidationError) -> str:
         return f"unknown key {path}{_nearest(key, known)}{more}"
     if kind == "missing":
         return f"{path} is missing{more}"
+    if kind == "tuple_type":
+        return f"{path} = {problem['input']!r}: a list is wanted, as in {path}=['...', '...']{more}"
     if kind == "value_error":
         return f"{path}: {message}{more}" if path else f"{message}{more}"
     return f"{path} = {problem['input']!r}: {message[0].lower()}{message[1:]}{more}"
@@ -437,14 +443,15 @@ def _without_none(value: Any) -> Any:
     return value
 
 
-def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    """Turn nested tables and rows into dotted keys."""
+def _flat(value: Any, prefix: str = "", whole: bool = False) -> dict[str, Any]:
+    """Turn tables, rows and lists into dotted keys; lists of no tables may stay `whole`."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     flat: dict[str, Any] = {}
     for key, entry in pairs:
         name = f"{prefix}{key}"
-        if isinstance(entry, dict) or (isinstance(entry, list) and entry):
-            flat |= _flat(entry, f"{name}.")
+        rows = isinstance(entry, list) and bool(entry)
+        if isinstance(entry, dict) or (rows and not (whole and not isinstance(entry[0], dict))):
+            flat |= _flat(entry, f"{name}.", whole)
         elif entry is not None:
             flat[name] = entry
     return flat

@@ -272,11 +272,12 @@ def test_what_is_said_to_fit_fits(published: config.Recipe, device: hardware.Dev
     try:
         budget.check_memory(published, budget.plan(published, cluster))
     except BadRecipe as refused:
-        remedy = str(refused).rpartition("--set micro=")[2].split()[0]
-        smaller = config.parse(PUBLISHED | {"micro": int(remedy)}, "smaller")
+        other, micro = re.search(r"(?:32 x (.+) with )?--set micro=(\d+)", str(refused)).groups()  # type: ignore[union-attr]
+        smaller = config.parse(PUBLISHED | {"micro": int(micro)}, "smaller")
+        cluster = Cluster(32, hardware.DEVICES[other]) if other else cluster
         made = budget.plan(smaller, cluster)
         budget.check_memory(smaller, made)
-        assert int(remedy) < 32
+        assert other or int(micro) < 32
     else:
         assert device.memory > 30e9
 
@@ -307,6 +308,15 @@ def test_where_no_device_is_large_enough_more_of_them_are_named() -> None:
     more = Cluster(int(str(said.value).partition(" x B200 with")[0].split()[-1]), few.device)
     fitted = budget.fitted(recipe, more)
     budget.check_memory(fitted, budget.plan(fitted, more))
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("quickstart", 1), ("emoji", 1), ("prx_1gpu", 1), ("prx_24h", 64)]
+)
+def test_a_fitted_recipe_can_be_loaded(tmp_path: Path, name: str, number: int) -> None:
+    fitted = budget.fitted(config.load(name), Cluster(number, H200))
+    (tmp_path / "fitted.toml").write_text(config.dump(fitted))
+    assert config.load(tmp_path / "fitted.toml") == fitted
 
 
 def test_a_fitted_recipe_whose_pictures_come_in_pairs_can_be_loaded(tmp_path: Path) -> None:

@@ -46,6 +46,13 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
     with Image.open(Path(again.stdout.split("\n")[0])) as picture:
         assert np.abs(np.array(picture).astype(int) - first.astype(int)).max() <= 1
 
+    both = daybreak("sample", "red", "blue", "--run", run, "--count", 2, "--steps", 1)
+    told = [Path(line) for line in both.stdout.split("\n") if line]
+    assert [path.name for path in told] == [
+        *("red-seed0-steps1.png", "red-seed1-steps1.png"),
+        *("blue-seed0-steps1.png", "blue-seed1-steps1.png", "grid-steps1.png"),
+    ], "prompts are drawn from the same noise, and other settings are other files"
+
     (tmp_path / "file").touch()
     long = ("sample", "red " * 60, "--run", run, "--count", 1, "--steps", 1)
     refused = daybreak(*long, "--out", tmp_path / "file")

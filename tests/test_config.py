@@ -162,3 +162,23 @@ def test_what_no_reader_of_toml_can_hold_is_one_sentence(tiny: Path, text: str) 
 def test_a_name_that_is_none_is_no_recipe(name: str) -> None:
     with pytest.raises(BadRecipe, match="there is no recipe"):
         config.load(name)
+
+
+def test_a_change_of_a_list_is_one_line() -> None:
+    before = config.load("quickstart")
+    after = config.load("quickstart", ('sample.prompts=["a","b"]', "adamw.betas=[0.9, 0.99]"))
+    assert config.differences(before, after) == [
+        "adamw.betas: [0.9, 0.95] -> [0.9, 0.99]",
+        "sample.prompts: a list of 12 -> ['a', 'b']",
+    ]
+
+
+def test_a_word_where_a_list_is_wanted_is_told_how_to_write_one() -> None:
+    with pytest.raises(BadRecipe, match=r"a list is wanted, as in sample\.prompts=\['\.\.\.'"):
+        config.load("quickstart", ("sample.prompts=a cherry",))
+
+
+def test_a_pass_may_be_larger_than_the_batch_of_a_stage_but_not_end_unevenly() -> None:
+    assert config.load("quickstart", ("micro=96",)).micro == 96
+    with pytest.raises(BadRecipe, match=r"is not divisible by micro = 28"):
+        config.load("quickstart", ("micro=28",))

@@ -254,13 +254,12 @@ def _card(card: Card, resolution: int, how: sampler.Config, flow_config: flow.Co
 library_name: diffusers
 pipeline_tag: text-to-image
 tags: [text-to-image, diffusers, prx, pixel-space, flow-matching, daybreak]
-datasets: [{json.dumps(card.data, ensure_ascii=False)}]
 widget:
 - text: {json.dumps(card.prompt, ensure_ascii=False)}
 ---
 # {card.name}
 
-A text-to-image model in pixel space, trained from random weights by daybreak.
+A text-to-image model in pixel space, trained from random weights by daybreak on `{card.data}`.
 
 ```python
 {snippet("PATH_OF_THIS_FOLDER", card.prompt, resolution, how, shift)}```
@@ -277,7 +276,9 @@ which lies in this folder and knows the settings. This is the picture of `daybre
 |---|---|
 {rows}
 
-Limits: the model knows what its data shows and nothing else.
+Limits: the model knows what its data shows and nothing else. Licence: none is stated here; that of
+the pictures it was trained on decides, and that of the text encoder in this folder, if it was not
+trained along.
 
 ## Recipe
 

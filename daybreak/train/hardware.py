@@ -8,7 +8,7 @@ processor has no datasheet worth the name, so its peak is measured.
 
 Units   FLOP/s, bytes (a datasheet's GB are 10^9), bytes/s in one direction, dollars an hour, watts.
 Source  peaks, memory, power and links: NVIDIA's datasheets of the SXM boards (A100, H100, H200,
-        HGX B200) and of the L40S; the RTX 4090's and 5090's architecture papers, appendix A.
+        HGX B200), the L40S, L4 and A10; the RTX boards' architecture papers, appendix A.
         prices: RunPod's Community Cloud, deploybase.ai/articles/runpod-gpu-pricing, March 2026.
         Prices swing by a factor of two between providers and years: `--price` is the one to trust.
 """
@@ -68,8 +68,16 @@ DEVICES = {
         Device("H200", 989.5e12, 141 * GB, 450 * GB, 700, 3.59),
         # HGX B200, per GPU: 4,500 TFLOP/s with sparsity; NVLink 5: 1.8 TB/s both ways
         Device("B200", 2250e12, 180 * GB, 900 * GB, 1000, 5.98),
+        # 242 TFLOP/s with sparsity; PCIe 4.0 x16
+        Device("L4", 121e12, 24 * GB, 32 * GB, 72, None),
+        # 125 TFLOP/s; PCIe 4.0 x16
+        Device("A10", 125e12, 24 * GB, 32 * GB, 150, None),
         # 362.05 TFLOP/s; PCIe 4.0 x16
         Device("L40S", 362e12, 48 * GB, 32 * GB, 350, 0.79),
+        # 71 TFLOP/s with sums in float32; PCIe 4.0 x16
+        Device("RTX 3090", 71e12, 24 * GB, 32 * GB, 350, None),
+        # 97.5 TFLOP/s with sums in float32; PCIe 4.0 x16
+        Device("RTX 4080", 97.5e12, 16 * GB, 32 * GB, 320, None),
         # 165.2 TFLOP/s; PCIe 4.0 x16
         Device("RTX 4090", 165.2e12, 24 * GB, 32 * GB, 450, 0.34),
         # 209.5 TFLOP/s; PCIe 5.0 x16
@@ -97,7 +105,8 @@ def parse(text: str, dtype: torch.dtype) -> Cluster:
         hint = f"; did you mean {names[close[0]].name}?" if close else ""
         raise BadRecipe(
             f"--gpus {text}: no figures are known for {name!r}{hint} "
-            f"(there are {', '.join(DEVICES)} and cpu)"
+            f"(there are {', '.join(DEVICES)} and cpu); on a machine that has another, leave "
+            "--gpus out and give --measure"
         )
     return Cluster(count, device)
 

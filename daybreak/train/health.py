@@ -101,10 +101,14 @@ class Guard:
             rank for rank, values in enumerate(rows.tolist()) if not all(map(math.isfinite, values))
         ]
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
-        what += f", of late {usual:.4g}" if finite else f" on rank {bad[0]}"
+        what += (
+            f", {loss / usual:.1f} times the median of late"
+            if finite
+            else f" on rank {bad[0]}" * (len(losses) > 1)
+        )
         take = finite and self.config.spike == "log"
         self._record(
-            f"step {step}: {what} ({where}); {'learned from' if take else 'skipped'}",
+            f"step {step}: {what} ({where}); {'learned from all the same' if take else 'skipped'}",
             {"step": step, "loss": losses, "norm": norms, "usual": usual, "samples": list(samples)},
         )
         if take:
@@ -113,9 +117,9 @@ class Guard:
         self.skipped += 1
         if self.bad >= self.config.bad_steps:
             raise NotFinite(
-                f"step {step}: {what} ({where}), the {self.bad}. in a row that cannot be learned "
-                "from: lower stage.lr or clip, or continue from the last checkpoint with the same "
-                "command"
+                f"step {step}: {what} ({where}), {self.bad} steps in a row that cannot be learned "
+                "from: lower the stage's lr, or clip; the same command continues from the last "
+                "checkpoint, if there is one"
             )
         return Verdict(step=False, back=finite and self.config.spike == "rollback")
 

@@ -10,6 +10,7 @@ Under torchrun every rank walks this loop with its share of each batch. What the
 travels with the loss, once a step; the first rank speaks and writes for all.
 """
 
+import math
 import time
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -50,6 +51,7 @@ from daybreak.train.status import Status
 from daybreak.train.stop import PREEMPTED, BrokenOff, Stop
 from daybreak.train.watchdog import Watchdog
 
+FORECAST = 10  # steps after which it is said how far a budget will reach
 SAVE, LOOK = 600.0, 3600.0  # seconds that a checkpoint, and an evaluation, may take
 
 
@@ -127,7 +129,7 @@ def train(
         tell = tell if here.first else _silent
         found = checkpoint.to_continue(folder, here, tell)
         if found and (why := _is_over(found, recipe, folder, here, clock)):
-            tell(f"{folder} {why}: {found.step} steps of {recipe.steps}")
+            tell(f"{folder} {why}")
             return Outcome(found.step, 0)
         for change in changes:
             tell(f"goes on changed: {change}")
@@ -175,13 +177,13 @@ def _train(
     for number, stage in enumerate(recipe.stage):
         if stage.warmup >= stage.count:
             tell(
-                f"stage.{number}.warmup = {stage.warmup} is no less than its {stage.count} steps: "
-                f"its rate never stands at stage.{number}.lr"
+                f"stage.{number}.warmup = {stage.warmup}, and the stage has {stage.count} steps: "
+                f"its learning rate never reaches stage.{number}.lr"
             )
     tell(
         f"{runs.millions(model):.1f} M weights, "
         f"{str(dtype).removeprefix('torch.')} on {here.device.type} with "
-        f"{torch.get_num_threads()} threads{shared}, "
+        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}{shared}, "
         f"{'from step ' + str(start) if start else 'from random weights'}; run folder {folder}"
     )
     if here.size == 1 and here.device.type == "cuda" and torch.cuda.device_count() > 1:
@@ -231,8 +233,10 @@ def _train(
         outcome = _steps(run, start, began)
     if not outcome.code and outcome.step == recipe.steps:
         tell(
-            f"trained {outcome.step} steps in {time.monotonic() - began:.0f} s: {folder / 'latest'}"
+            f"trained steps {start + 1:,} to {outcome.step:,} in {time.monotonic() - began:.0f} s: "
+            f"{folder / 'latest'}"
         )
+        tell(f'now: daybreak sample "a prompt" --run {folder}')
     return outcome
 
 
@@ -325,6 +329,8 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
         run.watchdog.beat(done)
         if done == start + 1:
             log.note(f"first step after {time.monotonic() - began:.0f} s")
+        if done == start + FORECAST:
+            _forecast(run, done)
         last = done == recipe.steps or over
         if done % recipe.health.check_every == 0:
             _check(run)
@@ -574,13 +580,41 @@ def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
 
 def _spent(run: Run, step: int) -> Outcome:
     """Say that no more steps can be paid for."""
-    done = f"{step:,} step{'s' * (step != 1)}"
     run.log.note(
-        f"the budget is spent: {run.spent.spent:.0f} s, {run.spent.flops:.3g} FLOP, {done}"
+        f"the budget is spent: {run.spent.spent:.0f} s, {run.spent.flops:.3g} FLOP, {step:,} of "
+        f"{run.recipe.steps:,} steps{_unreached(run.recipe, step)}"
     )
     run.spent.end()
     run.status.end(0, "the budget is spent")
     return Outcome(step, 0)
+
+
+def _forecast(run: Run, done: int) -> None:
+    """Say so if at this pace a budget ends before the last stage begins."""
+    left, usual = run.spent.left, run.spent.usual
+    if not math.isfinite(left) or not usual:
+        return
+    each, ahead = run.flops[run.recipe.stage_at(done)] or 1.0, done
+    while ahead < run.recipe.steps and left > 0:
+        ahead += 1
+        left -= usual * (run.flops[run.recipe.stage_at(ahead)] or 1.0) / each
+    if unreached := _unreached(run.recipe, ahead):
+        run.log.note(
+            f"at this pace the budget pays for about {ahead:,} of {run.recipe.steps:,} "
+            f"steps{unreached}"
+        )
+
+
+def _unreached(recipe: config.Recipe, step: int) -> str:
+    """Say which stages a run that ends at a step leaves out, if it does."""
+    last, reached = len(recipe.stage) - 1, recipe.stage_at(max(1, step))
+    if reached == last:
+        return ""
+    many = f"stages {reached + 1} to {last} are" if reached + 1 < last else f"stage {last} is"
+    return (
+        f"; {many} not reached: `daybreak plan` with the same recipe and budget says how to fit "
+        "every stage"
+    )
 
 
 def _heard(here: World, code: int) -> int:
@@ -613,12 +647,15 @@ def _is_over(
     """Say why there is nothing left to do, if there is nothing."""
     if found.step >= recipe.steps:
         late = parallel.together(here, lambda: evaluations.missing(recipe, folder, found.step))[0]
-        return "" if late else "is finished"
+        more = f"more steps, as with --set stage.{len(recipe.stage) - 1}.steps=... --changed"
+        done = f"is finished: {found.step} steps of {recipe.steps}; to go on, give it {more}"
+        return "" if late else done
     rate = _rate(recipe, here)
     spent = parallel.together(
         here, lambda: Ledger(folder / "run.json", recipe.budget, clock, rate=rate).over
     )
-    return "has spent its budget" if spent[0] else ""
+    done = f"{found.step} steps of {recipe.steps}"
+    return f"has spent its budget: {done}; a larger one goes on" if spent[0] else ""
 
 
 def _silent(_: object) -> None:

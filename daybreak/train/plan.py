@@ -1,13 +1,14 @@
 """What `daybreak plan` says: a run on paper as tables for people, and as JSON for programs."""
 
 import math
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich.table import Table
 from rich.text import Text
 
-from daybreak import config
+from daybreak import config, host
 from daybreak.config import Recipe
 from daybreak.train import budget, flops, measure
 from daybreak.train.budget import Plan
@@ -20,6 +21,7 @@ PRICES = "RunPod's Community Cloud, March 2026; --price changes it"
 
 def tables(recipe: Recipe, made: Plan, times: float | None = None) -> Iterator[Table]:
     """Yield what is printed, in order; a budget buys the run so many times."""
+    yield verdict(made)
     yield stages(recipe, made)
     unit = next(size for size in UNITS if made.flops >= size or size == min(UNITS))
     yield bars("arithmetic", totals(made), unit, UNITS[unit])
@@ -32,13 +34,24 @@ def tables(recipe: Recipe, made: Plan, times: float | None = None) -> Iterator[T
     yield notes
 
 
+def verdict(made: Plan) -> Table:
+    """How long, how much, and whether it fits: the line to read if only one is read."""
+    needed = sum(made.fullest.values())
+    table = Table.grid()
+    paid = f", ${dollars(made, made.seconds)}" if made.price is not None else ""
+    fits = "fits" if needed <= made.room else "DOES NOT FIT"
+    sizes = f"{needed / 1e9:.1f} of {made.room / 1e9:.1f} GB"
+    table.add_row(f"{made.cluster}: {_time(made.seconds)}{paid}, {fits} ({sizes})", style="bold")
+    return table
+
+
 def stages(recipe: Recipe, made: Plan) -> Table:
     """One row for each stage, and one for all."""
     table = Table(box=None, pad_edge=False)
     table.add_column("stage", no_wrap=True)
     for name in ("steps", "batch", "GFLOP", "s/step", "img/s", "time", "$"):
         table.add_column(name, justify="right", no_wrap=True)
-    table.add_column("waits for")
+    table.add_column("limited by")
     for number, (stage, paper) in enumerate(zip(recipe.stage, made.stages, strict=True)):
         table.add_row(
             f"{number}: {paper.resolution} px",
@@ -67,7 +80,9 @@ def bars(title: str, parts: Mapping[str, float], unit: float, name: str) -> Tabl
     for part, amount in sorted(parts.items(), key=lambda item: -item[1]):
         if amount:
             length = max(1, round(BAR * amount / whole))
-            table.add_row(part, _three(amount / unit), f"{100 * amount / whole:.0f}", "█" * length)
+            share = 100 * amount / whole
+            shown = f"{share:.0f}" if share >= 0.5 else "<1"
+            table.add_row(part, _three(amount / unit), shown, "█" * length if share >= 0.5 else "")
     table.add_row("all", _three(whole / unit), "", "", style="bold")
     return table
 
@@ -87,7 +102,7 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
         slower = f", {100 * made.share:.0f} % while it need not wait for others"
     found = {
         "speed": f"{100 * made.reached:.0f} % of {_three(device.flops / 1e12)} TFLOP/s{slower} "
-        f"({made.source})",
+        f"({made.source}{_busy(made)})",
         "memory": f"{fits}: {needed / 1e9:.1f} of {made.room / 1e9:.1f} GB, in passes of "
         f"{max(budget.passes(recipe, stage, count) for stage in recipe.stage)} pictures",
         "pictures": f"{made.pictures:,}" + _epochs(recipe, made),
@@ -123,6 +138,13 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
         share = totals(made)["text encoder"] / made.flops
         found["text"] = f"`daybreak prepare --cache-text` would save {100 * share:.0f} % of it all"
     return found
+
+
+def _busy(made: Plan) -> str:
+    """Whether a processor was measured beside other work, which makes it slower than it is."""
+    load = os.getloadavg()[0] / host.usable()
+    busy = made.cluster.device.name == "cpu" and load > 0.5
+    return f"; this machine was busy, load {load:.1f} a core: it may do more" if busy else ""
 
 
 def purchase(recipe: Recipe, made: Plan, times: float) -> str:

@@ -31,6 +31,7 @@ from daybreak.train import accelerator, checkpoint, facts
 
 # Of a start that was broken off before the first step; and what macOS leaves in every folder.
 OURS = {"lock", "status.json", "run.json", ".DS_Store"}
+FREE = ("budget.", "sample.", "save_every:", "save_async:", "keep:", "keep_every:")
 
 
 def precision(recipe: config.Recipe) -> torch.dtype:
@@ -85,8 +86,8 @@ def changes(
     """List what is not as it was when a run was begun: keys of its recipe, files of its data.
 
     How it is spread over machines ([parallel]) may change from one start to the next, and so may
-    the place of the run folder, or the name it is called by. `files` are
-    the sha256 of the data, by name.
+    the place of the run folder, or the name it is called by. `files` are the sha256 of the data, by
+    name. What no step depends on may change as well, and a budget, and is listed.
 
     Errors  BadRecipe that lists the changes, unless they are `allowed`.
     """
@@ -95,7 +96,7 @@ def changes(
     before = config.load(run / "recipe.toml")
     same = {"parallel": before.parallel, "out": before.out}
     keys = config.differences(before, recipe.model_copy(update=same))
-    if keys and not allowed:
+    if any(not key.startswith(FREE) for key in keys) and not allowed:
         raise BadRecipe(
             f"{run} holds a run of another recipe ({'; '.join(keys)}): choose another folder with "
             "--out, give the same values to continue, or continue all the same with --changed"

@@ -279,8 +279,8 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
         wanted_scenes = Scenes.model_validate({"canvas": wanted.canvas})
     elif recipe is None or recipe.data.source != "scenes":
         raise BadRecipe(
-            "this model was not trained on scenes by daybreak, so nobody knows which it draws: "
-            "give --canvas if it draws any"
+            "this model was not trained on scenes, so there is no exact score: take --suite "
+            "validation, distribution or prompts, or give --canvas if it draws scenes all the same"
         )
     else:
         wanted_scenes = recipe.scenes or Scenes()
