@@ -261,6 +261,8 @@ def train(
         sets.append(f"budget.{asked.kind}={asked.amount}")
     loaded = config.load(recipe, (*(set_ or ()), *sets), tuple(without or ()))
     outcome = loop.train(loaded, changed=changed, gone=ledger.age())
+    if outcome.code == 0 and os.environ.get("RANK", "0") == "0":
+        print(f'now: daybreak sample "a prompt" --run {loaded.out}')
     raise typer.Exit(outcome.code)
 
 

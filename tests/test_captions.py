@@ -96,3 +96,17 @@ def test_one_bad_caption_is_lost_and_the_picture_goes_on_with_the_other() -> Non
     found = captions.read({"text": 3, "keywords": ["sun"]})
     assert found.texts == ("sun",)
     assert found.faults == ("column `text` holds 3; a caption is a text or a list of texts.",)
+
+
+@pytest.mark.parametrize("blank", [" ", "\n", [""], [], "\x00", None, float("nan")])
+def test_a_blank_column_gives_way_to_the_next(blank: object) -> None:
+    assert captions.read({"text": blank, "caption": "a dog"}).texts == ("a dog",)
+
+
+def test_a_list_of_captions_shares_the_weight_of_its_column() -> None:
+    found = captions.read({"long": ["a", "b"], "short": "c"}, [("long", 0.6), ("short", 0.4)])
+    assert found == (("a", "b", "c"), (0.3, 0.3, 0.4), ())
+
+
+def test_tags_are_one_caption() -> None:
+    assert captions.read({"tags": ["a", "b"]}, [("tags", 1.0)]).texts == ("a, b",)

@@ -418,3 +418,18 @@ def test_in_the_background_training_waits_for_a_copy_only(run: Path, tiny: Path)
             seconds.append(time.monotonic() - began)
             saver.finish()
     assert min(took[True][1:]) < 0.1 * min(took[False][1:]), took
+
+
+def test_failures_that_are_not_in_a_row_are_forgiven(
+    run: Path, recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parts = Parts(recipe)
+    saver = parts.saver(run)
+    saver.tell = lambda line: None
+    for step in (5, 8):
+        failing(monkeypatch, errno.ENOSPC, 2)
+        saver.save(step, parts.state, {})
+        saver.save(step + 1, parts.state, {})
+        saver.save(step + 2, parts.state, {})
+        saver.finish()
+        assert saver.newest == step + 2

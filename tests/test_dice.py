@@ -46,3 +46,8 @@ def test_a_share_is_exact_and_does_not_depend_on_the_cut(fraction: float) -> Non
         for row in Dice(0, 1, first, 10).share(fraction).tolist()
     ]
     assert cut == whole
+
+
+def test_no_two_lists_of_parts_are_one_text() -> None:
+    assert dice.key(1, 23) != dice.key(12, 3)
+    assert dice.key(1, 2, 3) != dice.key(12, 3)

@@ -353,3 +353,20 @@ if __name__ == "__main__":
     distances.manifold(features, reference)
     took, peak = time.process_time() - began, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     sys.stdout.write(json.dumps({"seconds": round(took, 1), "bytes": 1024 * (peak - before)}))
+
+
+@pytest.mark.parametrize("distance", [kernel, cmmd])
+def test_leaving_out_a_picture_is_the_same_as_computing_without_it(
+    distance: Callable[..., Estimate],
+) -> None:
+    x, y = normal(30, 4) + 0.3, normal(25, 4, 1) - 1
+    without = np.array([distance(np.delete(x, i, 0), y).value for i in range(30)])
+    error = math.sqrt(29 / 30 * np.square(without - without.mean()).sum())
+    found = distance(x, y)
+    assert found.high - found.value == pytest.approx(1.959964 * error, rel=1e-6)
+    assert found.value - found.low == pytest.approx(1.959964 * error, rel=1e-6)
+
+
+def test_a_twentieth_is_where_the_warning_begins() -> None:
+    assert distances.warning("FD", Estimate(1.0, 0.9, 1.1, 0.049), 200) is None
+    assert distances.warning("FD", Estimate(1.0, 0.9, 1.1, 0.051), 200) is not None

@@ -151,3 +151,24 @@ def test_no_two_different_emoji_are_taken_for_one() -> None:
     for group in groups:
         for row, _ in group.dropped:
             assert np.array_equal(pictures[row], pictures[group.kept]), (names[row], group)
+
+
+@pytest.mark.parametrize(("louder", "alike"), [(20, True), (34, False), (100, False)])
+def test_a_dot_in_another_colour_is_another_picture(louder: int, alike: bool) -> None:
+    picture = np.full((128, 128, 3), 90, np.uint8)
+    picture[32:96, 16:80] = 200
+    other = picture.copy()
+    other[8:16, 8:16] += np.uint8(louder)
+    hashes = np.zeros(2, np.uint64)
+    ids = np.arange(2, dtype=np.uint64)
+    both = [picture, other]
+    groups = duplicates.find(
+        ids, hashes, np.arange(2), 4, lambda row: duplicates.thumbnail(both[row])
+    )
+    assert groups == ([Group("near", 0, ((1, 0),))] if alike else [])
+
+
+def test_an_exact_duplicate_is_no_near_one_as_well() -> None:
+    ids, hashes = np.array([5, 5, 7], np.uint64), np.zeros(3, np.uint64)
+    groups = duplicates.find(ids, hashes, np.arange(3), 1, lambda row: np.zeros(3, np.int16))
+    assert groups == [Group("exact", 0, ((1, 0),)), Group("near", 0, ((2, 0),))]

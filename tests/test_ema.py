@@ -1,6 +1,7 @@
 """The averaged weights."""
 
 import torch
+from torch import nn
 
 from daybreak.optim.ema import Config, Ema
 
@@ -45,3 +46,23 @@ def test_it_is_never_trained() -> None:
     assert not any(
         parameter.requires_grad for parameter in Ema(linear(0.0), Config()).model.parameters()
     )
+
+
+def test_the_ramp_is_that_of_the_docstring() -> None:
+    ema, expected = Ema(linear(0.0), Config(decay=0.3, every=2)), 0.0
+    for step in range(1, 13):
+        ema.update(linear(1.0), step)
+        if step % 2 == 0:
+            count = step // 2
+            decay = min(0.3, (1 + count) / (10 + count))
+            expected += (1 - decay) * (1 - expected)
+        torch.testing.assert_close(ema.model.weight, torch.full((2, 2), expected))
+
+
+def test_what_is_frozen_is_not_touched_by_the_average() -> None:
+    model, twin = (nn.ModuleList([linear(value), linear(value)]) for value in (1.0, 0.0))
+    model[0].requires_grad_(False)
+    Ema(twin, Config(decay=0.5)).update(model, 1)
+    weights = twin.state_dict()
+    assert float(weights["0.weight"].max()) == 0
+    assert float(weights["1.weight"].min()) > 0

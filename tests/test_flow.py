@@ -91,3 +91,28 @@ def test_on_a_side_twice_as_long_the_same_noise_hides_half_as_much() -> None:
         x_t = flow.corrupt(large, t, eps).x_t / (1 - t)
         seen = torch.nn.functional.avg_pool2d(x_t, 2) - small  # what is left of the noise
         assert abs(float(seen.std()) - times * odds / 2) < 0.02
+
+
+def test_mean_and_spread_are_those_of_the_logit_beside_the_shift() -> None:
+    config = flow.Config(shift=2.0, mean=-0.5, spread=0.4, uniform=0.0)
+    logit = torch.logit(flow.draw_time(config, Dice(0, 0, 0, 5000)).double())
+    assert abs(float(logit.mean()) - (math.log(2) - 0.5)) < 0.03
+    assert abs(float(logit.std()) - 0.4) < 0.02
+
+
+def test_no_time_is_nearer_to_an_end_than_the_first_one() -> None:
+    t = flow.draw_time(flow.Config(spread=20.0, uniform=0.0), Dice(0, 0, 0, 500))
+    assert t.min() == torch.tensor(flow.T_FIRST)
+    assert t.max() == torch.tensor(1 - flow.T_FIRST)
+
+
+def test_the_least_time_that_is_divided_by_is_the_one_that_exports_know() -> None:
+    assert flow.T_MIN == 0.05
+
+
+def test_velocities_are_made_in_float32_whatever_comes_in() -> None:
+    x_t, x = torch.randn(2, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    t = torch.full((4,), 0.05)
+    v = flow.velocity(x_t, x, t)
+    assert v.dtype == torch.float32
+    assert torch.equal(v, flow.velocity(x_t.float(), x.float(), t))

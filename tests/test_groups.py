@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+from torch import nn
 
 from daybreak.model import dit, text
 from daybreak.model.text_to_image import TextToImage, build
 from daybreak.optim import groups
+from daybreak.optim.muon import Muon
 
 TEXT = text.Config(width=32, depth=1, heads=2, vocabulary=400, max_tokens=16)
 
@@ -95,3 +97,38 @@ def test_the_schedule_rises_holds_and_falls() -> None:
     assert factors[80:] == sorted(factors[80:], reverse=True)
     assert factors[-1] == pytest.approx(0.05)
     assert groups.schedule(1, 100, 0, 0.0) == 1.0
+
+
+def test_optimisers_have_what_the_recipe_says() -> None:
+    model = nn.ModuleDict({"dit": nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4)])})})
+    shared = groups.optimizers(
+        model,
+        groups.MuonConfig(rate=2.0, momentum=0.8, weight_decay=0.01),
+        groups.AdamWConfig(rate=3.0, betas=(0.7, 0.8), eps=1e-5, weight_decay=0.02),
+        precision=torch.float64,
+    )
+    groups.set_rate(shared, 0.5)
+    (muon, _), (adamw, _) = shared["muon"], shared["adamw"]
+    assert isinstance(muon, Muon)
+    assert muon.precision == torch.float64
+    said = {key: muon.param_groups[0][key] for key in ("lr", "momentum", "weight_decay")}
+    assert said == {"lr": 1.0, "momentum": 0.8, "weight_decay": 0.01}
+    said = {key: adamw.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")}
+    assert said == {"lr": 1.5, "betas": (0.7, 0.8), "eps": 1e-5, "weight_decay": 0.02}
+
+
+def test_where_warm_up_and_cool_down_meet_the_lower_of_both_counts() -> None:
+    factors = [groups.schedule(step, 10, 10, 1.0) for step in range(1, 11)]
+    assert factors == pytest.approx([0.1, 0.2, 0.3, 0.4, 0.5, 0.5, 0.4, 0.3, 0.2, 0.1])
+
+
+def test_what_is_frozen_has_no_optimiser() -> None:
+    blocks = nn.ModuleList([nn.Linear(4, 4), nn.Linear(4, 4).requires_grad_(False)])
+    model = nn.ModuleDict({"dit": nn.ModuleDict({"blocks": blocks})})
+    shared = groups.optimizers(model, groups.MuonConfig(), groups.AdamWConfig())
+    owned = {
+        name: [p for group in optimizer.param_groups for p in group["params"]]
+        for name, (optimizer, _) in shared.items()
+    }
+    assert [id(p) for p in owned["muon"]] == [id(blocks[0].weight)]
+    assert [id(p) for p in owned["adamw"]] == [id(blocks[0].bias)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from daybreak.generate import guidance, sampler
+from daybreak.generate import custom_pipeline, guidance, sampler
 from daybreak.generate.draw import draw
 from daybreak.model import dit, flow, text, tread
 from daybreak.model.text_to_image import TextToImage, build
@@ -127,3 +127,44 @@ def test_self_guidance_without_a_route_is_refused(model: TextToImage) -> None:
     how = sampler.Config(steps=1, guide="self")
     with pytest.raises(ValueError, match="on a route"):
         draw(model, ["a"], [0], 32, 32, how, flow.Config())
+
+
+def test_the_last_stochastic_step_draws_no_noise() -> None:
+    image, drawn = torch.rand(1, 3, 4, 4) * 2 - 1, []
+
+    def anew() -> torch.Tensor:
+        drawn.append(1)
+        return torch.randn(1, 3, 4, 4)
+
+    sampler.euler(lambda x_t, t: image, torch.randn(1, 3, 4, 4), 5, 1.0, anew)
+    assert len(drawn) == 4
+
+
+def test_the_noise_of_a_walk_has_the_scale_of_the_flow() -> None:
+    cpu = torch.device("cpu")
+    unit, loud = (
+        sampler.begin([Dice(3, 0, 0, 1)], (3, 8, 8), scale, None, 4, cpu)[0] for scale in (1.0, 1.5)
+    )
+    assert torch.equal(loud, 1.5 * unit)
+
+
+def test_what_is_remembered_reaches_back_to_the_first_step() -> None:
+    differences = iter((1.0, 0.0, 0.0))
+    apg = sampler.Apg(eta=1.0, momentum=-0.5)
+    denoise = guidance.guided(
+        lambda x_t, t: torch.zeros_like(x_t),
+        lambda x_t, t: torch.full_like(x_t, -next(differences)),
+        2.0,
+        apg=apg,
+    )
+    x_t = torch.zeros(1, 3, 2, 2)
+    assert [float(denoise(x_t, t).mean()) for t in (0.9, 0.5, 0.1)] == [1.0, -0.5, 0.25]
+
+
+@pytest.mark.parametrize("eta", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("norm", [None, 0.1, 10.0])
+def test_the_folders_own_projection_is_that_of_training(eta: float, norm: float | None) -> None:
+    difference, guess = torch.randn(2, 2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    apg = sampler.Apg(eta=eta, norm=norm)
+    theirs = custom_pipeline.projected(difference, guess, apg.model_dump())
+    assert torch.equal(theirs, guidance.projected(difference, guess, apg))

@@ -299,3 +299,27 @@ def test_a_sum_of_bits_makes_no_copy(monkeypatch: pytest.MonkeyPatch) -> None:
     whole = torch.randn(64, 64, dtype=torch.bfloat16)
     monkeypatch.setattr(health, "WORDS", {})  # of narrow words, which are copied
     assert health._bits(whole) == whole.view(torch.int64).sum()
+
+
+def test_the_incident_of_the_step_that_was_saved_stays(tmp_path: Path) -> None:
+    watching = guard(tmp_path)
+    for step in (1, 2):
+        watching.judge(step, numbers(math.nan), range(1))
+    guard(tmp_path, start=1)
+    assert [line["step"] for line in incidents(tmp_path)] == [1]
+
+
+def test_usual_is_the_median_of_the_last_64(tmp_path: Path) -> None:
+    watching = guard(tmp_path, spike="skip")
+    for step in range(1, 65):
+        assert watching.judge(step, numbers(1.0 if step <= 40 else 3.0), range(1)).step
+    assert not watching.judge(65, numbers(5.0), range(1)).step
+
+
+def test_a_level_that_is_learned_from_becomes_the_usual_one(tmp_path: Path) -> None:
+    watching = guard(tmp_path, spike="log")
+    for step in range(1, 17):
+        watching.judge(step, numbers(0.5), range(1))
+    for step in range(17, 60):
+        assert watching.judge(step, numbers(500.0), range(1)).step
+    assert [line["step"] for line in incidents(tmp_path)] == list(range(17, 33))

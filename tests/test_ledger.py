@@ -276,3 +276,37 @@ def test_a_process_knows_its_age() -> None:
     code = "import time; time.sleep(0.5); from daybreak.train import ledger; print(ledger.age())"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert float(done.stdout) >= 0.5 or sys.platform != "linux"
+
+
+def test_one_slow_step_says_nothing_about_the_next(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=1000), clock)
+    for clock.now in (1.0, 2.0, 3.0, 4.0, 24.0, 25.0, 45.0):
+        kept.step(1e9, 1e9)
+    assert kept.usual == 1.0
+
+
+def test_the_slowest_save_is_the_one_that_is_reckoned_with(file: Path) -> None:
+    kept = Ledger(file, Config(seconds=90), Clock())
+    kept.saved(30.0)
+    before = kept.closing
+    kept.saved(2.0)
+    assert kept.closing == before
+
+
+@pytest.mark.parametrize("pause", ["saved", "drew"])
+def test_what_lies_between_two_steps_is_none_of_the_next_ones_time(file: Path, pause: str) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=1000), clock)
+    clock.now = 1.0
+    kept.step(1e9, 1e9)
+    clock.now = 51.0
+    getattr(kept, pause)(50.0)
+    clock.now = 52.0
+    kept.step(1e9, 1e9)
+    assert kept.usual == 1.0
+
+
+def test_seconds_of_a_run_that_had_no_price_are_paid_at_todays(file: Path) -> None:
+    file.write_text(json.dumps({"ledger": {"seconds": 1800.0}}))
+    assert Ledger(file, Config(dollars=9, price=4), Clock(), rate=4.0).paid == 2.0

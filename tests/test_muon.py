@@ -321,3 +321,20 @@ def test_every_rank_owns_as_many_though_all_shapes_differ(measured: dict[str, An
 
 def test_matrices_cut_by_columns_are_refused(measured: dict[str, Any]) -> None:
     assert "by rows" in measured["by columns"]
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_step_does_not_depend_on_how_large_gradients_are(size: float) -> None:
+    x = torch.randn(1, 16, 24, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(orthogonal(size * x), orthogonal(x), rtol=1e-3, atol=1e-3)
+
+
+def test_another_matrix_with_a_gradient_is_moved_in_its_turn() -> None:
+    one, other = (nn.Parameter(torch.zeros(4, 6)) for _ in range(2))
+    muon = Muon([one, other], lr=0.1, precision=torch.float32)
+    one.grad = torch.randn(4, 6)
+    muon.step()
+    before, one.grad, other.grad = one.detach().clone(), None, torch.randn(4, 6)
+    muon.step()
+    assert torch.equal(one, before)
+    assert other.any()

@@ -311,3 +311,119 @@ def test_a_frozen_encoder_travels_with_its_template_and_the_layers_it_has_left(
             parameter.normal_(std=0.1, generator=generator)
 
     assert apart(model, tmp_path / "pipeline", HOW.guidance) < 1e-4
+
+
+def its_own(model: TextToImage, folder: Path, how: sampler.Config) -> Any:
+    from diffusers import DiffusionPipeline
+
+    pipe = DiffusionPipeline.from_pretrained(
+        exported(model, folder, how), custom_pipeline="pipeline", trust_remote_code=True
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+USUAL = sampler.Config(
+    steps=5,
+    guidance=4.0,
+    stochastic=True,
+    guide="self",
+    apg=sampler.Apg(eta=0.0, momentum=-0.7, norm=0.002),
+)
+
+
+@pytest.mark.parametrize(
+    ("said", "meant"),
+    [
+        ({}, {}),
+        ({"stochastic": False}, {"stochastic": False}),
+        (
+            {"apg": {"norm": None}, "stochastic": False},
+            {"apg": sampler.Apg(momentum=-0.7), "stochastic": False},
+        ),
+        ({"guidance_scale": 1.0}, {"guidance": 1.0}),
+        ({"interval": (0.0, 0.0)}, {"interval": (0.0, 0.0)}),
+    ],
+)
+def test_what_a_call_says_stands_in_for_the_recipe_and_nothing_else(
+    model: TextToImage, tmp_path: Path, said: dict[str, Any], meant: dict[str, Any]
+) -> None:
+    pipe = its_own(model, tmp_path / "pipeline", USUAL)
+    generator = torch.Generator().manual_seed(dice.key(4, 0, 0))
+    drawn = pipe(PROMPT, height=24, width=40, generator=generator, **said).images[0]
+    how = USUAL.model_copy(update=meant)
+    ours = draw.draw(model, [PROMPT], [4], 24, 40, how, FLOW, ROUTE)[0]
+    assert np.abs(np.asarray(drawn).astype(int) - ours.astype(int)).max() <= 1
+
+
+def dice_noise(seed: int) -> torch.Tensor:
+    return dice.Dice(seed, 0, 0, 1).normal(3, 32, 32)
+
+
+def test_below_the_least_time_it_divides_by_that_one_too(
+    model: TextToImage, tmp_path: Path
+) -> None:
+    how = sampler.Config(steps=30, guidance=1.0, shift=1.0)
+    assert 0 < sampler.times(30, 1.0)[-2] < flow.T_MIN
+    pipe = its_own(model, tmp_path / "pipeline", how)
+    generator = torch.Generator().manual_seed(dice.key(4, 0, 0))
+    drawn = pipe(PROMPT, generator=generator, output_type="pt").images
+    start = FLOW.noise_scale * dice_noise(4)
+    ours = sampler.euler(sampler.denoiser(model.dit, model.text([PROMPT])), start, 30, 1.0)
+    torch.testing.assert_close(drawn, ours, atol=1e-4, rtol=1e-4)
+
+
+def test_a_negative_prompt_is_what_it_is_guided_away_from(
+    model: TextToImage, tmp_path: Path
+) -> None:
+    how = sampler.Config(steps=4, guidance=3.0)
+    pipe = its_own(model, tmp_path / "pipeline", how)
+    generator = torch.Generator().manual_seed(dice.key(4, 0, 0))
+    drawn = pipe(
+        PROMPT, negative_prompt="a blue square", generator=generator, output_type="pt"
+    ).images
+    denoise = guidance.guided(
+        sampler.denoiser(model.dit, model.text([PROMPT])),
+        sampler.denoiser(model.dit, model.text(["a blue square"])),
+        3.0,
+    )
+    ours = sampler.euler(denoise, FLOW.noise_scale * dice_noise(4), 4, FLOW.shift)
+    torch.testing.assert_close(drawn, ours, atol=1e-3, rtol=1e-3)
+
+
+def test_sides_that_patches_do_not_fill_are_refused(model: TextToImage, tmp_path: Path) -> None:
+    pipe = its_own(model, tmp_path / "pipeline", sampler.Config(steps=1))
+    with pytest.raises(ValueError, match="30"):
+        pipe(PROMPT, height=30, width=32)
+
+
+def test_pictures_do_not_depend_on_how_many_are_drawn_at_once(model: TextToImage) -> None:
+    how, heard = sampler.Config(steps=2, stochastic=True, guide="self"), list[int]()
+    args = ([PROMPT, "a blue square", ""], [5, 6, 7], 24, 32, how, FLOW, ROUTE)
+    whole, parts = draw.draw(model, *args), draw.draw(model, *args, 2, heard.append)
+    assert np.abs(whole.astype(int) - parts).max() <= 1
+    assert heard == [2, 1]
+
+
+def test_the_folder_says_what_the_plain_class_has_to_know(
+    model: TextToImage, tmp_path: Path
+) -> None:
+    import json
+
+    how = sampler.Config(steps=3, stochastic=True, shift=1.5)
+    folder = exported(model, tmp_path / "pipeline", how)  # FLOW's noise is 1.5 times as loud
+    index = json.loads((folder / "model_index.json").read_text())
+    assert index["prompt_max_tokens"] == TEXT.max_tokens
+    scheduler = json.loads((folder / "scheduler" / "scheduler_config.json").read_text())
+    assert scheduler["stochastic_sampling"] is False
+    assert "[1000 * 1.5 * u / (1 + 0.5 * u) for u in" in (folder / "README.md").read_text()
+
+
+def test_an_mlp_of_another_width_is_exported_too(tmp_path: Path) -> None:
+    from diffusers import PRXTransformer2DModel
+
+    config = dit.Config(patch=8, bottleneck=0, width=32, depth=1, heads=2, mlp=2.0)
+    model = build(config, TEXT, text.learn_tokenizer([PROMPT] * 20, TEXT))
+    folder = exported(model, tmp_path / "pipeline")
+    theirs = PRXTransformer2DModel.from_pretrained(folder / "transformer")
+    assert theirs.blocks[0].gate_proj.weight.shape == (64, 32)

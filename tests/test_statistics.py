@@ -347,3 +347,41 @@ def test_a_mean_meets_its_target_if_enough_runs_say_so() -> None:
     assert meets([0.8, 0.8], 0.8) == 1
     with pytest.raises(ValueError, match="no spread"):
         meets([0.9], 0.8)
+
+
+def test_where_every_value_is_the_same_clusters_of_any_size_make_a_point() -> None:
+    clusters = [0] * 90 + [*range(1, 11)]
+    assert cluster_bootstrap([1.0] * 100, clusters) == (1.0, 1.0)
+
+
+def test_a_small_p_alone_is_not_better_where_the_interval_holds_no_gain() -> None:
+    differences = np.array([0.2, 1.9, 0.5, -0.3, 0.6, 0.7])
+    for margin in (0.0, 0.5):
+        found = paired(differences + margin, np.zeros(6), margin=margin)
+        assert found.p_better < 0.05
+        assert found.low < margin
+        assert verdict(found).word == "not resolved"
+
+
+def test_exactly_three_quarters_of_the_seeds_are_enough() -> None:
+    assert verdict(paired([0.3] * 30 + [-0.2] * 10, [0.0] * 40)).word == "better"
+
+
+def test_to_reach_the_target_is_to_meet_it() -> None:
+    assert to_target([10.0, 20.0], [0.2, 0.5], 0.5) == (20.0, True)
+    assert to_target([10.0, 20.0], [0.9, 0.5], 0.5, lower_is_better=True) == (20.0, True)
+
+
+def test_a_loss_within_the_margin_is_no_evidence_of_a_worse_one() -> None:
+    assert paired([0.95] * 5, [1.0] * 5, margin=0.1).p_worse == 1
+
+
+def test_quantiles_of_few_values_are_taken_as_far_out_as_the_docstring_says() -> None:
+    from scipy import stats
+
+    values = np.array([0.0, 1.0, 2.0, 4.0, 8.0])
+    drawn = np.random.default_rng(1).choice(values, (100_000, 5)).mean(1)
+    out = stats.t.ppf(0.975, 4) * (5 / 4) ** 0.5
+    expected = np.quantile(drawn, stats.norm.cdf([-out, out]))
+    found = cluster_bootstrap(values, range(5), resamples=100_000)
+    assert found == pytest.approx(tuple(expected), abs=0.11)

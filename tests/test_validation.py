@@ -8,9 +8,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from daybreak.evaluate import validation
 from daybreak.evaluate.validation import EDGES, Errors, errors, level, summarise, values
 from daybreak.model import dit, flow, text
 from daybreak.model.text_to_image import TextToImage, build
+from daybreak.train.dice import Dice
 
 CAPTIONS = ["a red circle", "two blue squares", "a star", "a green cross and a white circle"] * 3
 
@@ -87,7 +89,8 @@ def test_louder_noise_is_harder_only_for_a_network_that_looks() -> None:
     image = pictures()
     quiet, loud = (errors(model(), image, CAPTIONS, scale) for scale in (1.0, 2.0))
     assert quiet.image == pytest.approx(loud.image)
-    quiet, loud = (errors(awake(), image, CAPTIONS, scale) for scale in (1.0, 2.0))
+    network = awake()
+    quiet, loud = (errors(network, image, CAPTIONS, scale) for scale in (1.0, 2.0))
     assert not np.allclose(quiet.image, loud.image)
 
 
@@ -120,3 +123,26 @@ def test_pictures_without_captions_and_no_pictures_are_refused() -> None:
         errors(model(), pictures(), CAPTIONS[:-1])
     with pytest.raises(ValueError, match="no pictures"):
         summarise(errors(model(), pictures(0), []))
+
+
+def test_errors_are_those_of_the_guess_at_the_level_and_noise_of_each_picture(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(validation, "BATCH", 5)
+    network, image = model(), pictures(6)
+    for weight in network.parameters():
+        if not weight.any():
+            torch.nn.init.normal_(weight, std=0.3)
+    found = errors(network, image, CAPTIONS[:6], noise_scale=1.5, seed=3, first=10)
+    for i, x in enumerate(image):
+        for number in range(3):
+            t = level(number, 10 + i, 1, seed=3)
+            eps = 1.5 * Dice(3, -1 - number, 10 + i, 1).normal(3, 16, 16)
+            with torch.no_grad():
+                noisy = (1 - t) * x + t * eps
+                guess = network.dit(noisy, t, network.text([CAPTIONS[i]])).x
+            expected = float((guess - x).square().mean())
+            assert found.t[i, number] == float(t)
+            assert found.image[i, number] == pytest.approx(expected, rel=1e-3)
+            expected /= max(float(t), 0.05) ** 2
+            assert found.velocity[i, number] == pytest.approx(expected, rel=1e-3)

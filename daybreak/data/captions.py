@@ -12,6 +12,7 @@ words, case, digits and scripts stay as they are, since a prompt may ask for any
 
 import html
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
@@ -114,9 +115,18 @@ def read(
 
 def _usual(columns: Mapping[str, object]) -> list[tuple[str, float]]:
     """The column of sentences, and that of keywords."""
-    first = next((name for name in USUAL_COLUMNS if columns.get(name)), None)
+    first = next((name for name in USUAL_COLUMNS if _told(columns.get(name))), None)
     usual = [(first, USUAL_WEIGHT)] if first else []
     return [*usual, (KEYWORDS, KEYWORDS_WEIGHT)] if columns.get(KEYWORDS) else usual
+
+
+def _told(value: object) -> bool:
+    """Whether there is a caption in a value, or what has to be complained of."""
+    if isinstance(value, list):
+        return any(map(_told, value))
+    if isinstance(value, float):
+        return not math.isnan(value)  # a table's word for nothing
+    return bool(clean(value)) if isinstance(value, str) else value is not None
 
 
 def _check_length(text: str, column: str, shortest: int, longest: int) -> None:

@@ -236,7 +236,7 @@ def _train(
             f"trained steps {start + 1:,} to {outcome.step:,} in {time.monotonic() - began:.0f} s: "
             f"{folder / 'latest'}"
         )
-        tell(f'now: daybreak sample "a prompt" --run {folder}')
+
     return outcome
 
 
