@@ -18,16 +18,12 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float
-from torch import Tensor, nn
 
 from daybreak import config
 from daybreak.data import batches, disk
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.model.text_to_image import TextToImage
-from daybreak.objective.objective import Objective
 from daybreak.optim import groups
-from daybreak.optim.ema import Ema
 from daybreak.train import (
     building,
     checkpoint,
@@ -41,18 +37,18 @@ from daybreak.train import (
     parallel,
     runs,
 )
-from daybreak.train.checkpoint import Checkpoint, State
-from daybreak.train.dice import Dice
+from daybreak.train.checkpoint import Checkpoint
 from daybreak.train.ledger import Ledger
 from daybreak.train.log import Log, say
 from daybreak.train.parallel import World
 from daybreak.train.saving import Saver
 from daybreak.train.status import Status
+from daybreak.train.step import SAVE, Run, compare, note, take
 from daybreak.train.stop import PREEMPTED, BrokenOff, Stop
 from daybreak.train.watchdog import Watchdog
 
 FORECAST = 10  # steps after which it is said how far a budget will reach
-SAVE, LOOK = 600.0, 3600.0  # seconds that a checkpoint, and an evaluation, may take
+LOOK = 3600.0  # seconds that an evaluation may take
 
 
 class Outcome(NamedTuple):
@@ -60,37 +56,6 @@ class Outcome(NamedTuple):
 
     step: int
     code: int
-
-
-class Run(NamedTuple):
-    """A run under way: what its steps have in common."""
-
-    recipe: config.Recipe
-    folder: Path
-    here: World
-    source: batches.Pictures
-    objective: Objective
-    state: State
-    ema: Ema[TextToImage]
-    guard: health.Guard
-    pace: health.Pace
-    spent: Ledger
-    flops: list[float]  # of a step with the longest captions, by stage; 0 if of unknown size
-    worked: Callable[[int, int], float]  # those of a step, by stage and words
-    expect: Callable[[list[str]], object]  # hears which captions come next
-    saver: Saver
-    status: Status
-    stop: Stop
-    log: Log
-    watchdog: Watchdog
-    trial: bool
-
-    @property
-    def networks(self) -> list[nn.Module]:
-        """What is prepared, each as a whole (train/parallel)."""
-        model = self.state.model
-        words = [model.text] if model.text.trained else []
-        return [model.dit, *words, *self.objective.learned.children()]
 
 
 def train(
@@ -170,9 +135,64 @@ def _train(
         parallel.together(here, lambda: book().check(counted[0]) if here.first else None)
     parallel.together(here, lambda: _open(recipe, folder, source, here, dtype, start, changes))
     status.begin(here.first, start, start or None)
-    guard = health.Guard(recipe.health, folder / "incidents.jsonl" if here.first else None, start)
-    if found:
-        guard.restore(found.facts["guard"])
+    _announce(recipe, folder, model, here, found, dtype, tell)
+    with (
+        Log(
+            folder if here.first else None,
+            recipe.steps,
+            start,
+            peak=peak,
+            price=price,
+            held=torch.cuda.max_memory_allocated if here.device.type == "cuda" else None,
+        ) as log,
+        Saver(recipe, folder, here, model, log.note, start or None) as saver,
+        Watchdog(here, recipe.health.step_timeout, status.hang, recipe.compile) as watchdog,
+    ):
+        incidents = folder / "incidents.jsonl" if here.first else None
+        guard = health.Guard(recipe.health, incidents, start, log.note)
+        if found:
+            guard.restore(found.facts["guard"])
+        run = Run(
+            recipe=recipe,
+            folder=folder,
+            here=here,
+            source=source,
+            objective=objective,
+            state=state,
+            ema=ema,
+            guard=guard,
+            pace=health.Pace(here.device),
+            ledger=book(),
+            flops=counted,
+            worked=_worked(recipe, known is not None, here),
+            expect=known.expect if known else _silent,
+            saver=saver,
+            status=status,
+            stop=stop,
+            log=log,
+            watchdog=watchdog,
+            trial=trial,
+        )
+        outcome = _steps(run, start, began)
+    if not outcome.code and outcome.step == recipe.steps:
+        tell(
+            f"trained steps {start + 1:,} to {outcome.step:,} in {time.monotonic() - began:.0f} s: "
+            f"{folder / 'latest'}"
+        )
+    return outcome
+
+
+def _announce(
+    recipe: config.Recipe,
+    folder: Path,
+    model: TextToImage,
+    here: World,
+    found: Checkpoint | None,
+    dtype: torch.dtype,
+    tell: Callable[[str], None],
+) -> None:
+    """Say what is about to be trained, where, from what, and what about it may surprise."""
+    start, threads = found.step if found else 0, torch.get_num_threads()
     shared = f" on each of {here.size} processes" if here.size > 1 else ""
     for number, stage in enumerate(recipe.stage):
         if stage.warmup >= stage.count:
@@ -183,7 +203,7 @@ def _train(
     tell(
         f"{runs.millions(model):.1f} M weights, "
         f"{str(dtype).removeprefix('torch.')} on {here.device.type} with "
-        f"{torch.get_num_threads()} thread{'s' * (torch.get_num_threads() > 1)}{shared}, "
+        f"{threads} thread{'s' * (threads > 1)}{shared}, "
         f"{'from step ' + str(start) if start else 'from random weights'}; run folder {folder}"
     )
     if here.size == 1 and here.device.type == "cuda" and torch.cuda.device_count() > 1:
@@ -196,48 +216,6 @@ def _train(
             f"checkpoint-{start} was saved by {before} processes and goes on with {here.size}: the "
             "same batches, equal to rounding and not to the last bit"
         )
-    with (
-        Saver(recipe, folder, here, model, tell, start or None) as saver,
-        Log(
-            folder if here.first else None,
-            recipe.steps,
-            start,
-            peak=peak,
-            price=price,
-            held=torch.cuda.max_memory_allocated if here.device.type == "cuda" else None,
-        ) as log,
-        Watchdog(here, recipe.health.step_timeout, status.hang, recipe.compile) as watchdog,
-    ):
-        guard.tell = saver.tell = log.note
-        run = Run(
-            recipe,
-            folder,
-            here,
-            source,
-            objective,
-            state,
-            ema,
-            guard,
-            health.Pace(here.device),
-            book(),
-            counted,
-            _worked(recipe, known is not None, here),
-            known.expect if known else _silent,
-            saver,
-            status,
-            stop,
-            log,
-            watchdog,
-            trial,
-        )
-        outcome = _steps(run, start, began)
-    if not outcome.code and outcome.step == recipe.steps:
-        tell(
-            f"trained steps {start + 1:,} to {outcome.step:,} in {time.monotonic() - began:.0f} s: "
-            f"{folder / 'latest'}"
-        )
-
-    return outcome
 
 
 def _counted(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
@@ -297,8 +275,8 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
     late = parallel.together(here, lambda: evaluations.missing(recipe, run.folder, start))[0]
     if start and late and _evaluate(run, start):
         _keep(run, start)
-    run.spent.each = run.flops[recipe.stage_at(start + 1)]
-    run.spent.write()
+    run.ledger.each = run.flops[recipe.stage_at(start + 1)]
+    run.ledger.write()
     done, (factor, over, late) = start, _budget(run, start)
     if code := _heard(here, stop.code):
         return _leave(run, done, code, "stopped before the first step")
@@ -313,13 +291,13 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
                 run.watchdog.listen()
         rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
         try:
-            code = _step(run, number, batch, done, rate * factor)
+            code = take(run, number, batch, done, rate * factor)
         except BrokenOff:
             if done > start + 1:
                 _save(run, done - 1, wait=True)
             return _leave(run, done - 1, stop.code, f"stopped before step {done} had compiled")
         ahead = recipe.stage_at(done + 1)
-        run.spent.step(
+        run.ledger.step(
             run.flops[number],
             run.flops[ahead],
             new=now == 1 or done == start + 1,
@@ -333,16 +311,14 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
             _forecast(run, done)
         last = done == recipe.steps or over
         if done % recipe.health.check_every == 0:
-            _check(run)
+            compare(run)
         best = False
         if (done % recipe.sample.every == 0 or last) and not code and not late:
             _show(run, done, stage.resolution)
-            code = max(code, _heard(here, stop.code))
-            factor, over, late = _budget(run, done)
+            code, factor, over, late = _listen(run, done, code)
         if evaluations.due(recipe, done, last) and not code and not late:
             best = _evaluate(run, done)
-            code = max(code, _heard(here, stop.code))
-            factor, over, late = _budget(run, done)
+            code, factor, over, late = _listen(run, done, code)
         last = last or over
         if done % recipe.save_every == 0 or last or code or best:
             _save(run, done, wait=bool(last or code or best))
@@ -378,132 +354,12 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
                 device=run.here.device,
                 rank=run.here.rank,
                 world=run.here.size,
-                late=lambda waited: _say(run, run.pace.late(waited)),
+                late=lambda waited: note(run, run.pace.late(waited)),
                 expect=run.expect,
             )
             for now, batch in enumerate(run.pace.timed(stream), start=had + 1):
                 yield number, now, batch
         before, seen = before + stage.count, seen + stage.count * stage.batch
-
-
-def _step(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -> int:
-    """Take one step, or pass it over; returns the exit code of a rank that was asked to stop.
-
-    Errors  BrokenOff if it was asked to stop while this step was being compiled.
-    """
-    began, here, stage = time.monotonic(), run.here, run.recipe.stage[number]
-    try:
-        sums = _gradient(run, stage, batch, step)
-    except Exception as error:
-        # Ctrl-C goes to the compiler too, which then fails.
-        compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-        if compiling and run.stop.code and here.mesh is None:
-            raise BrokenOff from error
-        raise
-    trained = [*run.state.model.parameters(), *run.objective.learned.parameters()]
-    norm = parallel.clip(here, trained, run.recipe.clip)
-    counts = [norm.new_full((), count) for count in (batch.substituted, run.stop.code)]  # no copy
-    parts = [sums[name] for name in sums if name != "loss"]
-    table = parallel.gather(here, torch.stack([sums["loss"], norm, *parts, *counts])).cpu()
-
-    first = batch.first - parallel.share(here, stage.batch)[0]
-    verdict = run.guard.judge(step, table[:, :2], range(first, first + stage.batch))
-    if verdict.step:
-        groups.set_rate(run.state.optimizers, rate)
-        for optimizer, _ in run.state.optimizers.values():
-            optimizer.step()
-    run.ema.update(run.state.model, step)  # also towards weights that have not moved
-    for optimizer, _ in run.state.optimizers.values():
-        optimizer.zero_grad()
-    if verdict.back:
-        _return(run, step)
-
-    means = table.mean(0).tolist()
-    values = {"loss": means[0]}
-    values |= dict(zip((name for name in sums if name != "loss"), means[2:-2], strict=True))
-    values |= {"norm": means[1], "lr": rate, "waited": run.pace.last}
-    values["worked"] = time.monotonic() - began
-    if substituted := int(table[:, -2].sum()):
-        values["substituted"] = substituted
-    if not verdict.step:
-        values["skipped"] = 1
-    for complaint in batch.complaints:
-        _say(run, complaint)
-    run.log.step(
-        step,
-        values,
-        stage.batch,
-        run.worked(number, round(values["words"])),
-        run.spent.paid,
-        _to_go(run, step, number),
-        run.spent.left,
-    )
-    return int(table[:, -1].max())
-
-
-def _to_go(run: Run, step: int, number: int) -> float:
-    """Return how much work is left, in steps of the stage that this one belongs to."""
-    each, left, before = run.flops[number], 0.0, 0
-    for stage, one in zip(run.recipe.stage, run.flops, strict=True):
-        before += stage.count
-        left += min(stage.count, max(0, before - step)) * (one / each if each else 1.0)
-    return left
-
-
-def _say(run: Run, line: str) -> None:
-    """Say what this rank alone has seen, if anything."""
-    if not line:
-        return
-    if run.here.first:
-        run.log.note(line)
-    else:
-        say(f"rank {run.here.rank}: {line}")
-
-
-def _gradient(
-    run: Run, stage: config.Stage, batch: batches.Batch, step: int
-) -> dict[str, Float[Tensor, ""]]:
-    """Leave the gradient of this rank's share behind; returns its loss and the parts of it."""
-    recipe, count = run.recipe, len(batch.image)
-    size, resting = recipe.micro or count, recipe.resting(stage, step)
-    sums: dict[str, Tensor] = {}
-    for first in range(0, count, size):
-        image = batch.image[first : first + size]
-        captions = batch.captions[first : first + size]
-        dice = Dice(recipe.seed, step, batch.first + first, len(image), image.device)
-        parallel.accumulate(run.networks, recipe.parallel, first + size >= count)
-        loss, parts = run.objective(
-            run.state.model, run.state.average, image, captions, dice, resting, stage.shift
-        )
-        (loss * (len(image) / count)).backward()
-        for name, part in {"loss": loss.detach(), **parts}.items():
-            sums[name] = sums.get(name, 0.0) + part * (len(image) / count)
-    return sums
-
-
-def _return(run: Run, step: int) -> None:
-    """Take the weights of the newest checkpoint instead of these."""
-    with run.watchdog.patience(SAVE):
-        run.saver.settle()
-        found = checkpoint.to_continue(run.folder, run.here, run.log.note)
-        if found is None:
-            run.log.note("there is no checkpoint to return to yet")
-            return
-        checkpoint.load(found, run.state)
-        run.guard.return_to(found.step, found.facts["guard"], step)
-        if run.recipe.stage_at(found.step) != run.recipe.stage_at(step):
-            run.guard.new_stage()
-    run.log.note(f"returned to the weights of step {found.step}")
-
-
-def _check(run: Run) -> None:
-    """Compare what several ranks hold, and name those that are slow. Errors: LostPeer."""
-    state = run.state
-    learned = dict(run.objective.learned.named_parameters())
-    held = {"model": state.model.weights(), "average": state.average.weights()}
-    health.compare(run.here, checkpoint.flat({**held, "objective": learned}))
-    for line in run.pace.laggards(run.here):
-        run.log.note(line)
 
 
 def _save(run: Run, step: int, wait: bool) -> None:
@@ -512,23 +368,23 @@ def _save(run: Run, step: int, wait: bool) -> None:
         return
     began = time.monotonic()
     with run.watchdog.patience(SAVE):
-        _check(run)
+        compare(run)
         run.saver.save(step, run.state, run.guard.state)
         if wait:
             run.saver.finish()
-    run.spent.saved(max(time.monotonic() - began, run.saver.took))  # the last one is waited for
-    run.spent.write()
+    run.ledger.saved(max(time.monotonic() - began, run.saver.took))  # the last one is waited for
+    run.ledger.write()
 
 
 def _show(run: Run, step: int, side: int) -> None:
     """Draw the recipe's prompts, on all ranks; one writes them down, if the disk lets it."""
-    if _budget(run, step, first=run.spent.drawing)[2]:
+    if _budget(run, step, first=run.ledger.drawing)[2]:
         run.log.note(f"no grid at step {step}: the budget leaves no time for one")
         return
     began = time.monotonic()
     with run.watchdog.patience(LOOK):
         pictures = grids.draw(run.ema.model, run.recipe, side)
-    run.spent.drew(time.monotonic() - began)
+    run.ledger.drew(time.monotonic() - began)
     if not run.here.first:
         return
     try:
@@ -546,8 +402,8 @@ def _evaluate(run: Run, step: int) -> bool:
     """
 
     def heed() -> None:
-        run.spent.tick()
-        if _heard(run.here, run.stop.code or int(run.spent.late())):
+        run.ledger.tick()
+        if _heard(run.here, run.stop.code or int(run.ledger.late())):
             raise BrokenOff
 
     try:
@@ -556,7 +412,7 @@ def _evaluate(run: Run, step: int) -> bool:
             note, best = evaluations.take(run.recipe, run.folder, run.ema.model, step, heed)
     except BrokenOff:
         return False
-    run.spent.drew(0.0)
+    run.ledger.drew(0.0)
     run.log.note(note)
     return best
 
@@ -573,7 +429,7 @@ def _keep(run: Run, step: int) -> None:
 def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
     """Say that a run was asked to stop."""
     run.log.note(f"{what}; the same command continues")
-    run.spent.end()
+    run.ledger.end()
     run.status.end(code, "preempted" if code == PREEMPTED else "interrupted")
     return Outcome(step, code)
 
@@ -581,17 +437,17 @@ def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
 def _spent(run: Run, step: int) -> Outcome:
     """Say that no more steps can be paid for."""
     run.log.note(
-        f"the budget is spent: {run.spent.spent:.0f} s, {run.spent.flops:.3g} FLOP, {step:,} of "
+        f"the budget is spent: {run.ledger.spent:.0f} s, {run.ledger.flops:.3g} FLOP, {step:,} of "
         f"{run.recipe.steps:,} steps{_unreached(run.recipe, step)}"
     )
-    run.spent.end()
+    run.ledger.end()
     run.status.end(0, "the budget is spent")
     return Outcome(step, 0)
 
 
 def _forecast(run: Run, done: int) -> None:
     """Say so if at this pace a budget ends before the last stage begins."""
-    left, usual = run.spent.left, run.spent.usual
+    left, usual = run.ledger.left, run.ledger.usual
     if not math.isfinite(left) or not usual:
         return
     each, ahead = run.flops[run.recipe.stage_at(done)] or 1.0, done
@@ -622,6 +478,11 @@ def _heard(here: World, code: int) -> int:
     return int(parallel.gather(here, torch.tensor([code])).max())
 
 
+def _listen(run: Run, done: int, code: int) -> tuple[int, float, bool, bool]:
+    """Ask again, after what takes long, who was asked to stop, and what the budget says."""
+    return max(code, _heard(run.here, run.stop.code)), *_budget(run, done)
+
+
 def _budget(run: Run, done: int, first: float = 0.0) -> tuple[float, bool, bool]:
     """Return the factor on the rate, whether no more steps fit, and whether it is time that lacks.
 
@@ -630,9 +491,9 @@ def _budget(run: Run, done: int, first: float = 0.0) -> tuple[float, bool, bool]
     """
     if run.recipe.budget is None:
         return 1.0, False, False
-    late = run.spent.late(first)
-    over = late or (run.spent.full and done < run.recipe.steps)
-    mine = torch.tensor([run.spent.factor, over, late], dtype=torch.float64)
+    late = run.ledger.late(first)
+    over = late or (run.ledger.full and done < run.recipe.steps)
+    mine = torch.tensor([run.ledger.factor, over, late], dtype=torch.float64)
     factor, over, late = parallel.gather(run.here, mine)[0].tolist()
     return factor, bool(over), bool(late)
 

@@ -1,0 +1,188 @@
+"""One step of a run: forth, back, a verdict, the optimisers, the average, a line of the log.
+
+    for each micro-batch    loss(model, image, words, dice)  and its gradient
+    over all ranks          loss, norm and "asked to stop" of each, in one exchange
+    if the guard lets it    theta <- Muon or AdamW
+    always                  average <- average + (1 - decay) (theta - average)
+
+`Run` is what the steps of a run have in common; train/loop puts it together and takes the steps.
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from daybreak import config
+from daybreak.data import batches
+from daybreak.model.text_to_image import TextToImage
+from daybreak.objective.objective import Objective
+from daybreak.optim import groups
+from daybreak.optim.ema import Ema
+from daybreak.train import checkpoint, health, parallel
+from daybreak.train.checkpoint import State
+from daybreak.train.dice import Dice
+from daybreak.train.ledger import Ledger
+from daybreak.train.log import Log, say
+from daybreak.train.parallel import World
+from daybreak.train.saving import Saver
+from daybreak.train.status import Status
+from daybreak.train.stop import BrokenOff, Stop
+from daybreak.train.watchdog import Watchdog
+
+SAVE = 600.0  # seconds that a checkpoint may take
+
+
+class Run(NamedTuple):
+    """A run under way: what its steps have in common."""
+
+    recipe: config.Recipe
+    folder: Path
+    here: World
+    source: batches.Pictures
+    objective: Objective
+    state: State
+    ema: Ema[TextToImage]
+    guard: health.Guard
+    pace: health.Pace
+    ledger: Ledger
+    flops: list[float]  # of a step with the longest captions, by stage; 0 if of unknown size
+    worked: Callable[[int, int], float]  # those of a step, by stage and words
+    expect: Callable[[list[str]], object]  # hears which captions come next
+    saver: Saver
+    status: Status
+    stop: Stop
+    log: Log
+    watchdog: Watchdog
+    trial: bool
+
+    @property
+    def networks(self) -> list[nn.Module]:
+        """What is prepared, each as a whole (train/parallel)."""
+        model = self.state.model
+        words = [model.text] if model.text.trained else []
+        return [model.dit, *words, *self.objective.learned.children()]
+
+
+def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -> int:
+    """Take one step, or pass it over; returns the exit code of a rank that was asked to stop.
+
+    Errors  BrokenOff if it was asked to stop while this step was being compiled.
+    """
+    began, here, stage = time.monotonic(), run.here, run.recipe.stage[number]
+    try:
+        sums = _gradient(run, stage, batch, step)
+    except Exception as error:
+        # Ctrl-C goes to the compiler too, which then fails.
+        compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+        if compiling and run.stop.code and here.mesh is None:
+            raise BrokenOff from error
+        raise
+    trained = [*run.state.model.parameters(), *run.objective.learned.parameters()]
+    norm = parallel.clip(here, trained, run.recipe.clip)
+    counts = [norm.new_full((), count) for count in (batch.substituted, run.stop.code)]  # no copy
+    parts = [sums[name] for name in sums if name != "loss"]
+    table = parallel.gather(here, torch.stack([sums["loss"], norm, *parts, *counts])).cpu()
+
+    first = batch.first - parallel.share(here, stage.batch)[0]
+    verdict = run.guard.judge(step, table[:, :2], range(first, first + stage.batch))
+    if verdict.step:
+        groups.set_rate(run.state.optimizers, rate)
+        for optimizer, _ in run.state.optimizers.values():
+            optimizer.step()
+    run.ema.update(run.state.model, step)  # also towards weights that have not moved
+    for optimizer, _ in run.state.optimizers.values():
+        optimizer.zero_grad()
+    if verdict.back:
+        _return(run, step)
+
+    means = table.mean(0).tolist()
+    values = {"loss": means[0]}
+    values |= dict(zip((name for name in sums if name != "loss"), means[2:-2], strict=True))
+    values |= {"norm": means[1], "lr": rate, "waited": run.pace.last}
+    values["worked"] = time.monotonic() - began
+    if substituted := int(table[:, -2].sum()):
+        values["substituted"] = substituted
+    if not verdict.step:
+        values["skipped"] = 1
+    for complaint in batch.complaints:
+        note(run, complaint)
+    run.log.step(
+        step,
+        values,
+        stage.batch,
+        run.worked(number, round(values["words"])),
+        run.ledger.paid,
+        _to_go(run, step, number),
+        run.ledger.left,
+    )
+    return int(table[:, -1].max())
+
+
+def _gradient(
+    run: Run, stage: config.Stage, batch: batches.Batch, step: int
+) -> dict[str, Float[Tensor, ""]]:
+    """Leave the gradient of this rank's share behind; returns its loss and the parts of it."""
+    recipe, count = run.recipe, len(batch.image)
+    size, resting = recipe.micro or count, recipe.resting(stage, step)
+    sums: dict[str, Tensor] = {}
+    for first in range(0, count, size):
+        image = batch.image[first : first + size]
+        captions = batch.captions[first : first + size]
+        dice = Dice(recipe.seed, step, batch.first + first, len(image), image.device)
+        parallel.accumulate(run.networks, recipe.parallel, first + size >= count)
+        loss, parts = run.objective(
+            run.state.model, run.state.average, image, captions, dice, resting, stage.shift
+        )
+        (loss * (len(image) / count)).backward()
+        for name, part in {"loss": loss.detach(), **parts}.items():
+            sums[name] = sums.get(name, 0.0) + part * (len(image) / count)
+    return sums
+
+
+def _to_go(run: Run, step: int, number: int) -> float:
+    """Return how much work is left, in steps of the stage that this one belongs to."""
+    each, left, before = run.flops[number], 0.0, 0
+    for stage, one in zip(run.recipe.stage, run.flops, strict=True):
+        before += stage.count
+        left += min(stage.count, max(0, before - step)) * (one / each if each else 1.0)
+    return left
+
+
+def _return(run: Run, step: int) -> None:
+    """Take the weights of the newest checkpoint instead of these."""
+    with run.watchdog.patience(SAVE):
+        run.saver.settle()
+        found = checkpoint.to_continue(run.folder, run.here, run.log.note)
+        if found is None:
+            run.log.note("there is no checkpoint to return to yet")
+            return
+        checkpoint.load(found, run.state)
+        run.guard.return_to(found.step, found.facts["guard"], step)
+        if run.recipe.stage_at(found.step) != run.recipe.stage_at(step):
+            run.guard.new_stage()
+    run.log.note(f"returned to the weights of step {found.step}")
+
+
+def compare(run: Run) -> None:
+    """Compare what several ranks hold, and name those that are slow. Errors: LostPeer."""
+    state = run.state
+    learned = dict(run.objective.learned.named_parameters())
+    held = {"model": state.model.weights(), "average": state.average.weights()}
+    health.compare(run.here, checkpoint.flat({**held, "objective": learned}))
+    for line in run.pace.laggards(run.here):
+        run.log.note(line)
+
+
+def note(run: Run, line: str) -> None:
+    """Say what this rank alone has seen, if anything."""
+    if not line:
+        return
+    if run.here.first:
+        run.log.note(line)
+    else:
+        say(f"rank {run.here.rank}: {line}")
