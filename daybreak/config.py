@@ -152,8 +152,8 @@ class Recipe(BaseModel):
                 raise ValueError(
                     f"stage.{number}.batch = {stage.batch} is not divisible by micro = {self.micro}"
                 )
-        if self.data.source == "scenes":
-            canvas = (self.scenes or Scenes()).canvas
+        if self.drawn is not None:
+            canvas = self.drawn.canvas
             size, last = CANVASES[canvas].size, len(self.stage) - 1
             for number, stage in enumerate(self.stage):
                 if size % stage.resolution or (number == last and stage.resolution != size):
@@ -207,7 +207,7 @@ class Recipe(BaseModel):
     @model_validator(mode="after")
     def _evaluation_fits(self) -> "Recipe":
         if self.evaluate is not None:
-            self.evaluate.check(self.data.source == "scenes")
+            self.evaluate.check(self.drawn is not None)
         return self
 
     def resting(self, stage: Stage, step: int) -> set[str]:
@@ -222,6 +222,11 @@ class Recipe(BaseModel):
                 return number
             step -= stage.count
         return len(self.stage) - 1
+
+    @property
+    def drawn(self) -> Scenes | None:
+        """The scenes that a run trains on, if it does."""
+        return (self.scenes or Scenes()) if self.data.source == "scenes" else None
 
     @property
     def steps(self) -> int:

@@ -35,7 +35,7 @@ def test_pictures_of_several_shapes_share_a_sheet() -> None:
     assert all(contains(sheet, picture, 2) for picture in shown)
 
 
-def test_columns_title_and_marks_shape_the_sheet() -> None:
+def test_columns_and_title_shape_the_sheet() -> None:
     shown = pictures(6)
     wide = grid.grid(shown, ["x"] * 6, columns=6)
     high = grid.grid(shown, ["x"] * 6, columns=1)
@@ -44,15 +44,6 @@ def test_columns_title_and_marks_shape_the_sheet() -> None:
     assert grid.grid(shown, ["x"] * 6, columns=6, title="title").height > wide.height
     assert grid.grid(shown, [""] * 6, columns=6).height < wide.height
     assert grid.grid(shown[:2], ["x"] * 2, columns=9).size == grid.grid(shown[:2], ["x"] * 2).size
-
-
-def test_marks_are_green_and_red() -> None:
-    shown = np.zeros((2, 32, 32, 3), np.uint8)
-    pixels = np.asarray(grid.grid(shown, ["good", "bad"], marks=[True, False])).reshape(-1, 3)
-    for colour in [grid.GREEN, grid.RED]:
-        assert (pixels == colour).all(-1).sum() > 10
-    plain = np.asarray(grid.grid(shown, ["good", "bad"])).reshape(-1, 3)
-    assert not (plain == grid.GREEN).all(-1).any()
 
 
 @pytest.mark.parametrize("count", range(1, 101))
@@ -72,11 +63,10 @@ def test_labels_wrap_within_their_width_and_end_in_an_ellipsis() -> None:
     assert grid._wrap("a red circle", font, 400) == ["a red circle"]
     assert grid._wrap("", font, 400) == []
     long = "a small green triangle left of a large yellow star " * 4
-    lines = grid._wrap(long, font, 128, indent=16)
+    lines = grid._wrap(long, font, 128)
     assert len(lines) == grid.LINES
     assert lines[-1].endswith("…")
     assert all(font.getlength(line) <= 128 for line in lines)
-    assert font.getlength(lines[0]) <= 112
     word = grid._wrap("x" * 100, font, 128)
     assert len(word) == 1
     assert font.getlength(word[0]) <= 128
@@ -91,8 +81,6 @@ def test_wrong_counts_are_refused() -> None:
         grid.grid([], [])
     with pytest.raises(ValueError, match="2 pictures, 1 labels"):
         grid.grid(pictures(2), ["a"])
-    with pytest.raises(ValueError, match="3 marks"):
-        grid.grid(pictures(2), ["a", "b"], marks=[True] * 3)
 
 
 def test_a_saved_picture_says_how_it_was_made(tmp_path: Path) -> None:

@@ -280,7 +280,7 @@ def test_a_flipped_bit_is_found_when_asked_for(tmp_path: Path) -> None:
     data = bytearray((folder / "00000.safetensors").read_bytes())
     data[-1] ^= 1
     (folder / "00000.safetensors").write_bytes(data)
-    with pytest.raises(BadData, match=r"00000\.safetensors is damaged"):
+    with pytest.raises(BadData, match=r"damaged: 00000\.safetensors has sha256"):
         text_cache.verify(tmp_path)
 
 

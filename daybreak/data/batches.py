@@ -87,6 +87,11 @@ class Config(BaseModel):
         """The sources with their weights, also where there is only one."""
         return ((self.source, 1.0),) if isinstance(self.source, str) else self.source
 
+    @property
+    def paths(self) -> list[Path]:
+        """The folders alone."""
+        return [Path(folder) for folder, _ in self.folders]
+
 
 class Batch(NamedTuple):
     """Pictures in [-1, 1], their captions, and the global index of the first.

@@ -6,6 +6,7 @@ import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from functools import partial
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,18 @@ def sealed(path: Path) -> dict[str, Any]:
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
 
+def complaint(folder: Path, name: str, listed: dict[str, Any], hashed: bool = True) -> str | None:
+    """Say what is wrong with a file, by what `sealed` said of it; without `hashed`, by its size."""
+    path = folder / name
+    if not path.is_file():
+        return f"{name} is missing"
+    if (there := path.stat().st_size) != listed["bytes"]:
+        return f"{name} has {there:,} bytes, not {listed['bytes']:,}"
+    if hashed and (found := sha256(path)) != listed["sha256"]:
+        return f"{name} has sha256 {found[:12]}, not {listed['sha256'][:12]}"
+    return None
+
+
 def compare(
     folder: Path, files: dict[str, dict[str, Any]], progress: Callable[[int, int], None] | None
 ) -> None:
@@ -34,20 +47,10 @@ def compare(
 
     Errors  BadData for the first that is missing or another.
     """
-
-    def complaint(name: str) -> str | None:
-        path, listed = folder / name, files[name]
-        if not path.is_file():
-            return f"{name} is missing"
-        if path.stat().st_size != listed["bytes"]:
-            return f"{name} has {path.stat().st_size:,} bytes, not {listed['bytes']:,}"
-        if (found := sha256(path)) != listed["sha256"]:
-            return f"{name} has sha256 {found[:12]}, not {listed['sha256'][:12]}"
-        return None
-
     done, of = 0, sum(listed["bytes"] for listed in files.values())
     with ThreadPoolExecutor() as pool:
-        for name, wrong in zip(files, pool.map(complaint, files), strict=True):
+        said = pool.map(partial(complaint, folder), files, files.values())
+        for name, wrong in zip(files, said, strict=True):
             if wrong:
                 raise BadData(f"{folder} is damaged: {wrong}; copy it again or prepare it again")
             done += files[name]["bytes"]

@@ -269,11 +269,9 @@ def _enter(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         manifest = disk.read_json(out / "manifest.json")
         _refuse_other(plan, manifest, f"{out} holds a dataset")
         for name, listed in _listed(out, manifest).items():
-            there = (out / name).stat().st_size if (out / name).is_file() else None
-            if there != listed["bytes"]:
+            if wrong := disk.complaint(out, name, listed, hashed=False):
                 raise BadData(
-                    f"{out} is damaged, {name} is not what its manifest says: remove {out} and "
-                    "give the same command again"
+                    f"{out} is damaged: {wrong}; remove it and give the same command again"
                 )
         shutil.rmtree(out / STAGING, ignore_errors=True)
         return manifest

@@ -52,7 +52,7 @@ def draw(
     if by_route and routed is None:
         raise ValueError("self-guidance sets the network against itself on a route; none is given")
     device = next(model.dit.parameters()).device
-    shift = flow_config.shift if how.shift is None else how.shift
+    shift = sampler.shift(how, flow_config)
     shape = (model.dit.channels, height, width)
     parts = []
     with torch.no_grad():

@@ -19,10 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 from daybreak.data import disk
 
 PAPER, INK, FRAME = (244, 244, 241), (52, 52, 50), (214, 214, 208)
-GREEN, RED = (34, 139, 84), (201, 62, 52)
 AT_LEAST = 128  # the side of a picture on the sheet
 LINES = 3  # of a label
-SMOOTH = 4  # marks are drawn this many times larger, then reduced
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -32,22 +30,18 @@ def grid(
     labels: Sequence[str],
     columns: int | None = None,
     title: str | None = None,
-    marks: Sequence[bool] | None = None,
 ) -> Image.Image:
     """The sheet, ready to be saved.
 
-    Labels wrap within the width of their picture and end in an ellipsis after three lines. `marks`
-    puts a green tick or a red cross before each label. Pictures of several sizes are centred in
-    cells of the largest.
+    Labels wrap within the width of their picture and end in an ellipsis after three lines. Pictures
+    of several sizes are centred in cells of the largest.
 
-    Errors  ValueError if there are no pictures, or not as many labels or marks.
+    Errors  ValueError if there are no pictures, or not as many labels.
     """
     if len(images) == 0:
         raise ValueError("a grid needs at least one picture")
-    if len(labels) != len(images) or (marks is not None and len(marks) != len(images)):
-        raise ValueError(
-            f"{len(images)} pictures, {len(labels)} labels, {len(marks or labels)} marks"
-        )
+    if len(labels) != len(images):
+        raise ValueError(f"{len(images)} pictures, {len(labels)} labels")
 
     factor = math.ceil(AT_LEAST / max(max(image.shape[:2]) for image in images))
     cell_height = factor * max(image.shape[0] for image in images)
@@ -58,11 +52,8 @@ def grid(
     size = max(13, cell_width // 14)
     font, title_font = ImageFont.load_default(size), ImageFont.load_default(round(1.5 * size))
     gap, leading = size, round(1.3 * size)
-    indent = 0 if marks is None else round(1.25 * size)
-    wrapped = [_wrap(label, font, cell_width, indent) for label in labels]
+    wrapped = [_wrap(label, font, cell_width) for label in labels]
     lines = [max(map(len, wrapped[row * columns : (row + 1) * columns])) for row in range(rows)]
-    if marks is not None:
-        lines = [max(1, count) for count in lines]
     label_heights = [count * leading + (gap // 2 if count else 0) for count in lines]
 
     margin = 2 * gap
@@ -82,10 +73,7 @@ def grid(
         _paste(sheet, image, factor, x, y, cell_width, cell_height)
         below = y + cell_height + gap // 2
         for k, line in enumerate(wrapped[i]):
-            draw.text((x + (0 if k else indent), below + k * leading), line, INK, font)
-        if marks is not None:
-            mark = _mark(marks[i], size)
-            sheet.paste(GREEN if marks[i] else RED, (x, below + round(0.12 * size)), mark)
+            draw.text((x, below + k * leading), line, INK, font)
     return sheet
 
 
@@ -127,18 +115,17 @@ def _paste(
     sheet.paste(large, (x, y))
 
 
-def _wrap(label: str, font: Font, width: int, indent: int = 0) -> list[str]:
-    """The label in lines no wider than `width`, the first of them shorter by `indent`."""
+def _wrap(label: str, font: Font, width: int) -> list[str]:
+    """The label in lines no wider than `width`."""
     lines: list[str] = []
     words = label.split()
     while words:
-        room = width - (0 if lines else indent)
         fitting = len(words)
-        while fitting > 1 and font.getlength(" ".join(words[:fitting])) > room:
+        while fitting > 1 and font.getlength(" ".join(words[:fitting])) > width:
             fitting -= 1
         if len(lines) == LINES - 1 and fitting < len(words):
-            return [*lines, _shorten(" ".join(words), font, room)]
-        lines.append(_shorten(" ".join(words[:fitting]), font, room))
+            return [*lines, _shorten(" ".join(words), font, width)]
+        lines.append(_shorten(" ".join(words[:fitting]), font, width))
         words = words[fitting:]
     return lines
 
@@ -149,18 +136,3 @@ def _shorten(line: str, font: Font, room: int) -> str:
     while line and font.getlength(line + "…") > room:
         line = line[:-1]
     return line.rstrip(" ,.;:") + "…"
-
-
-def _mark(good: bool, size: int) -> Image.Image:
-    """A tick or a cross, as the mask through which its colour is put on."""
-    side = SMOOTH * size
-    mask = Image.new("L", (side, side))
-    strokes = (
-        [[(0.12, 0.55), (0.38, 0.82), (0.88, 0.22)]]
-        if good
-        else [[(0.2, 0.2), (0.8, 0.8)], [(0.8, 0.2), (0.2, 0.8)]]
-    )
-    for stroke in strokes:
-        points = [(x * side, y * side) for x, y in stroke]
-        ImageDraw.Draw(mask).line(points, fill=255, width=round(0.16 * side), joint="curve")
-    return mask.resize((size, size), Image.Resampling.LANCZOS)

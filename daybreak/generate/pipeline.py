@@ -139,7 +139,7 @@ def sampling(
     return {
         "steps": how.steps,
         "stochastic": how.stochastic,
-        "shift": flow_config.shift if how.shift is None else how.shift,
+        "shift": sampler.shift(how, flow_config),
         "guide": how.guide,
         "guidance": how.guidance,
         "interval": how.interval,
@@ -247,7 +247,7 @@ image.save("picture.png")
 
 def _card(card: Card, resolution: int, how: sampler.Config, flow_config: flow.Config) -> str:
     """Return the model card: front matter, a snippet that runs, facts, recipe."""
-    shift = flow_config.shift if how.shift is None else how.shift
+    shift = sampler.shift(how, flow_config)
     custom = custom_snippet("PATH_OF_THIS_FOLDER", card.prompt)
     rows = "\n".join(f"| {name} | {value} |" for name, value in card.facts)
     return f"""---

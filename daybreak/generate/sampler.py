@@ -70,6 +70,11 @@ class Config(BaseModel):
     seed: int = Field(default=0, ge=0)
 
 
+def shift(how: Config, flow_config: flow.Config) -> float:
+    """The shift of the time grid: the sampler's own, or that of training."""
+    return flow_config.shift if how.shift is None else how.shift
+
+
 def times(steps: int, shift: float) -> list[float]:
     """Return the grid of times 1 = t_0 > t_1 > ... > t_n = 0."""
     even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)

@@ -252,11 +252,7 @@ def _listed(folder: Path) -> dict[str, Any]:
 def verify(dataset: Path) -> None:
     """Compare every byte of a dataset's embeddings with the manifests. Errors: BadData."""
     for path in sorted((dataset / "text").glob("*/manifest.json")):
-        shards = _whole(path.parent)
-        listed = json.loads(path.read_text(encoding="utf-8"))["shards"]
-        for shard in shards:
-            if disk.sha256(shard) != listed[shard.name]["sha256"]:
-                raise BadData(f"{shard} is damaged, its sha256 is not the listed one: {_REMEDY}")
+        _whole(path.parent, hashed=True)
 
 
 def _new(
@@ -311,17 +307,16 @@ def _digest(caption: str) -> bytes:
     return hashlib.sha256(clean(caption).encode()).hexdigest()[:DIGITS].encode()
 
 
-def _whole(folder: Path) -> list[Path]:
-    """The shards that the manifest of a folder names. Errors: BadData if they are not there."""
+def _whole(folder: Path, hashed: bool = False) -> list[Path]:
+    """The shards that the manifest of a folder names. Errors: BadData if they are others."""
     try:
         listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
-        sizes = {folder / name: facts["bytes"] for name, facts in listed.items()}
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        for name, facts in listed.items():
+            if wrong := disk.complaint(folder, name, facts, hashed):
+                raise BadData(f"{folder} is damaged: {wrong}; {_REMEDY}")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadData(f"{folder}/manifest.json cannot be read ({error}): {_REMEDY}") from error
-    for path, size in sizes.items():
-        if not path.is_file() or path.stat().st_size != size:
-            raise BadData(f"{path} is missing or not {size} bytes long: {_REMEDY}")
-    return list(sizes)
+    return [folder / name for name in listed]
 
 
 _REMEDY = "remove this folder and run `daybreak prepare --cache-text` again"

@@ -121,7 +121,7 @@ class Objective:
         seen: dict[View, Tensor] = {}  # by a teacher in the true pictures: once, for all terms
         if self.repa and "repa" in active:
             view = View(self.repa.config.teacher, *grid)
-            if view.teacher == repa.SELF:
+            if self.repa.config.network is None:
                 seen[view] = self._elder(average, noisy, captions, words, dice)
             else:
                 seen[view] = self._look(view, image)

@@ -58,6 +58,11 @@ class Config(BaseModel):
             )
         return self
 
+    @property
+    def network(self) -> str | None:
+        """The frozen network that teaches; None where the averaged model does."""
+        return None if self.teacher == SELF else self.teacher
+
     def check(self, depth: int, routed: range) -> None:
         """Compare with a denoiser of so many blocks, some of which see a part of the tokens.
 

@@ -100,7 +100,7 @@ def arms(
                 f"{name} has a [budget], which ends a run by the clock and before its last "
                 "evaluation: give one budget for all with --budget"
             )
-        on_scenes = recipe.data.source == "scenes"
+        on_scenes = recipe.drawn is not None
         if not on_scenes and (evaluation.data is None or "scenes" in evaluation.suites):
             raise BadRecipe(
                 f"{name} is not trained on scenes: give a --metric of validation or distribution, "
@@ -132,7 +132,7 @@ def questions(recipe: Recipe, evaluation: Evaluate) -> dict[str, object]:
 
     Errors  BadData, as `examples.of_dataset`.
     """
-    scenes = evaluations.scenes_of(recipe)
+    scenes = recipe.drawn
     shown = set(evaluation.suites) - {"scenes"}
     found: dict[str, object] = {}
     if scenes is not None and (evaluation.data is None or "scenes" in evaluation.suites):

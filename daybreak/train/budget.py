@@ -16,7 +16,6 @@ import math
 import re
 from bisect import bisect
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
@@ -289,7 +288,7 @@ def check_here(recipe: Recipe, cluster: Cluster) -> None:
 
 def has_words(recipe: Recipe, dtype: torch.dtype) -> bool:
     """Whether the datasets are here and hold their captions, encoded as the run wants them."""
-    folders = [Path(folder) for folder, _ in recipe.data.folders]
+    folders = recipe.data.paths
     try:
         there = text_cache.present(folders, recipe.text, dtype)
     except BadRecipe:  # the encoder is not here, so it is not known which one of that name it was
@@ -299,7 +298,7 @@ def has_words(recipe: Recipe, dtype: torch.dtype) -> bool:
 
 def different(recipe: Recipe) -> int | None:
     """How many pictures the datasets hold, if they are prepared and here. Errors: BadData."""
-    folders = [Path(folder) for folder, _ in recipe.data.folders]
+    folders = recipe.data.paths
     if not all((folder / "manifest.json").is_file() for folder in folders):
         return None
     return sum(len(prepared.open_dataset(folder).numbers) for folder in folders)

@@ -41,7 +41,7 @@ def known(
     """What a run need not encode; None if nothing was encoded for its encoder."""
     if recipe.text.encoder is None:
         return None
-    folders = [Path(folder) for folder, _ in recipe.data.folders]
+    folders = recipe.data.paths
     reader = text_cache.reader(folders, recipe.text, dtype)
     if reader is not None:
         tell(f"{len(reader.digests):,} captions are already encoded")

@@ -24,7 +24,6 @@ import torch.distributed as dist
 
 from daybreak.config import Recipe
 from daybreak.data import disk
-from daybreak.data.scenes import Config as Scenes
 from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import checkpoint, runs
@@ -61,7 +60,7 @@ def check(recipe: Recipe, metric: str | None = None) -> None:
         if after == recipe.steps or before // config.every < after // config.every:
             resolutions.append(stage.resolution)
         before = after
-    interim.check(config, scenes_of(recipe), resolutions, recipe.dit.patch, metric or config.best)
+    interim.check(config, recipe.drawn, resolutions, recipe.dit.patch, metric or config.best)
 
 
 def due(recipe: Recipe, step: int, last: bool = False) -> bool:
@@ -110,7 +109,7 @@ def take(
     config = recipe.evaluate
     assert config is not None
     began = time.monotonic()
-    scenes, resolution = scenes_of(recipe), recipe.stage[recipe.stage_at(step)].resolution
+    scenes, resolution = recipe.drawn, recipe.stage[recipe.stage_at(step)].resolution
     sides = {name: interim.side(config, name, scenes, resolution) for name in config.suites}
     drawn_by = artist.ours(model, resolution, recipe.sample, recipe.flow, recipe.tread)
     found = interim.measure(
@@ -215,11 +214,6 @@ def _heeding(draw: "Draw", heed: Callable[[], object]) -> "Draw":
         return draw(prompts, seeds, height, width)
 
     return heedful
-
-
-def scenes_of(recipe: Recipe) -> Scenes | None:
-    """The scenes that a run trains on, if it does."""
-    return recipe.scenes or Scenes() if recipe.data.source == "scenes" else None
 
 
 def _note(step: int, values: Mapping[str, Mapping[str, float | None]], took: float) -> str:

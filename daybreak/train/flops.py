@@ -137,8 +137,8 @@ def teachers(recipe: Recipe, stage: Stage) -> dict[str, View]:
     """The frozen transformers of a stage, by the section that asks them."""
     side = stage.resolution // recipe.dit.patch
     found = {}
-    if recipe.repa and recipe.repa.teacher != repa.SELF and active(recipe, stage, "repa"):
-        found["repa"] = View(networks.named(recipe.repa.teacher, "repa.teacher"), side**2)
+    if recipe.repa and recipe.repa.network and active(recipe, stage, "repa"):
+        found["repa"] = View(networks.named(recipe.repa.network, "repa.teacher"), side**2)
     if recipe.dino and active(recipe, stage, "dino"):
         rows, columns = dino.grid(recipe.dino, side, side)
         found["dino"] = View(networks.named(recipe.dino.teacher, "dino.teacher"), rows * columns)
@@ -161,9 +161,9 @@ def projectors(recipe: Recipe, stage: Stage) -> float:
 def target(recipe: Recipe) -> int:
     """Width of the features that REPA's projectors aim at."""
     assert recipe.repa
-    if recipe.repa.teacher == repa.SELF:
+    if recipe.repa.network is None:
         return recipe.dit.width
-    return networks.named(recipe.repa.teacher, "repa.teacher").width
+    return networks.named(recipe.repa.network, "repa.teacher").width
 
 
 def elder(recipe: Recipe, n: int) -> float:

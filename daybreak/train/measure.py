@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from daybreak.config import Recipe
-from daybreak.data import batches, images, scenes
+from daybreak.data import batches, images
 from daybreak.train import log, stand_ins
 
 FIRST, STEPS = 4, 20  # steps that do not count: they compile; and steps that do
@@ -66,8 +66,8 @@ def steps(recipe: Recipe, count: int) -> tuple[Pace, ...]:
 
 def preparing(recipe: Recipe, side: int) -> float:
     """Seconds in which a core draws a scene of a batch, or decodes a JPEG of this size."""
-    if recipe.data.source == "scenes":
-        source = batches.Scenes(recipe.scenes or scenes.Config(), recipe.seed)
+    if recipe.drawn is not None:
+        source = batches.Scenes(recipe.drawn, recipe.seed)
         slots = source.plan(side, DRAWN, first=0)(0)
         return _fastest(lambda: source.samples(slots)) / DRAWN
     data = images.encode(noise(side, 0), "jpeg")
@@ -98,7 +98,7 @@ def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
         "parallel": recipe.parallel.model_copy(update={"dp_replicate": 1, "dp_shard": 0}),
         "sample": recipe.sample.model_copy(update={"every": never, "steps": 1, "prompts": ("",)}),
     }
-    if recipe.data.source != "scenes" and not all(Path(f).exists() for f, _ in recipe.data.folders):
+    if recipe.drawn is None and not all(folder.exists() for folder in recipe.data.paths):
         changes["data"] = recipe.data.model_copy(
             update={"source": str(_pretend(recipe, folder / "noise")), "caption_columns": ()}
         )

@@ -23,11 +23,9 @@ from PIL import Image
 from daybreak import config
 from daybreak.config import Recipe
 from daybreak.data.scenes import SPLITS
-from daybreak.data.scenes import Config as Scenes
 from daybreak.evaluate import chart, suite
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.generate import grid, sampler
-from daybreak.objective import repa
 from daybreak.train import arms as plan
 from daybreak.train import evaluations, runs
 from daybreak.train.compare import Comparison, Outcome, Row, Versus
@@ -187,7 +185,8 @@ def _of_runs(found: Comparison, row: Row) -> list[str]:
     machines = _distinct([one["machine"] for one in born])
     if len(machines) > 1:
         why.append("its runs are of several machines, or of several numbers of threads")
-    track = TRACKS.get((row.arm.recipe.scenes or Scenes()).canvas)
+    scenes = row.arm.recipe.drawn
+    track = TRACKS.get(scenes.canvas) if scenes else None
     for machine in machines:
         if track and not str(machine.get("device")).startswith(track.device):
             why.append(f"it ran on {machine.get('device')} and its track is for {track.device}")
@@ -199,9 +198,9 @@ def _of_runs(found: Comparison, row: Row) -> list[str]:
 def _of_recipe(found: Comparison, recipe: Recipe) -> list[str]:
     """Rules of task, target, sampling and knowledge."""
     metric, target = found.question.metric, found.question.target
-    scenes, how, asked = recipe.scenes or Scenes(), recipe.sample, recipe.evaluate
-    track = TRACKS.get(scenes.canvas)
-    if recipe.data.source != "scenes" or metric != "scenes.exact" or track is None:
+    scenes, how, asked = recipe.drawn, recipe.sample, recipe.evaluate
+    track = TRACKS.get(scenes.canvas) if scenes else None
+    if scenes is None or metric != "scenes.exact" or track is None:
         return [
             f"no track has this task: records are of scenes.exact on canvas {' or '.join(TRACKS)}"
         ]
@@ -212,11 +211,11 @@ def _of_recipe(found: Comparison, recipe: Recipe) -> list[str]:
         why.append("scenes.held_out is not at its default")
     if asked is None or asked.per_task != PROMPTS:
         why.append(f"its tasks do not have {PROMPTS} prompts each (--per-task)")
-    shift = recipe.flow.shift if how.shift is None else how.shift
+    shift = sampler.shift(how, recipe.flow)
     low, high = how.interval if how.guidance > 1 else (math.inf, math.inf)
     if sum(1 + (low <= t <= high) for t in sampler.times(how.steps, shift)[:-1]) > CALLS:
         why.append(f"a picture takes more than {CALLS} evaluations of the network")
-    taught = recipe.repa is not None and recipe.repa.teacher != repa.SELF
+    taught = recipe.repa is not None and recipe.repa.network is not None
     if taught or recipe.text.encoder or recipe.lpips or recipe.dino:
         why.append("it learns from a pretrained network")
     return why

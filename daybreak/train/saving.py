@@ -215,13 +215,8 @@ class Saver:
             return
         with self._writing(target, {}):
             for name, entry in files.items():
-                if (
-                    not (staged / name).is_file()
-                    or (staged / name).stat().st_size != entry["bytes"]
-                ):
-                    raise OSError(
-                        errno.ESTALE, f"the first rank does not see {name} as it was written"
-                    )
+                if wrong := disk.complaint(staged, name, entry, hashed=False):
+                    raise OSError(errno.ESTALE, f"to the first rank {wrong}")
             manifest = {"schema": SCHEMA, "step": step, "ranks": self.here.size, **self.facts}
             manifest |= {"files": files}
             manifest |= {"sha256": checkpoint.digest(manifest)}

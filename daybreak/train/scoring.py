@@ -45,7 +45,6 @@ from daybreak.evaluate.artist import Artist
 from daybreak.evaluate.suite import Progress, Result
 from daybreak.failure import BadRecipe
 from daybreak.model.text_to_image import TextToImage
-from daybreak.objective import repa
 from daybreak.train import accelerator, checkpoint, evaluations, parallel, runs
 from daybreak.train.checkpoint import Checkpoint
 from daybreak.train.parallel import World, together
@@ -244,7 +243,7 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
 
 def taught(recipe: config.Recipe) -> frozenset[str]:
     """Families of networks that a recipe trains with, and that must not judge its pictures."""
-    aligned = recipe.repa is not None and recipe.repa.teacher != repa.SELF
+    aligned = recipe.repa is not None and recipe.repa.network is not None
     return frozenset({"dino"} if aligned or recipe.dino is not None else ())
 
 
@@ -277,13 +276,13 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
                 f"there is no canvas {wanted.canvas!r}: there are {', '.join(CANVASES)}"
             )
         wanted_scenes = Scenes.model_validate({"canvas": wanted.canvas})
-    elif recipe is None or recipe.data.source != "scenes":
+    elif recipe is None or recipe.drawn is None:
         raise BadRecipe(
             "this model was not trained on scenes, so there is no exact score: take --suite "
             "validation, distribution or prompts, or give --canvas if it draws scenes all the same"
         )
     else:
-        wanted_scenes = recipe.scenes or Scenes()
+        wanted_scenes = recipe.drawn
     size = CANVASES[wanted_scenes.canvas].size
     if recipe is not None and size != model.artist.side:
         raise BadRecipe(
@@ -311,8 +310,8 @@ def _examples(model: Model, wanted: Wanted) -> examples.Examples:
     if wanted.data is not None:
         side, unit = model.artist.side, model.artist.unit
         return examples.of_dataset(wanted.data, side, unit, seed, wanted.number)
-    if recipe is not None and recipe.data.source == "scenes":
-        return examples.of_scenes(recipe.scenes or Scenes(), seed, wanted.number)
+    if recipe is not None and recipe.drawn is not None:
+        return examples.of_scenes(recipe.drawn, seed, wanted.number)
     raise BadRecipe(
         f"the suite {wanted.suite} needs pictures to compare with: give a prepared dataset, "
         "best one that was not trained on, with --data"

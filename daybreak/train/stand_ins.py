@@ -13,7 +13,7 @@ from torch import nn
 
 from daybreak.config import Recipe
 from daybreak.model import hub, text, toy_teachers
-from daybreak.objective import lpips, repa
+from daybreak.objective import lpips
 from daybreak.train import flops
 from daybreak.train.networks import NETWORKS, Network
 
@@ -48,8 +48,8 @@ def named(recipe: Recipe) -> Iterator[tuple[str, str]]:
     """Yield key and name of the transformers that a recipe asks."""
     if recipe.text.encoder is not None:
         yield "text.encoder", recipe.text.encoder
-    if recipe.repa is not None and recipe.repa.teacher != repa.SELF:
-        yield "repa.teacher", recipe.repa.teacher
+    if recipe.repa is not None and recipe.repa.network is not None:
+        yield "repa.teacher", recipe.repa.network
     if recipe.dino is not None:
         yield "dino.teacher", recipe.dino.teacher
 
