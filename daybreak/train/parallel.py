@@ -21,13 +21,8 @@ Source   FSDP2: docs.pytorch.org, torch.distributed.fsdp.fully_shard; HSDP: arXi
 
 import math
 import os
-import socket
-import sys
-import threading
-import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from concurrent.futures import Future
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -40,20 +35,17 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, though 
     HashStore,
     PrefixStore,
     Store,
-    TCPStore,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from daybreak.failure import BadRecipe, Failure, LostPeer
-from daybreak.train import accelerator
+from daybreak.train import accelerator, rendezvous
 
 # Sharded tensors take a second to import, and a recipe names only Config: they are imported where
 # they are used.
 
 COLLECTIVE = timedelta(hours=1)  # the watchdog (train/watchdog) speaks long before
-GOODBYE = timedelta(seconds=20)
-ROLL_CALL = 3.0  # seconds in which who is still there says so
 Found = TypeVar("Found")
 
 
@@ -112,13 +104,13 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
         try:
             yield World(0, 1, device, None, HashStore())
         except torch.AcceleratorError as error:
-            if not _is_broken(error):
+            if not rendezvous.is_broken(error):
                 raise
-            raise _broken(device, 0, error) from error
+            raise rendezvous.broken(device, 0, error) from error
         return
 
     rank = int(os.environ["RANK"])
-    store = _meet(rank, size, config.start_timeout)
+    store = rendezvous.meet(rank, size, config.start_timeout)
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
@@ -136,20 +128,21 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
         group = dist.new_group(backend="gloo", timeout=COLLECTIVE)
         yield World(rank, size, device, mesh["dp_shard"] if one_axis else mesh, store, group)
     except Exception as error:
-        if _is_broken(error):
-            broken = _broken(device, rank, error)
-            _leave_note(store, rank, broken)
+        if rendezvous.is_broken(error):
+            broken = rendezvous.broken(device, rank, error)
+            rendezvous.leave_note(store, rank, broken)
             raise broken from error
-        if not _is_loss(error):
-            _leave_note(store, rank, error)
+        if not rendezvous.is_loss(error):
+            rendezvous.leave_note(store, rank, error)
             raise
-        known = note(store)
-        gone = [] if known else _absent(store, rank, size)
+        known = rendezvous.note(store)
+        gone = [] if known else rendezvous.absent(store, rank, size)
         silent = f"{', '.join(f'rank {number}' for number in gone)} does not answer" if gone else ""
         raise LostPeer(
-            lost(rank, known or silent or str(error).splitlines()[0]), gone[0] if gone else None
+            rendezvous.lost(rank, known or silent or str(error).splitlines()[0]),
+            gone[0] if gone else None,
         ) from error
-    _farewell(store, rank, size)
+    rendezvous.farewell(store, rank, size)
     dist.destroy_process_group()  # only where nobody is lost: it may wait for them
 
 
@@ -288,50 +281,6 @@ def together(here: World, work: Callable[[], Found]) -> list[Found]:
     return [found for found, _ in rows]
 
 
-def fulfil(pending: Future[Found], work: Callable[[], Found]) -> None:
-    """Do some work and keep what comes of it, also where that is no Exception."""
-    try:
-        found = work()
-    except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it again
-        pending.set_exception(error)
-    else:
-        pending.set_result(found)
-
-
-def answer(here: World) -> None:
-    """Say that this rank is there, if somebody asks; for a thread that is never in a collective."""
-    with suppress(dist.DistError):
-        if here.store.check(["who is there?"]):
-            here.store.set(f"rank {here.rank} is there", "")
-
-
-def note(store: Store) -> str:
-    """Return what the first rank that failed has left, if one has and could."""
-    with suppress(dist.DistError):
-        if store.check(["note"]):
-            return store.get("note").decode()
-    return ""
-
-
-def lost(rank: int, why: str) -> str:
-    """The sentence of a rank that cannot go on without the others."""
-    again = "the same command continues from the last checkpoint"
-    return f"rank {rank} lost the others ({why}): {again}"
-
-
-def _absent(store: Store, rank: int, size: int) -> list[int]:
-    """Return the ranks that do not answer; none where nobody keeps notes any more."""
-    until, gone = time.monotonic() + ROLL_CALL, list[int]()
-    with suppress(dist.DistError):
-        store.set("who is there?", "")
-        store.set(f"rank {rank} is there", "")
-        while gone := [n for n in range(size) if not store.check([f"rank {n} is there"])]:
-            if time.monotonic() > until:
-                return gone
-            time.sleep(0.1)
-    return []
-
-
 def _shards(config: Config, size: int, batches: Sequence[int]) -> int:
     """Return the ranks that share one copy of the weights. Errors: BadRecipe."""
     replicate, shards = config.dp_replicate, config.dp_shard or size // config.dp_replicate
@@ -360,109 +309,3 @@ def _device() -> torch.device:
             f"--nproc-per-node {there}"
         )
     return accelerator.choose(number)
-
-
-def _meet(rank: int, size: int, seconds: float) -> Store:
-    """Find the other ranks at MASTER_ADDR:MASTER_PORT; torchrun may have opened it for them.
-
-    Errors  LostPeer, after `seconds` at most, with the ranks that have not come.
-    """
-    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "0"))
-    until = time.monotonic() + seconds
-    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # one machine: nobody else need hear
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
-    names = [f"rank {number}" for number in range(size)]
-    store: Store | None = None
-    try:
-        if not opens:
-            _knock(host, port, until)
-        base = _connected(host, port, size, opens, until)
-        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
-        store = PrefixStore(f"daybreak/{attempt}", base)
-        store.set(names[rank], socket.gethostname())
-        store.wait(names, timedelta(seconds=max(0.1, until - time.monotonic())))
-    except (OSError, dist.DistError) as error:
-        missing = _missing(store, names) if store else []
-        raise LostPeer(
-            f"{', '.join(missing)} of {size} did not come within {seconds:.0f} s: see why in their "
-            "logs, and start all of them again"
-            if missing
-            else f"{names[rank]} cannot meet the others at {host}:{port} "
-            f"({str(error).splitlines()[0]}): check MASTER_ADDR and MASTER_PORT"
-        ) from error
-    return store
-
-
-def _knock(host: str, port: int, until: float) -> None:
-    """Wait until somebody listens there. Errors: OSError when it is too late."""
-    while True:
-        try:
-            socket.create_connection((host, port), timeout=1).close()
-            return
-        except OSError:
-            if time.monotonic() > until:
-                raise
-            time.sleep(0.1)
-
-
-def _connected(host: str, port: int, size: int, opens: bool, until: float) -> Store:
-    """Open the store there, or connect to it. Errors: OSError or DistError.
-
-    In a thread, for torch waits for ever where somebody listens who is no store.
-    """
-    found: Future[Store] = Future()
-    left = max(0.1, until - time.monotonic())
-    wait = timedelta(seconds=left)
-
-    def connect() -> Store:
-        return TCPStore(host, port, size, opens, wait, wait_for_workers=False)
-
-    threading.Thread(target=fulfil, args=(found, connect), name="meet", daemon=True).start()
-    try:
-        return found.result(left)
-    except TimeoutError as error:
-        raise TimeoutError("whoever listens there does not answer") from error
-
-
-def _missing(store: Store, names: Sequence[str]) -> list[str]:
-    with suppress(dist.DistError):
-        return [name for name in names if not store.check([name])]
-    return []
-
-
-def _farewell(store: Store, rank: int, size: int) -> None:
-    """Wait until all are done, so that nobody hangs up on a rank that still listens."""
-    with suppress(dist.DistError):
-        store.set(f"rank {rank} is done", "")
-        store.wait([f"rank {number} is done" for number in range(size)], GOODBYE)
-
-
-def _is_broken(error: Exception) -> bool:
-    """Whether this rank's device is to blame (ECC, Xid, NVLink), not code, memory or its age."""
-    others = ("device-side assert triggered", "out of memory", "no kernel image")
-    return isinstance(error, torch.AcceleratorError) and not any(
-        other in str(error) for other in others
-    )
-
-
-def _broken(device: torch.device, rank: int, error: Exception) -> LostPeer:
-    return LostPeer(
-        f"{device} on {socket.gethostname()} failed ({str(error).splitlines()[0]}): the same "
-        "command continues from the last checkpoint; if it fails again, without it",
-        rank,
-    )
-
-
-def _is_loss(error: Exception) -> bool:
-    """Whether another rank is to blame. gloo has no error class; its messages name its source."""
-    signs = ("gloo/transport", "caused pair closure", "NCCL")
-    return isinstance(error, dist.DistError) or (
-        type(error) is RuntimeError and any(sign in str(error) for sign in signs)
-    )
-
-
-def _leave_note(store: Store, rank: int, error: Exception) -> None:
-    """Tell the others why this rank goes; the first note is the cause."""
-    with suppress(dist.DistError):
-        store.compare_set("note", "", f"rank {rank}: {error}"[:500])

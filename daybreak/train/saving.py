@@ -39,7 +39,8 @@ from daybreak.failure import BadStorage, NotFinite
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import checkpoint, runs
 from daybreak.train.checkpoint import SCHEMA, State
-from daybreak.train.parallel import World, fulfil, together
+from daybreak.train.parallel import World, together
+from daybreak.train.rendezvous import fulfil
 
 PAUSES = (0.5, 2.0)  # seconds before what failed is tried again
 FAILURES = 3  # saves in a row

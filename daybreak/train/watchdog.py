@@ -30,7 +30,7 @@ from typing import NoReturn, Self, TextIO
 import torch.distributed as dist
 
 from daybreak.failure import LostPeer
-from daybreak.train import parallel
+from daybreak.train import rendezvous
 from daybreak.train.parallel import World
 
 FIRST = 5  # times the limit for what happens seldom: compilation, first pictures
@@ -123,13 +123,13 @@ class Watchdog:
     def _watch(self) -> None:
         note, heard = "", 0.0
         while not self.done.wait(min(1.0, self.limit / 10)):
-            parallel.answer(self.here._replace(store=self.store))
+            rendezvous.answer(self.store, self.here.rank)
             self._say_compiling()
             now = time.monotonic()
-            if not note and (note := parallel.note(self.store)):
+            if not note and (note := rendezvous.note(self.store)):
                 heard = now
             if note and now - max(heard, self.last) > HEARD:
-                self._leave(parallel.lost(self.here.rank, note))
+                self._leave(rendezvous.lost(self.here.rank, note))
             waited = now - self.last
             if waited > self.allowed and not (
                 waited <= FIRST * self.limit and self._somebody_compiles()

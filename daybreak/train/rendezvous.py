@@ -1,0 +1,184 @@
+"""How ranks find one another, miss one another, and say why they leave.
+
+    store = meet(rank, size, seconds)       at MASTER_ADDR:MASTER_PORT, or who has not come in time
+    leave_note(store, rank, error)          the first is the cause, for everybody to repeat
+    farewell(store, rank, size)             nobody hangs up on a rank that still listens
+
+Notes lie in a key-value store beside the collectives: who is lost in one can still read and write.
+"""
+
+import os
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from contextlib import suppress
+from datetime import timedelta
+from typing import TypeVar
+
+import torch
+import torch.distributed as dist
+from torch.distributed import (  # type: ignore[attr-defined]  # public, though not declared so
+    PrefixStore,
+    Store,
+    TCPStore,
+)
+
+from daybreak.failure import LostPeer
+
+GOODBYE = timedelta(seconds=20)
+ROLL_CALL = 3.0  # seconds in which who is still there says so
+Found = TypeVar("Found")
+
+
+def meet(rank: int, size: int, seconds: float) -> Store:
+    """Find the other ranks at MASTER_ADDR:MASTER_PORT; torchrun may have opened it for them.
+
+    Errors  LostPeer, after `seconds` at most, with the ranks that have not come.
+    """
+    host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "0"))
+    until = time.monotonic() + seconds
+    opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # one machine: nobody else need hear
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
+    names = [f"rank {number}" for number in range(size)]
+    store: Store | None = None
+    try:
+        if not opens:
+            _knock(host, port, until)
+        base = _connected(host, port, size, opens, until)
+        attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
+        store = PrefixStore(f"daybreak/{attempt}", base)
+        store.set(names[rank], socket.gethostname())
+        store.wait(names, timedelta(seconds=max(0.1, until - time.monotonic())))
+    except (OSError, dist.DistError) as error:
+        missing = _missing(store, names) if store else []
+        raise LostPeer(
+            f"{', '.join(missing)} of {size} did not come within {seconds:.0f} s: see why in their "
+            "logs, and start all of them again"
+            if missing
+            else f"{names[rank]} cannot meet the others at {host}:{port} "
+            f"({str(error).splitlines()[0]}): check MASTER_ADDR and MASTER_PORT"
+        ) from error
+    return store
+
+
+def _knock(host: str, port: int, until: float) -> None:
+    """Wait until somebody listens there. Errors: OSError when it is too late."""
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=1).close()
+            return
+        except OSError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.1)
+
+
+def _connected(host: str, port: int, size: int, opens: bool, until: float) -> Store:
+    """Open the store there, or connect to it. Errors: OSError or DistError.
+
+    In a thread, for torch waits for ever where somebody listens who is no store.
+    """
+    found: Future[Store] = Future()
+    left = max(0.1, until - time.monotonic())
+    wait = timedelta(seconds=left)
+
+    def connect() -> Store:
+        return TCPStore(host, port, size, opens, wait, wait_for_workers=False)
+
+    threading.Thread(target=fulfil, args=(found, connect), name="meet", daemon=True).start()
+    try:
+        return found.result(left)
+    except TimeoutError as error:
+        raise TimeoutError("whoever listens there does not answer") from error
+
+
+def _missing(store: Store, names: Sequence[str]) -> list[str]:
+    with suppress(dist.DistError):
+        return [name for name in names if not store.check([name])]
+    return []
+
+
+def farewell(store: Store, rank: int, size: int) -> None:
+    """Wait until all are done, so that nobody hangs up on a rank that still listens."""
+    with suppress(dist.DistError):
+        store.set(f"rank {rank} is done", "")
+        store.wait([f"rank {number} is done" for number in range(size)], GOODBYE)
+
+
+def is_broken(error: Exception) -> bool:
+    """Whether this rank's device is to blame (ECC, Xid, NVLink), not code, memory or its age."""
+    others = ("device-side assert triggered", "out of memory", "no kernel image")
+    return isinstance(error, torch.AcceleratorError) and not any(
+        other in str(error) for other in others
+    )
+
+
+def broken(device: torch.device, rank: int, error: Exception) -> LostPeer:
+    """What this rank says of its device, and leaves as its note."""
+    return LostPeer(
+        f"{device} on {socket.gethostname()} failed ({str(error).splitlines()[0]}): the same "
+        "command continues from the last checkpoint; if it fails again, without it",
+        rank,
+    )
+
+
+def is_loss(error: Exception) -> bool:
+    """Whether another rank is to blame. gloo has no error class; its messages name its source."""
+    signs = ("gloo/transport", "caused pair closure", "NCCL")
+    return isinstance(error, dist.DistError) or (
+        type(error) is RuntimeError and any(sign in str(error) for sign in signs)
+    )
+
+
+def leave_note(store: Store, rank: int, error: Exception) -> None:
+    """Tell the others why this rank goes; the first note is the cause."""
+    with suppress(dist.DistError):
+        store.compare_set("note", "", f"rank {rank}: {error}"[:500])
+
+
+def answer(store: Store, rank: int) -> None:
+    """Say that this rank is there, if somebody asks; for a thread that is never in a collective."""
+    with suppress(dist.DistError):
+        if store.check(["who is there?"]):
+            store.set(f"rank {rank} is there", "")
+
+
+def note(store: Store) -> str:
+    """Return what the first rank that failed has left, if one has and could."""
+    with suppress(dist.DistError):
+        if store.check(["note"]):
+            return store.get("note").decode()
+    return ""
+
+
+def lost(rank: int, why: str) -> str:
+    """The sentence of a rank that cannot go on without the others."""
+    again = "the same command continues from the last checkpoint"
+    return f"rank {rank} lost the others ({why}): {again}"
+
+
+def absent(store: Store, rank: int, size: int) -> list[int]:
+    """Return the ranks that do not answer; none where nobody keeps notes any more."""
+    until, gone = time.monotonic() + ROLL_CALL, list[int]()
+    with suppress(dist.DistError):
+        store.set("who is there?", "")
+        store.set(f"rank {rank} is there", "")
+        while gone := [n for n in range(size) if not store.check([f"rank {n} is there"])]:
+            if time.monotonic() > until:
+                return gone
+            time.sleep(0.1)
+    return []
+
+
+def fulfil(pending: Future[Found], work: Callable[[], Found]) -> None:
+    """Do some work and keep what comes of it, also where that is no Exception."""
+    try:
+        found = work()
+    except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it again
+        pending.set_exception(error)
+    else:
+        pending.set_result(found)
