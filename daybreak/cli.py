@@ -612,6 +612,7 @@ def plan(
 
     from daybreak import config
     from daybreak.train import budget as paper
+    from daybreak.train import fitting
     from daybreak.train import plan as view
 
     if share is not None and measure:
@@ -624,9 +625,9 @@ def plan(
     wanted = config.load(recipe, tuple(sets), tuple(without or ()))
     given = paper.granted(wanted) if budget is None else (paper.parse(budget),)
     cluster = paper.cluster(wanted, gpus)
-    wanted = paper.fitted(wanted, cluster) if fit else wanted
+    wanted = fitting.fitted(wanted, cluster) if fit else wanted
     if measure:  # not before it is known to fit
-        paper.check_memory(wanted, paper.plan(wanted, cluster, price, cached=cached_text))
+        fitting.check_memory(wanted, paper.plan(wanted, cluster, price, cached=cached_text))
     made = paper.plan(wanted, cluster, price, share, measure, cached_text)
     times = min((paper.bought(made, one) for one in given), default=None)
     if json:
@@ -634,7 +635,7 @@ def plan(
     else:
         for table in view.tables(wanted, made, times):
             Console().print(table)
-    paper.check_memory(wanted, made)
+    fitting.check_memory(wanted, made)
     if fit:
         wanted = wanted if times is None else paper.shortened(wanted, times)
         try:

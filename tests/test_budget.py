@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from daybreak import cli, config
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.model import text, text_cache
-from daybreak.train import budget, flops, hardware, measure, memory, plan
+from daybreak.train import budget, fitting, flops, hardware, measure, memory, plan
 from daybreak.train.budget import Budget
 from daybreak.train.hardware import Cluster
 from daybreak.train.memory import Mesh
@@ -270,13 +270,13 @@ def test_what_is_said_to_fit_fits(published: config.Recipe, device: hardware.Dev
     """Where a plan is refused, the change it names is accepted."""
     cluster = Cluster(32, device)
     try:
-        budget.check_memory(published, budget.plan(published, cluster))
+        fitting.check_memory(published, budget.plan(published, cluster))
     except BadRecipe as refused:
         other, micro = re.search(r"(?:32 x (.+) with )?--set micro=(\d+)", str(refused)).groups()  # type: ignore[union-attr]
         smaller = config.parse(PUBLISHED | {"micro": int(micro)}, "smaller")
         cluster = Cluster(32, hardware.DEVICES[other]) if other else cluster
         made = budget.plan(smaller, cluster)
-        budget.check_memory(smaller, made)
+        fitting.check_memory(smaller, made)
         assert other or int(micro) < 32
     else:
         assert device.memory > 30e9
@@ -287,7 +287,7 @@ def test_where_no_pass_is_small_enough_that_is_said() -> None:
     recipe = config.parse(PUBLISHED | huge, "huge")
     made = budget.plan(recipe, Cluster(32, hardware.DEVICES["RTX 4090"]))
     with pytest.raises(BadRecipe, match=r"no pass is small enough on 32 x RTX 4090") as said:
-        budget.check_memory(recipe, made)
+        fitting.check_memory(recipe, made)
     values = dict(re.findall(r"--set (\S+)=(\S+)", str(said.value)))
     heads = int(values["dit.heads"])
     for more, fits in ((0, True), (1, False)):
@@ -304,17 +304,17 @@ def test_where_no_device_is_large_enough_more_of_them_are_named() -> None:
     recipe = config.parse(PUBLISHED | large | {"parallel": {}}, "large")
     few = Cluster(1, hardware.DEVICES["B200"])
     with pytest.raises(BadRecipe, match=r"\d x B200 with .*--set micro=\d+ would fit") as said:
-        budget.check_memory(recipe, budget.plan(recipe, few))
+        fitting.check_memory(recipe, budget.plan(recipe, few))
     more = Cluster(int(str(said.value).partition(" x B200 with")[0].split()[-1]), few.device)
-    fitted = budget.fitted(recipe, more)
-    budget.check_memory(fitted, budget.plan(fitted, more))
+    fitted = fitting.fitted(recipe, more)
+    fitting.check_memory(fitted, budget.plan(fitted, more))
 
 
 @pytest.mark.parametrize(
     ("name", "number"), [("quickstart", 1), ("emoji", 1), ("prx_1gpu", 1), ("prx_24h", 64)]
 )
 def test_a_fitted_recipe_can_be_loaded(tmp_path: Path, name: str, number: int) -> None:
-    fitted = budget.fitted(config.load(name), Cluster(number, H200))
+    fitted = fitting.fitted(config.load(name), Cluster(number, H200))
     (tmp_path / "fitted.toml").write_text(config.dump(fitted))
     assert config.load(tmp_path / "fitted.toml") == fitted
 
@@ -322,7 +322,7 @@ def test_a_fitted_recipe_can_be_loaded(tmp_path: Path, name: str, number: int) -
 def test_a_fitted_recipe_whose_pictures_come_in_pairs_can_be_loaded(tmp_path: Path) -> None:
     recipe = config.parse(PUBLISHED | {"contrastive": {}, "micro": 0}, "pairs")
     tight = Cluster(256, hardware.DEVICES["RTX 4090"])
-    (tmp_path / "fitted.toml").write_text(config.dump(budget.fitted(recipe, tight)))
+    (tmp_path / "fitted.toml").write_text(config.dump(fitting.fitted(recipe, tight)))
     assert config.load(tmp_path / "fitted.toml").micro % 2 == 0
     with pytest.raises(BadRecipe, match=r"in pairs, .* set a batch that 1024 divides"):
         budget.plan(recipe, Cluster(512, H200))
@@ -355,18 +355,18 @@ def test_a_run_counts_as_many_flops_as_its_plan(published: config.Recipe) -> Non
 
 def test_a_fitted_recipe_takes_the_largest_passes_that_fit(published: config.Recipe) -> None:
     cluster = Cluster(32, hardware.DEVICES["RTX 4090"])
-    fitted = budget.fitted(published, cluster)
-    budget.check_memory(fitted, budget.plan(fitted, cluster))
+    fitted = fitting.fitted(published, cluster)
+    fitting.check_memory(fitted, budget.plan(fitted, cluster))
     larger = fitted.model_copy(update={"micro": 2 * fitted.micro})
     with pytest.raises(BadRecipe):
-        budget.check_memory(larger, budget.plan(larger, cluster))
+        fitting.check_memory(larger, budget.plan(larger, cluster))
 
 
 def test_a_stage_of_few_pictures_does_not_make_the_passes_of_the_others_small() -> None:
     recipe = config.load("prx_24h")
     cluster = Cluster(32, H200)
     assert [stage.batch // cluster.number for stage in recipe.stage] == [32, 16]
-    assert budget.fitted(recipe, cluster).micro == 32
+    assert fitting.fitted(recipe, cluster).micro == 32
 
 
 def test_where_blocks_fit_only_if_recomputed_that_is_said_and_fitted(tmp_path: Path) -> None:
@@ -383,14 +383,14 @@ def test_where_blocks_fit_only_if_recomputed_that_is_said_and_fitted(tmp_path: P
     between = Cluster(32, H200._replace(memory=sum(needs) / 2 / budget.FILL))
 
     with pytest.raises(BadRecipe, match=r"--set parallel\.recompute=true --set micro=\d+ would"):
-        budget.check_memory(plain, budget.plan(plain, between))
-    fitted = budget.fitted(plain, between)
-    budget.check_memory(fitted, budget.plan(fitted, between))
+        fitting.check_memory(plain, budget.plan(plain, between))
+    fitted = fitting.fitted(plain, between)
+    fitting.check_memory(fitted, budget.plan(fitted, between))
     (tmp_path / "fitted.toml").write_text(config.dump(fitted))
     loaded = config.load(tmp_path / "fitted.toml")
     assert loaded == fitted
     assert loaded.parallel.recompute
-    assert not budget.fitted(plain, Cluster(32, H200)).parallel.recompute
+    assert not fitting.fitted(plain, Cluster(32, H200)).parallel.recompute
 
 
 def test_a_plan_has_the_mesh_that_the_run_would_have(published: config.Recipe) -> None:
@@ -403,7 +403,9 @@ def test_a_plan_has_the_mesh_that_the_run_would_have(published: config.Recipe) -
 def test_a_mesh_that_cannot_be_is_refused_and_fitted(published: config.Recipe) -> None:
     with pytest.raises(BadRecipe, match=r"--set parallel\.dp_replicate=1 "):
         budget.plan(published, Cluster(2, H200))
-    assert budget.plan(budget.fitted(published, Cluster(2, H200)), Cluster(2, H200)).mesh.shard == 2
+    assert (
+        budget.plan(fitting.fitted(published, Cluster(2, H200)), Cluster(2, H200)).mesh.shard == 2
+    )
 
 
 def test_a_prepared_dataset_says_how_often_it_is_seen(
@@ -442,7 +444,7 @@ def test_real_steps_set_the_pace_of_a_plan(tiny: Path) -> None:
 def test_matrices_that_many_share_take_each_less_than_was_measured() -> None:
     """As on paper: prx_24h has 40.6 TFLOP of pictures and 29.1 of Muon, dealt out to eight."""
     recipe = config.load("prx_24h")
-    eight, alone = Cluster(32, H200), budget.spread(recipe, Cluster(1, H200))
+    eight, alone = Cluster(32, H200), fitting.spread(recipe, Cluster(1, H200))
     share = [stage.model_copy(update={"batch": stage.batch // 32}) for stage in recipe.stage]
     one = budget.plan(alone.model_copy(update={"stage": tuple(share)}), Cluster(1, H200))
     for row, stage in enumerate(budget.plan(recipe, eight).stages):
