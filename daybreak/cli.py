@@ -51,7 +51,9 @@ Run = Annotated[Path, typer.Argument(help="A run folder that `daybreak train` ha
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the recipe's if left out.")]
 Set = Annotated[
     list[str] | None,
-    typer.Option("--set", help="Change how it is sampled: --set sample.guide=self"),
+    typer.Option(
+        "--set", metavar="KEY=VALUE", help="Change how it is sampled: --set sample.guide=self"
+    ),
 ]
 Best = Annotated[
     bool, typer.Option("--best", help="The best checkpoint that was kept, not the newest.")
@@ -231,10 +233,12 @@ def train(
         str | None, typer.Option(help="Folder of captioned pictures, instead of the recipe's.")
     ] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a value: --set stage.0.steps=500")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value: --set stage.0.steps=500"),
     ] = None,
     without: Annotated[
-        list[str] | None, typer.Option("--without", help="Leave a section out: --without muon")
+        list[str] | None,
+        typer.Option("--without", metavar="SECTION", help="Leave a section out: --without muon"),
     ] = None,
     budget: Annotated[
         str | None, typer.Option(help="End in time: 90s, 24h, 4e20flop. Counts over restarts.")
@@ -242,11 +246,20 @@ def train(
     changed: Annotated[
         bool, typer.Option("--changed", help="Continue although recipe or data have changed.")
     ] = False,
+    trace: Annotated[
+        str | None,
+        typer.Option(
+            metavar="STEP:COUNT",
+            help="Write RUN/trace-STEP.json.gz: steps as a profiler sees them.",
+        ),
+    ] = None,
 ) -> None:
     """Train a recipe; the same command again continues where it stopped."""
     from daybreak import config
     from daybreak.train import ledger, loop
+    from daybreak.train import trace as tracing
 
+    wanted = tracing.parse(trace) if trace else None
     given = {"out": out, "data.source": data}
     sets = [f"{key}={config.quoted(str(value))}" for key, value in given.items() if value]
     if budget is not None:
@@ -260,7 +273,7 @@ def train(
             )
         sets.append(f"budget.{asked.kind}={asked.amount}")
     loaded = config.load(recipe, (*(set_ or ()), *sets), tuple(without or ()))
-    outcome = loop.train(loaded, changed=changed, gone=ledger.age())
+    outcome = loop.train(loaded, changed=changed, gone=ledger.age(), trace=wanted)
     if outcome.code == 0 and os.environ.get("RANK", "0") == "0":
         print(f'now: daybreak sample "a prompt" --run {loaded.out}')
     raise typer.Exit(outcome.code)
@@ -440,10 +453,12 @@ def compare(
     ] = None,
     features: Annotated[str | None, typer.Option(help="Network of the distribution.")] = None,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="An arm: --set dit.depth=8")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="An arm: --set dit.depth=8"),
     ] = None,
     without: Annotated[
-        list[str] | None, typer.Option("--without", help="An arm: --without tread")
+        list[str] | None,
+        typer.Option("--without", metavar="SECTION", help="An arm: --without tread"),
     ] = None,
     out: Annotated[Path, typer.Option(help="Folder of all runs; finished ones are used.")] = Path(
         "runs/compare"
@@ -599,10 +614,12 @@ def plan(
     ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
     set_: Annotated[
-        list[str] | None, typer.Option("--set", help="Change a value: --set micro=8")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Change a value: --set micro=8"),
     ] = None,
     without: Annotated[
-        list[str] | None, typer.Option("--without", help="Leave a section out: --without repa")
+        list[str] | None,
+        typer.Option("--without", metavar="SECTION", help="Leave a section out: --without repa"),
     ] = None,
 ) -> None:
     """Say what a run takes before its first step: hours, dollars, memory."""

@@ -45,6 +45,7 @@ from daybreak.train.saving import Saver
 from daybreak.train.status import Status
 from daybreak.train.step import SAVE, Run, compare, note, take
 from daybreak.train.stop import PREEMPTED, BrokenOff, Stop
+from daybreak.train.trace import Trace, traced
 from daybreak.train.watchdog import Watchdog
 
 FORECAST = 10  # steps after which it is said how far a budget will reach
@@ -64,12 +65,13 @@ def train(
     changed: bool = False,
     gone: float = 0.0,
     trial: bool = False,
+    trace: Trace | None = None,
 ) -> Outcome:
     """Train a recipe in its run folder, from the newest good checkpoint there or from nothing.
 
     `changed` allows a run to go on with another recipe or other data than it was begun with. A
     budget of time pays for the seconds that are `gone` for it already, as for starting a process. A
-    `trial` leaves no checkpoint.
+    `trial` leaves no checkpoint. Steps of `trace` are traced.
 
     Errors  BadRecipe, BadData and BadStorage before anything is written; NotFinite, BadStorage and
             LostPeer during the run, whose checkpoints stay.
@@ -99,7 +101,8 @@ def train(
         for change in changes:
             tell(f"goes on changed: {change}")
         return _train(
-            recipe, folder, source, here, found, status, stop, tell, began, clock, changes, trial
+            *(recipe, folder, source, here, found, status, stop, tell, began, clock, changes),
+            *(trial, trace),
         )
 
 
@@ -116,6 +119,7 @@ def _train(
     clock: Callable[[], float],
     changes: list[str],
     trial: bool,
+    trace: Trace | None,
 ) -> Outcome:
     """Build everything, put it back as it was, and take the steps that are left."""
     dtype, start = runs.precision(recipe), found.step if found else 0
@@ -173,7 +177,7 @@ def _train(
             watchdog=watchdog,
             trial=trial,
         )
-        outcome = _steps(run, start, began)
+        outcome = _steps(run, start, began, trace)
     if not outcome.code and outcome.step == recipe.steps:
         tell(
             f"trained steps {start + 1:,} to {outcome.step:,} in {time.monotonic() - began:.0f} s: "
@@ -269,7 +273,7 @@ def _open(
     evaluations.cut(folder, start)
 
 
-def _steps(run: Run, start: int, began: float) -> Outcome:
+def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
     """Take the steps that are left, with what lies between them."""
     recipe, here, log, stop = run.recipe, run.here, run.log, run.stop
     late = parallel.together(here, lambda: evaluations.missing(recipe, run.folder, start))[0]
@@ -282,7 +286,10 @@ def _steps(run: Run, start: int, began: float) -> Outcome:
         return _leave(run, done, code, "stopped before the first step")
     if over and start < recipe.steps:
         return _spent(run, start)
-    for number, now, batch in _batches(run, start):
+    steps = _batches(run, start)
+    if trace and here.first:
+        steps = traced(steps, trace, run.folder, start, log.note)
+    for number, now, batch in steps:
         stage, done = recipe.stage[number], done + 1
         if now == 1:
             run.guard.new_stage()
