@@ -169,6 +169,12 @@ def prepare(
         int | None,
         typer.Option(min=1, help="text.max_tokens of the runs, for --cache-text. \\[default: 32]"),
     ] = None,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N", help="Only this share of the captions, for --cache-text on N devices."
+        ),
+    ] = None,
     precision: Annotated[
         Literal["auto", "bfloat16", "float32"],
         typer.Option(help="precision of the runs, for --cache-text."),
@@ -215,7 +221,7 @@ def prepare(
         print(*work.summary(out, manifest), f"now: daybreak inspect {out}", sep="\n")
     datasets = [out] if out else [Path(name) for name in source or ()]
     if cache_text:
-        _cache_text(datasets, cache_text, max_tokens, precision)
+        _cache_text(datasets, cache_text, max_tokens, precision, part)
     for dataset in datasets if verify else ():
         count = work.verify(dataset, _counter("bytes checked"))
         if (dataset / "text").is_dir():
@@ -530,7 +536,7 @@ def export(
 
     from daybreak import config
     from daybreak.generate import pipeline
-    from daybreak.train import evaluations, runs, scoring
+    from daybreak.train import evaluations, runs
 
     chosen = evaluations.best(run) if best else None
     recipe, found, model = runs.trained(run, torch.float32, chosen)
@@ -543,7 +549,7 @@ def export(
     )
     prompts = recipe.sample.prompts or ("",)
     data = ", ".join(folder for folder, _ in recipe.data.folders)
-    taught = tuple(sorted(scoring.taught(recipe)))
+    taught = tuple(sorted(recipe.taught))
     card = pipeline.Card(run.name, prompts[0], data, facts, config.dump(recipe), taught)
     side = recipe.stage[-1].resolution
     place = out or run / "pipeline"
@@ -704,11 +710,22 @@ def _show(tables: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> No
         Console().print(rows)
 
 
-def _cache_text(datasets: list[Path], encoder: str, max_tokens: int | None, precision: str) -> None:
+def _cache_text(
+    datasets: list[Path],
+    encoder: str,
+    max_tokens: int | None,
+    precision: str,
+    share: str | None,
+) -> None:
     """Encode the captions of datasets, and say where that is."""
     from daybreak import config
-    from daybreak.model import text
+    from daybreak.model import text, text_cache
     from daybreak.train import encoded
+
+    number, of = (share or "1/1").split("/") if (share or "1/1").count("/") == 1 else ("", "")
+    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
+        raise BadRecipe(f"--part {share}: write I/N, from 1/8 to 8/8 on eight devices")
+    part = text_cache.Part(int(number), int(of))
 
     settings = text.Config(encoder=encoder)
     if encoder.endswith(".toml"):
@@ -723,7 +740,7 @@ def _cache_text(datasets: list[Path], encoder: str, max_tokens: int | None, prec
             raise BadRecipe(f"--max-tokens {max_tokens} is not a multiple of {text.LENGTH_STEP}")
         settings = text.Config(encoder=encoder, max_tokens=max_tokens)
     for dataset in datasets:
-        print(f"text: {encoded.fill(dataset, settings, precision, _counter('captions'))}")
+        print(f"text: {encoded.fill(dataset, settings, precision, _counter('captions'), part)}")
 
 
 def _file_name(prompt: str) -> str:

@@ -229,6 +229,12 @@ class Recipe(BaseModel):
         return (self.scenes or Scenes()) if self.data.source == "scenes" else None
 
     @property
+    def taught(self) -> frozenset[str]:
+        """Families of networks that a run learns from, and that must not judge its pictures."""
+        aligned = self.repa is not None and self.repa.network is not None
+        return frozenset({"dino"} if aligned or self.dino is not None else ())
+
+    @property
     def steps(self) -> int:
         """Steps of all stages."""
         return sum(stage.count for stage in self.stage)

@@ -43,6 +43,14 @@ def test_changes_of_several_recipes_are_refused(tiny: Path) -> None:
         arms.named([str(tiny), str(tiny)], ("dit.width=64",), ())
 
 
+def test_a_network_that_is_not_there_is_named_before_anything_is_trained(
+    tiny: Path, tmp_path: Path
+) -> None:
+    lost = config.load(tiny, ('text.encoder="/nowhere/encoder"',))
+    with pytest.raises(BadRecipe, match=r"b: text\.encoder = '/nowhere/encoder' is not there"):
+        arms.arms([("a", config.load(tiny)), ("b", lost)], None, WATCHED, 1, tmp_path)
+
+
 def test_a_recipe_against_itself_gets_other_seeds(tiny: Path, tmp_path: Path) -> None:
     loaded = arms.named([str(tiny)] * 3, (), ())
     assert [name for name, _ in loaded] == ["tiny", "tiny 2", "tiny 3"]

@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from daybreak import config
 from daybreak.data import disk
@@ -433,3 +435,48 @@ def test_failures_that_are_not_in_a_row_are_forgiven(
         saver.save(step + 2, parts.state, {})
         saver.finish()
         assert saver.newest == step + 2
+
+
+def test_an_error_of_safetensors_is_known_by_the_number_in_its_words(tmp_path: Path) -> None:
+    with pytest.raises(SafetensorError) as caught:
+        save_file({"a": torch.zeros(1)}, tmp_path / "gone" / "a")
+    assert saving._reason(caught.value) == (errno.ENOENT, os.strerror(errno.ENOENT))
+    assert saving._reason(SafetensorError("a word")) == (0, "a word")
+
+
+@pytest.mark.parametrize(
+    "number",
+    [errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG],
+    ids=errno.errorcode.__getitem__,
+)
+def test_what_the_next_second_will_not_mend_is_not_tried_again(
+    run: Path, recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    parts = Parts(recipe)
+    saver = parts.saver(run)
+    told: list[str] = []
+    saver.tell = told.append
+    failing(monkeypatch, number, 1)  # a second try would succeed
+    saver.save(5, parts.state, {})
+    assert saver.newest is None
+    assert len(told) == 1
+    assert os.strerror(number) in told[0]
+    assert not checkpoint.found(run)
+
+
+def test_the_disk_holds_all_of_a_checkpoint_before_it_has_its_name_and_then_the_name(
+    run: Path, recipe: config.Recipe, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    staged, target = run / ".tmp-checkpoint-5", run / "checkpoint-5"
+    before, after = set[Path](), set[Path]()
+    real = disk.sync
+
+    def sync(path: Path) -> None:
+        (after if target.exists() else before).add(path)
+        real(path)
+
+    monkeypatch.setattr(disk, "sync", sync)
+    Parts(recipe).save(run, 5)
+    whole = {path.relative_to(target) for path in target.rglob("*")} | {Path()}
+    assert {staged / path for path in whole} <= before
+    assert run in after

@@ -16,7 +16,7 @@ from daybreak.config import Recipe
 from daybreak.evaluate import statistics
 from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe, BadStorage
-from daybreak.train import arms, compare, evaluations
+from daybreak.train import arms, compare, evaluations, record
 from daybreak.train.arms import Arm, Run
 from daybreak.train.compare import Comparison, Outcome, Question
 
@@ -153,6 +153,16 @@ def test_a_target_that_was_missed_is_censored(recipe: Recipe) -> None:
     assert base.meets > 0.05
 
 
+def test_a_target_that_is_met_at_once_or_never_makes_no_race(recipe: Recipe) -> None:
+    values = [[0.4, 0.5, 0.4, 0.5, 0.4], [0.8, 0.8, 0.7, 0.9, 0.8]]
+    for target, said in (
+        (0.95, "no run of arm 1 or arm 0 reached 0.95: there is no race"),
+        (0.0, "10 of 10 runs reached 0 by their first evaluation, so nobody knows when"),
+    ):
+        found = outcomes(recipe, values, Question("scenes.exact", "pictures", target=target))
+        assert record._against(found.versus[0], "arm 0", found)[-1].startswith(said)
+
+
 def test_one_arm_alone_is_held_against_the_target(recipe: Recipe) -> None:
     question = Question("scenes.exact", "seconds", target=0.5)
     found = outcomes(recipe, [[0.60, 0.61, 0.62, 0.60, 0.61]], question)
@@ -253,7 +263,7 @@ def test_real_runs_are_compared_and_used_again(
     assert "fewer than 5 seeds" in found.versus[0].verdict.sentence
     assert [cost for cost, _ in base.outcomes[0].curve] == [32, 64, 80]
     assert all(outcome.seconds < outcome.wall for outcome in base.outcomes)
-    assert base.reached[0] == (32, True)
+    assert base.reached[0][:2] == (32, True)
 
     def stamps() -> list[int]:
         return [path.stat().st_mtime_ns for path in (tmp_path / "out").rglob("checkpoint-10/*")]

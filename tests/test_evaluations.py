@@ -106,6 +106,17 @@ def test_the_best_checkpoint_shares_its_bytes_with_the_one_it_is(tiny: Path) -> 
     assert checkpoint.verify(run / "best") is None
 
 
+def test_a_network_that_went_wrong_is_evaluated_and_said_to_be_so(tiny: Path) -> None:
+    recipe = config.load(tiny, (FEW,))
+    loop.train(recipe, lambda line: None)
+    _, _, model = runs.trained(Path(recipe.out))
+    for weight in model.parameters():
+        weight.data.fill_(float("nan"))
+    note, best = evaluations.take(recipe, Path(recipe.out), model, 11)
+    assert "validation.loss not finite" in note
+    assert not best
+
+
 def test_a_best_checkpoint_that_cannot_be_kept_can_be_later(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from daybreak import config
 from daybreak.model import dit, text, text_to_image, tread, vision
 from daybreak.model.text import Text
+from daybreak.objective import repa
 from daybreak.objective.objective import Objective
 from daybreak.optim import polar_express
 from daybreak.optim.groups import MuonConfig
@@ -191,3 +192,46 @@ def test_the_average_as_teacher_costs_a_forward_pass_of_every_token() -> None:
     words = flops.text_encoder(recipe).forward(16)
     head = 3 * 2 * 64 * 3 * 64**2
     assert flops.terms(recipe, recipe.stage[0])["repa"] == pytest.approx(model + words + head)
+
+
+@pytest.mark.parametrize("name", ["lpips", "dino"])
+def test_a_term_that_looks_at_a_share_of_the_pictures_costs_that_share(name: str) -> None:
+    every, some = (
+        config.parse(PUBLISHED | {name: {"fraction": share}}, "published") for share in (1, 0.25)
+    )
+    whole, part = (flops.terms(recipe, recipe.stage[0])[name] for recipe in (every, some))
+    assert part == pytest.approx(whole / 4)
+
+
+def test_a_teacher_that_leaves_in_a_later_stage_is_paid_for_as_long_as_it_stays_there() -> None:
+    stages = [
+        {"resolution": 512, "steps": 100, "batch": 8, "lr": 1e-4},
+        {"resolution": 512, "steps": 20, "batch": 8, "lr": 1e-4},
+    ]
+    recipe = config.parse(PUBLISHED | {"repa": {"until": 105}, "stage": stages}, "published")
+    first, second = (flops.terms(recipe, stage)["repa"] for stage in recipe.stage)
+    assert second == pytest.approx(first / 4)
+
+
+def test_a_block_on_the_route_sees_what_walks_and_others_see_everything() -> None:
+    recipe = config.parse(SMALL | {"tread": {"start": 1, "stop": 3}}, "small")
+    seen = [flops.walking(recipe, recipe.stage[0], block) for block in range(4)]
+    assert seen == [64, 32, 32, 64]
+
+
+def test_a_projector_of_neighbours_takes_as_many_flops_as_the_counter_counts() -> None:
+    section = {"teacher": "self", "blocks": [1], "target": 2, "projector": "conv"}
+    recipe = config.parse(SMALL | {"repa": section}, "small")
+    with torch.device("meta"), FlopCounterMode(display=False) as counter:
+        said = repa.Conv(64, 64)(torch.empty(1, 64, 64, requires_grad=True), 8)
+        said.sum().backward()
+    assert flops.projectors(recipe, recipe.stage[0]) == counter.get_total_flops()
+
+
+def test_each_replica_makes_all_matrices_orthogonal_and_pictures_are_shared() -> None:
+    recipe = config.parse(PUBLISHED, "published")
+    stage = recipe.stage[0]
+    work = flops.work(recipe, stage)
+    assert work.step["muon"] > 0
+    one, four = (flops.of_step(recipe, stage, replicas=replicas) for replicas in (1, 4))
+    assert four - one == pytest.approx(3 * work.step["muon"])

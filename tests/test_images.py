@@ -408,3 +408,59 @@ def profile_with_red_and_blue_exchanged() -> bytes:
         data[entry : entry + 4] = {b"rXYZ": b"bXYZ", b"bXYZ": b"rXYZ"}.get(name, name)
     # Its description says sRGB, in UTF-16; a profile that says so is not applied.
     return bytes(data).replace("sRGB".encode("utf-16-be"), "test".encode("utf-16-be"))
+
+
+def test_a_jpeg_is_of_quality_92_with_colour_as_fine_as_grey() -> None:
+    rgb = colours(48, 48)
+    mine = Image.open(io.BytesIO(images.encode(rgb, "jpeg")))
+    usual = Image.open(io.BytesIO(encoded(Image.fromarray(rgb), "JPEG", quality=92)))
+    assert mine.quantization == usual.quantization  # type: ignore[attr-defined]
+    assert [layer[1:3] for layer in mine.layer] == [(1, 1)] * 3  # type: ignore[attr-defined]
+
+
+def test_fit_reduces_by_lanczos() -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    expected = Image.fromarray(noise).resize((24, 24), Image.Resampling.LANCZOS)
+    assert np.array_equal(images.fit(noise, 24, 24), np.array(expected))
+
+
+def linear_grey() -> bytes:
+    """A profile of grey whose numbers are amounts of light, written by hand: 128 is seen as 188."""
+    white = struct.pack(">4s4x3i", b"XYZ ", 0xF6D6, 0x10000, 0xD32D)
+    curve = struct.pack(">4s4xIHxx", b"curv", 1, 0x100)
+    tags = struct.pack(">I", 2)
+    tags += struct.pack(">4sII4sII", b"wtpt", 156, len(white), b"kTRC", 176, len(curve))
+    size = 128 + len(tags) + len(white) + len(curve)
+    header = struct.pack(">I4xI4s4s4s12x4s", size, 0x02100000, b"mntr", b"GRAY", b"XYZ ", b"acsp")
+    header += struct.pack(">28x3i", 0xF6D6, 0x10000, 0xD32D)
+    return header.ljust(128, b"\0") + tags + white + curve
+
+
+def test_a_profile_of_grey_is_applied_to_every_kind_of_grey() -> None:
+    eight = Image.new("L", (2, 2), 128)
+    clear = Image.merge("LA", (eight, Image.new("L", (2, 2), 255)))
+    sixteen = Image.fromarray(np.full((2, 2), 128 * 257, np.uint16))
+    for image in (eight, clear, sixteen):
+        seen = images.decode(encoded(image, icc_profile=linear_grey()), "a")
+        assert np.abs(seen.astype(int) - 188).max() <= 1, image.mode
+
+
+def grey_tiff(width: int, bits: int, photometric: int, row: bytes) -> bytes:
+    """A TIFF of one row of grey written by hand, for what Pillow does not write."""
+    tags = {256: width, 257: 1, 258: bits, 259: 1, 262: photometric, 273: 8}
+    tags |= {277: 1, 278: 1, 279: len(row)}
+    entries = b"".join(struct.pack("<HHIHH", tag, 3, 1, value, 0) for tag, value in tags.items())
+    body = row + bytes(len(row) % 2)
+    begins = struct.pack("<2sHI", b"II", 42, 8 + len(body))
+    return begins + body + struct.pack("<H", len(tags)) + entries + struct.pack("<I", 0)
+
+
+def test_twelve_bit_grey_is_scaled_by_its_own_white() -> None:
+    packed = (0xFFF800).to_bytes(3, "big")  # 4095 and 2048
+    assert images.decode(grey_tiff(2, 12, 1, packed), "a")[0, :, 0].tolist() == [255, 128]
+
+
+def test_sixteen_bit_grey_whose_zero_is_white_comes_as_it_is_seen() -> None:
+    for photometric, seen in ((1, [0, 1, 255]), (0, [255, 254, 0])):
+        data = grey_tiff(3, 16, photometric, struct.pack("<3H", 0, 257, 65535))
+        assert images.decode(data, "a")[0, :, 0].tolist() == seen

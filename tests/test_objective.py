@@ -342,3 +342,26 @@ def test_teachers_stay_as_they_were_read(setting: Setting, sections: dict[str, A
         now = teacher.network.state_dict()
         assert all(torch.equal(now[name], stored[name]) for name in stored if name in now)
         assert len(stored.keys() & now.keys()) > 10
+
+
+def test_a_picture_that_is_no_square_is_seen_in_its_own_rows_and_columns(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    image = setting.image[..., :16, :]  # two rows of four patches
+    sections["repa_config"] = sections["repa_config"].model_copy(
+        update={"blocks": (1,), "projector": "conv"}
+    )
+    objective = only(sections, "repa", "dino")
+    _, parts = setting._replace(image=image).run(objective)
+
+    dice = Dice(0, 1, 0, 6)
+    t = flow.draw_time(CONFIG, dice)
+    noisy = flow.corrupt(image, t, flow.draw_noise(CONFIG, image, dice))
+    guess = setting.model.dit(noisy.x_t, t, setting.model.text(CAPTIONS), None, (1,))
+    teacher = objective.teachers[sections["repa_config"].teacher]
+    seen = teacher(image, 2, 4)
+    assert objective.repa is not None
+    said = objective.repa.projectors["1"](guess.tapped[0].tokens, 2)
+    torch.testing.assert_close(parts["repa"], repa.disagreement(said, seen, None))
+    expected = dino.distance(teacher(guess.x, 2, 4), seen).mean()
+    torch.testing.assert_close(parts["dino"], expected)

@@ -196,3 +196,29 @@ def test_a_bucket_that_stands_alone_gives_a_batch_once_in_a_while() -> None:
     ]
     assert len(lonely) == 3  # 48 samples of three pictures in 16 epochs
     assert Counter(chain.from_iterable(lonely)) == {64: 16, 65: 16, 66: 16}
+
+
+def test_who_has_joined_a_bucket_moves_on_with_it() -> None:
+    narrow, middle, square = Bucket(320, 416), Bucket(352, 416), Bucket(384, 416)
+    home = plan.settle({narrow: 1, middle: 2, square: 100}, batch=16)
+    assert home == dict.fromkeys((narrow, middle, square), square)
+
+
+def test_of_two_small_buckets_the_smaller_joins_the_larger() -> None:
+    few, more = Bucket(352, 704), Bucket(384, 672)
+    assert plan.settle({few: 3, more: 10}, batch=12) == {few: more, more: more}
+
+
+def test_a_quarter_may_be_cut_and_no_more() -> None:
+    square, exactly, beyond = Bucket(512, 512), Bucket(512, 384), Bucket(512, 352)
+    assert cropped(square, *exactly) == MOST_CUT
+    assert plan.settle({square: 100, exactly: 3}, batch=16)[exactly] == square
+    assert plan.settle({square: 100, beyond: 3}, batch=16)[beyond] == beyond
+
+
+def test_the_first_batches_are_found_where_every_bucket_stands_alone() -> None:
+    """An epoch lacks a batch of each bucket then, so the first batches come after several."""
+    lonely = [Shelf(Bucket(16, 16 * one), (np.array([one]),), (1.0,)) for one in range(1, 51)]
+    made = Plan(lonely, batch=8, seed=0)
+    assert [made.locate(number) for number in (0, 49, 50)] == [(7, 0), (7, 49), (15, 0)]
+    assert len({made[number].bucket for number in range(50)}) == 50

@@ -306,3 +306,33 @@ def test_what_prepare_writes_is_read(pictures: Path, tmp_path: Path) -> None:
     for number in range(8):
         colour = [30 * number, 255 - 30 * number, 17 * number]
         np.testing.assert_allclose(said[f"colour number {number}"], colour, atol=3)
+
+
+def test_a_picture_of_a_second_dataset_is_replaced_by_one_of_the_same(prepared: Write) -> None:
+    second = [row | {"captions": ["second"]} for row in numbered(6, SQUARE)]
+    second[3]["image"] = {"bytes": b"", "path": None}
+    folders = prepared(numbered(7, SQUARE), called="a"), prepared(second, called="b")
+    source = Prepared([(str(folder), 1.0) for folder in folders], 0, 16)
+    for index in range(20):
+        sample = source.sample(Slot(index, 7 + 3, 64, 64))
+        assert sample.complaint
+        assert sample.caption == "second"
+
+
+def test_where_all_of_a_bucket_is_damaged_another_of_the_dataset_stands_in(
+    prepared: Write,
+) -> None:
+    rows = numbered(6, WIDE, SQUARE)
+    for number, row in enumerate(rows):
+        if row.get("bucket") == rows[1].get("bucket"):
+            row["image"] = {"bytes": b"", "path": None}
+            row["where"] = f"photos/{number}.jpg"
+    sample = opened(prepared(rows)).sample(Slot(5, 1, 64, 64))
+    assert sample.caption in {"number 0", "number 2", "number 4"}
+    assert "photos/1.jpg" in sample.complaint, "the one that was planned, not its substitutes"
+
+
+def test_shards_of_one_name_in_two_datasets_are_two_files(prepared: Write, tmp_path: Path) -> None:
+    folders = [prepared(numbered(3, SQUARE), called=name) for name in "ab"]
+    both = Prepared([(str(folder), 1.0) for folder in folders], 0, 16).files
+    assert {Path(name).parent for name in both} == set(folders)

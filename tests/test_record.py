@@ -164,7 +164,7 @@ def test_what_keeps_them_all_is_told_so(tiny: Path, tmp_path: Path) -> None:
             (out / "run.json").write_text(json.dumps(facts))
             one = recipe.model_copy(update={"out": out.as_posix(), "seed": number})
             value = 0.9 + 0.001 * number
-            curve = [(costs + number, value)]
+            curve = [(0.5 * costs, 0.1), (costs + number, value)]
             outcomes.append(Outcome(Run(place, number, one), value, curve, 2.0, 9.0, {}))
         rows.append(outcomes)
     made = [Arm(name, recipe, 0, False) for name in ("base", "wide")]

@@ -11,7 +11,8 @@ from daybreak.data import scenes
 from daybreak.data.scenes import Config
 from daybreak.data.scenes_captions import parse
 from daybreak.evaluate import scenes_suite
-from daybreak.evaluate.scenes_suite import SCORED, TASKS, evaluate, held_out, table, tasks
+from daybreak.evaluate.scenes_checker import Marks, Verdict
+from daybreak.evaluate.scenes_suite import SCORED, TASKS, Item, evaluate, held_out, table, tasks
 
 Pictures = npt.NDArray[np.uint8]
 pytestmark = pytest.mark.xdist_group("scenes_suite")  # one process makes what its tests share
@@ -209,3 +210,48 @@ def test_its_workers_do_not_hear_what_asks_to_stop() -> None:
             asked = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
         assert set(scenes_suite.STOPS) <= set(asked.result())
     assert not set(scenes_suite.STOPS) & set(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+
+
+def verdict(
+    passed: bool,
+    number: bool = True,
+    colours: bool | None = True,
+    shapes: bool = True,
+    relation: bool | None = None,
+) -> Verdict:
+    return Verdict(passed, False, (), 0, Marks(number, colours, shapes, relation))
+
+
+def test_attributes_are_multiplied_where_the_number_is_right_and_they_are_asked_for() -> None:
+    seen = [
+        verdict(True),
+        verdict(False, colours=False),
+        verdict(False, number=False, colours=False, shapes=False),
+        verdict(False, number=False, colours=False, shapes=False),
+    ]
+    assert scenes_suite._product(seen) == pytest.approx(1 / 2 * 1 / 2)  # number, then colours
+
+
+def width(rows: list[tuple[Item, Verdict]]) -> float:
+    share = scenes_suite._mean(rows)
+    assert share["low"] is not None
+    assert share["high"] is not None
+    return share["high"] - share["low"]
+
+
+def test_pictures_of_one_specification_are_one_piece_of_evidence() -> None:
+    items = [item for item in tasks(SMALL, 5, 24) if item.task == "position"]
+    passed = [verdict(number < 12) for number in range(24)]
+    alike = [
+        item._replace(specification=items[number // 6].specification)
+        for number, item in enumerate(items)
+    ]
+    apart, together = (list(zip(asked, passed, strict=True)) for asked in (items, alike))
+    assert width(together) > 1.5 * width(apart)
+
+
+def test_what_differs_between_tasks_and_never_within_one_is_no_doubt() -> None:
+    asked = [item for item in tasks(SMALL, 5, 24) if item.task in ("position", "attribution")]
+    rows = [(item, verdict(item.task == "position")) for item in asked]
+    assert scenes_suite._mean(rows)["exact"] == 0.5
+    assert width(rows) == 0

@@ -177,10 +177,10 @@ def test_weights_that_are_not_there_are_named_before_a_picture_is_drawn(
 
 
 def test_encoders_of_the_training_do_not_judge(tiny: Path) -> None:
-    assert scoring.taught(config.load(tiny)) == frozenset()
-    assert scoring.taught(config.load(tiny, ("repa={blocks=[0]}",))) == {"dino"}
+    assert config.load(tiny).taught == frozenset()
+    assert config.load(tiny, ("repa={blocks=[0]}",)).taught == {"dino"}
     own = "repa={teacher='self', target=1, blocks=[0]}"
-    assert scoring.taught(config.load(tiny, (own,))) == frozenset()
+    assert config.load(tiny, (own,)).taught == frozenset()
 
 
 def test_a_run_draws_its_own_resolution(run: Path, tmp_path: Path) -> None:

@@ -173,6 +173,24 @@ def test_only_new_captions_are_encoded(tmp_path: Path) -> None:
     assert {path: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
+def test_several_processes_share_a_dataset_out(tmp_path: Path) -> None:
+    encoder = loaded(saved(tmp_path / "encoder"))
+    for number in (2, 1, 3):
+        assert text_cache.partial([tmp_path], encoder.config, encoder.compute) == [tmp_path]
+        text_cache.write(tmp_path, encoder, CAPTIONS, part=text_cache.Part(number, 3))
+    assert text_cache.partial([tmp_path], encoder.config, encoder.compute) == []
+    found = opened(tmp_path, encoder).tokens(CAPTIONS)
+    assert found is not None
+    exact = encoder(CAPTIONS)
+    assert torch.equal(found.mask, exact.mask)
+    assert float((found.tokens - exact.tokens)[exact.mask].abs().max()) < 1e-6
+    asked: list[str] = []
+    encoder.register_forward_pre_hook(lambda _, given: asked.extend(given[0]))
+    text_cache.write(tmp_path, encoder, CAPTIONS)
+    assert asked == [], "what the parts hold is not encoded again"
+    text_cache.verify(tmp_path)
+
+
 def test_one_process_at_a_time_writes_a_cache(tmp_path: Path) -> None:
     encoder = loaded(saved(tmp_path / "encoder"))
 
@@ -409,3 +427,33 @@ def test_the_verb_encodes_as_a_recipe_asks(
     assert found is not None
     torch.testing.assert_close(found.tokens[found.mask], exact.tokens[exact.mask])
     assert exact.mask.sum() > 4  # the template is in it
+
+
+def test_a_batch_with_one_caption_that_is_not_held_is_not_held(tmp_path: Path) -> None:
+    encoder = loaded(saved(tmp_path / "encoder"))
+    text_cache.write(tmp_path, encoder, CAPTIONS)
+    reader = opened(tmp_path, encoder)
+    for unknown in ("", "a cross", "zzz"):
+        batch = [CAPTIONS[0], f"{unknown} never seen", CAPTIONS[1]]
+        assert reader.tokens(batch) is None
+
+
+def test_a_pass_of_a_batch_that_was_expected_is_no_longer_than_its_own_captions(
+    tmp_path: Path,
+) -> None:
+    encoder = loaded(saved(tmp_path / "encoder"))
+    text_cache.write(tmp_path, encoder, CAPTIONS)
+    reader = opened(tmp_path, encoder)
+    short, long = ["a red circle", ""], ["red " * 50, "a red circle"]
+    reader.expect([*short, *long])
+    for captions in (short, long):
+        found, exact = reader.tokens(captions), encoder(captions)
+        assert found is not None
+        assert found.tokens.shape == exact.tokens.shape
+        assert found.mask.equal(exact.mask)
+
+
+def test_who_may_read_the_manifest_may_read_the_shards(tmp_path: Path) -> None:
+    folder = text_cache.write(tmp_path, loaded(saved(tmp_path / "encoder")), CAPTIONS)
+    modes = {path.stat().st_mode for path in folder.iterdir()}
+    assert modes == {(folder / "manifest.json").stat().st_mode}

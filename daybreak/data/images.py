@@ -14,7 +14,8 @@ Errors  Refused, naming the file, of the kind `format` (no picture, or one of an
 """
 
 import io
-from typing import IO, Literal
+from collections.abc import Mapping
+from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -53,7 +54,8 @@ def decode(
             if shrink > 1:
                 image.draft(None, (image.width // shrink, image.height // shrink))
             image.load()
-            return np.array(_srgb(ImageOps.exif_transpose(image), where, background))
+            upright = ImageOps.exif_transpose(image)  # a copy, which knows neither format nor tags
+            return np.array(_srgb(upright, where, background, image))
         except Refused:
             raise
         except Exception as error:  # decoders raise whatever they tripped over
@@ -162,9 +164,11 @@ def _header(file: IO[bytes], where: str) -> Image.Image:
     return image
 
 
-def _srgb(image: Image.Image, where: str, background: tuple[int, int, int]) -> Image.Image:
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
-        image = _eight_bits(image)
+def _srgb(
+    image: Image.Image, where: str, background: tuple[int, int, int], opened: Image.Image
+) -> Image.Image:
+    if image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PNG"):
+        image = _eight_bits(image, getattr(opened, "tag_v2", {}))  # TIFF alone has them
     if image.mode in {"I", "F", "LAB"}:
         raise Refused(
             f"{where}: has pixels of kind {image.mode}, for which there is no agreed white; "
@@ -186,10 +190,9 @@ def _srgb(image: Image.Image, where: str, background: tuple[int, int, int]) -> I
     return Image.composite(image, Image.new("RGB", image.size, background), alpha)
 
 
-def _eight_bits(image: Image.Image) -> Image.Image:
+def _eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
     """Sixteen-bit grey, scaled: 65535 / 257 = 255. Pillow's own conversion clips instead."""
     values = np.asarray(image).astype(np.float32)
-    tags = getattr(image, "tag_v2", {})  # TIFF alone has them
     white = 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
     if tags.get(PHOTOMETRIC) == 0:
         values = white - values

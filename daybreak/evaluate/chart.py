@@ -84,7 +84,7 @@ def _differences(draw: ImageDraw.ImageDraw, arms: Sequence[Arm], metric: str) ->
     spread = [d for arm, _ in compared for d in (*arm.differences, *(arm.interval or ()), 0.0)]
     box = (WIDTH - RIGHT + LEFT, TOP, WIDTH - GAP, HEIGHT - BOTTOM)
     frame = Frame(box, (0.0, float(len(compared))), _room(min(spread), max(spread)))
-    _axes(draw, frame, f"difference of {metric}", "", ())
+    _axes(draw, frame, f"gain in {metric}", "", ())
     _line(draw, [frame.at((0, 0)), frame.at((len(compared), 0))], INK, 1)
     for place, (arm, colour) in enumerate(compared):
         assert arm.interval is not None

@@ -12,6 +12,9 @@ it is used with. A digest is a hash of the caption as it is tokenised. Another e
 folder; another caption is not found, and what is not found is encoded. A kill costs the shard that
 was being written: the manifest names those that are whole.
 
+Several processes share a dataset out by digests, each into a folder of its own: KEY.1-of-8 and so
+on. A reader takes all folders of a KEY.
+
 This stands beside the encoder and not among the data because it returns what the encoder returns.
 Of pictures it knows nothing: a dataset gives it a folder and captions.
 
@@ -31,7 +34,7 @@ from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -75,6 +78,29 @@ def place(dataset: Path, made_with: dict[str, Any]) -> Path:
     """The folder of the embeddings that are made with these settings."""
     digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
     return dataset / "text" / digest[:16]
+
+
+class Part(NamedTuple):
+    """Which share of the captions, counted from 1, and of how many shares."""
+
+    number: int
+    of: int
+
+    def has(self, caption: str) -> bool:
+        """Whether a caption belongs to it: the same one on every machine."""
+        return int(_digest(caption), 16) % self.of == self.number - 1
+
+
+ALL = Part(1, 1)
+
+
+def places(dataset: Path, made_with: dict[str, Any]) -> dict[Part, Path]:
+    """The folders of a dataset that hold such embeddings, by the share they are of."""
+    whole, found = place(dataset, made_with), dict[Part, Path]()
+    for manifest in sorted(whole.parent.glob(f"{whole.name}*/manifest.json")):
+        number, _, of = manifest.parent.name[len(whole.name) + 1 :].partition("-of-")
+        found[Part(int(number), int(of)) if of else ALL] = manifest.parent
+    return found
 
 
 class Reader:
@@ -167,14 +193,20 @@ def present(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> l
     if config.encoder is None or not any((dataset / "text").is_dir() for dataset in datasets):
         return []
     made_with = settings(config, compute)
-    folders = [place(dataset, made_with) for dataset in datasets]
-    return [folder for folder in folders if (folder / "manifest.json").is_file()]
+    return [folder for one in datasets for folder in places(one, made_with).values()]
 
 
 def partial(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> list[Path]:
     """Those of the datasets of which not every caption is known to be held."""
+    if not any((dataset / "text").is_dir() for dataset in datasets):
+        return list(datasets)
     made_with = settings(config, compute)
-    return [dataset for dataset in datasets if not _listed(place(dataset, made_with)).get("whole")]
+    return [dataset for dataset in datasets if not _all_held(places(dataset, made_with))]
+
+
+def _all_held(there: dict[Part, Path]) -> bool:
+    done = {part for part, folder in there.items() if _listed(folder).get("whole")}
+    return any(all(Part(n + 1, of) in done for n in range(of)) for _, of in done)
 
 
 def write(
@@ -182,21 +214,26 @@ def write(
     encoder: TextEncoder,
     captions: Iterable[str],
     progress: Callable[[int], None] | None = None,
+    part: Part = ALL,
 ) -> Path:
     """Encode those captions that a dataset does not hold embeddings of; returns their folder.
 
     The empty caption, which stands for none, is always among them. `progress` hears how many
-    captions are done.
+    captions are done. With a `part` others can encode the rest meanwhile.
 
     Errors  BadStorage if the disk refuses; the shards that were finished stay. BadRecipe while
             another process writes there.
     """
     made_with = settings(encoder.config, encoder.compute)
     folder = place(dataset, made_with)
+    if part != ALL:
+        folder = folder.with_name(f"{folder.name}.{part.number}-of-{part.of}")
+        captions = filter(part.has, captions)
+    there = [other for other in places(dataset, made_with).values() if other != folder]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with _claimed(folder):
-            _fill(folder, encoder, made_with, captions, progress)
+            _fill(folder, there, encoder, made_with, captions, progress)
     except (OSError, SafetensorError) as error:
         raise BadStorage(f"cannot write {folder}: {error}") from error
     return folder
@@ -219,6 +256,7 @@ def _claimed(folder: Path) -> Iterator[None]:
 
 def _fill(
     folder: Path,
+    others: Sequence[Path],
     encoder: TextEncoder,
     made_with: dict[str, Any],
     captions: Iterable[str],
@@ -231,7 +269,7 @@ def _fill(
         disk.write_json(path, made_with | {"shards": {}})
     before = _listed(folder)
     shards = dict(before["shards"])
-    held = set(Reader([folder], encoder.config).digests.tolist())
+    held = set(Reader([folder, *others], encoder.config).digests.tolist())
     for shard in _shards(encoder, _new(captions, held, progress)):
         name = f"{len(shards):05}.safetensors"
         with disk.fresh(folder / name) as staged:

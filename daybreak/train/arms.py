@@ -31,7 +31,7 @@ from daybreak.config import Recipe
 from daybreak.evaluate import examples, suite
 from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe
-from daybreak.train import budget, evaluations, flops, length, measure
+from daybreak.train import budget, evaluations, flops, length, measure, stand_ins
 from daybreak.train.budget import Budget
 from daybreak.train.runs import precision
 
@@ -95,6 +95,9 @@ def arms(
             evaluated with. All of it before anything is written.
     """
     for name, recipe in loaded:
+        for key, network in stand_ins.named(recipe):
+            if Path(network).is_absolute() and not Path(network).is_dir():
+                raise BadRecipe(f"{name}: {key} = {network!r} is not there")
         if recipe.budget is not None and given is None:
             raise BadRecipe(
                 f"{name} has a [budget], which ends a run by the clock and before its last "

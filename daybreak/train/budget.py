@@ -288,10 +288,11 @@ def has_words(recipe: Recipe, dtype: torch.dtype) -> bool:
     """Whether the datasets are here and hold their captions, encoded as the run wants them."""
     folders = recipe.data.paths
     try:
-        there = text_cache.present(folders, recipe.text, dtype)
+        return recipe.text.encoder is not None and not text_cache.partial(
+            folders, recipe.text, dtype
+        )
     except BadRecipe:  # the encoder is not here, so it is not known which one of that name it was
         return False
-    return recipe.text.encoder is not None and len(there) == len(folders)
 
 
 def different(recipe: Recipe) -> int | None:

@@ -255,7 +255,7 @@ def _row(arm: Arm, outcomes: list[Outcome], question: Question) -> Row:
     values = [outcome.value for outcome in outcomes]
     mean, (low, high) = averages.fmean(values), (math.nan, math.nan)
     if math.isfinite(mean):
-        low, high = statistics.cluster_bootstrap(values, range(len(values)))
+        low, high = statistics.mean_interval(values)
     if question.target is None:
         return Row(arm, outcomes, mean, low, high, [], None)
     reached = [_reached(outcome, question) for outcome in outcomes]

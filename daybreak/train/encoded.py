@@ -21,6 +21,7 @@ def fill(
     encoder: text.Config,
     precision: str = "auto",
     progress: Callable[[int, int], None] | None = None,
+    part: text_cache.Part = text_cache.ALL,
 ) -> Path:
     """Encode the captions of a dataset that are not yet; returns the folder of the embeddings.
 
@@ -29,10 +30,10 @@ def fill(
     table = prepared.open_dataset(dataset).table
     chunks = table["captions"].chunks
     captions = (caption for chunk in chunks for caption in chunk.flatten().to_pylist())
-    of = sum(len(chunk.flatten()) for chunk in chunks)
+    of = sum(len(chunk.flatten()) for chunk in chunks) // part.of
     model = text.pretrained(encoder, runs.dtype(precision)).to(accelerator.choose())
     show = (lambda done: progress(done, of)) if progress else None
-    return text_cache.write(dataset, model, captions, show)
+    return text_cache.write(dataset, model, captions, show, part)
 
 
 def known(

@@ -111,7 +111,9 @@ def take(
     began = time.monotonic()
     scenes, resolution = recipe.drawn, recipe.stage[recipe.stage_at(step)].resolution
     sides = {name: interim.side(config, name, scenes, resolution) for name in config.suites}
-    drawn_by = artist.ours(model, resolution, recipe.sample, recipe.flow, recipe.tread)
+    drawn_by = artist.ours(
+        model, resolution, recipe.sample, recipe.flow, recipe.tread, taught=recipe.taught
+    )
     found = interim.measure(
         config,
         model,
@@ -220,7 +222,9 @@ def _note(step: int, values: Mapping[str, Mapping[str, float | None]], took: flo
     """The first value of each suite, which is its headline."""
     heads: dict[str, str] = {}
     for name, numbers in values.items():
-        heads.setdefault(name.partition(".")[0], f"{name} {numbers['value']:.4g}")
+        value = numbers["value"]
+        shown = "not finite" if value is None else f"{value:.4g}"
+        heads.setdefault(name.partition(".")[0], f"{name} {shown}")
     return f"evaluation after step {step}: {', '.join(heads.values())} ({took:.0f} s)"
 
 

@@ -66,6 +66,8 @@ def tables(found: Comparison) -> list[tuple[list[str], list[list[str]]]]:
 def _value(row: Row) -> str:
     if not math.isfinite(row.mean):
         return "diverged"
+    if len(row.outcomes) == 1:
+        return f"{row.mean:.3g}"
     return f"{row.mean:.3g} ({row.low:.3g} to {row.high:.3g})"
 
 
@@ -74,7 +76,7 @@ def _gain(against: Versus | None) -> list[str]:
         return ["-", "-", "-"]
     gain, low, high = against.paired[:3]
     return [
-        f"{gain:+.3g} ({low:+.3g} to {high:+.3g})",
+        f"{gain:+.3g}" + (f" ({low:+.3g} to {high:+.3g})" if against.paired.n > 1 else ""),
         f"{against.p:.2g}",
         f"{against.paired.wins:.0%}",
     ]
@@ -137,6 +139,14 @@ def _against(one: Versus, base: str, found: Comparison) -> list[str]:
         )
     if one.race is not None and target is not None:
         race, n = one.race, len(one.row.outcomes)
+        if not any(race.met):
+            return [*said, f"no run of {name} or {base} reached {target:g}: there is no race"]
+        if race.early:
+            early = (
+                f"{race.early} of {2 * n} runs reached {target:g} by their first evaluation, so "
+                "nobody knows when: ask for a harder target, or more --evaluations"
+            )
+            return [*said, early]
         horizon = ""
         if math.isfinite(race.horizon):
             horizon = f", counted up to {race.horizon:,.4g}, where a run without it ended"
@@ -229,7 +239,7 @@ def _of_results(row: Row, against: Versus | None) -> list[str]:
     if row.meets is None or not row.meets < SURE:
         why.append(f"that its mean score meets the target is not sure to p < {SURE:g}")
     race = against and against.race
-    if against and not (race and race.high < 1 and race.logs.p_better < SURE):
+    if against and not (race and not race.early and race.high < 1 and race.logs.p_better < SURE):
         why.append(
             f"that it gets there sooner than the standing record is not sure to p < {SURE:g}"
         )

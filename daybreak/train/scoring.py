@@ -236,15 +236,9 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
         recipe.tread,
         found.weights,
         {"checkpoint": {"step": found.step, "manifest": found.digest}},
-        taught(recipe),
+        recipe.taught,
     )
     return Model(drawn_by, recipe, network)
-
-
-def taught(recipe: config.Recipe) -> frozenset[str]:
-    """Families of networks that a recipe trains with, and that must not judge its pictures."""
-    aligned = recipe.repa is not None and recipe.repa.network is not None
-    return frozenset({"dino"} if aligned or recipe.dino is not None else ())
 
 
 def about() -> dict[str, Any]:
@@ -320,6 +314,11 @@ def _examples(model: Model, wanted: Wanted) -> examples.Examples:
 
 def _judges(model: Model, wanted: Wanted) -> list[features.Extractor]:
     """The networks that are asked for, or the first that took no part in training."""
+    names = [Path(name).name for name in wanted.features]
+    if double := next((name for name in names if names.count(name) > 1), None):
+        raise BadRecipe(
+            f"--features: two networks are called {double!r}, and so would their values"
+        )
     usual = "clip" if "dino" in model.artist.taught else "dinov2"
     if wanted.data is None:
         usual = "scenes"
