@@ -176,6 +176,17 @@ def test_weights_that_are_not_there_are_named_before_a_picture_is_drawn(
             score(foreign, tmp_path, features=(name,), steps=1, **given)
 
 
+def test_pictures_of_the_training_are_remarked_upon(
+    tiny: Path, prepared: Callable[..., Path]
+) -> None:
+    mine, other = (prepared([{"captions": [word]}] * 3, called=word) for word in ("red", "blue"))
+    recipe = config.load(tiny, (f"data.source='{mine.as_posix()}'",), ("scenes",))
+    (said,) = scoring.trained_on(recipe, mine)
+    assert "is what this model was trained on" in said
+    assert scoring.trained_on(recipe, other) == scoring.trained_on(recipe, None) == []
+    assert scoring.trained_on(config.load(tiny), mine) == []
+
+
 def test_encoders_of_the_training_do_not_judge(tiny: Path) -> None:
     assert config.load(tiny).taught == frozenset()
     assert config.load(tiny, ("repa={blocks=[0]}",)).taught == {"dino"}

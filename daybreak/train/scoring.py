@@ -27,6 +27,7 @@ import numpy.typing as npt
 import torch
 
 from daybreak import config
+from daybreak.data import disk
 from daybreak.data.scenes import CANVASES
 from daybreak.data.scenes import Config as Scenes
 from daybreak.evaluate import (
@@ -195,8 +196,22 @@ def _score(
             seed,
             tell,
         )
+    result = result._replace(remarks=[*result.remarks, *trained_on(model.recipe, wanted.data)])
     suite.write(path, suite.record(wanted.suite, model.artist, result, seed, about()))
     return Scored(path, result, _tables(wanted.suite, result))
+
+
+def trained_on(recipe: config.Recipe | None, data: Path | None) -> list[str]:
+    """What has to be said of pictures to measure with that the model has been shown."""
+
+    def known(folder: Path) -> str | None:
+        file = folder / "manifest.json"
+        return disk.sha256(file) if file.is_file() else None
+
+    this = known(data) if data else None
+    if recipe is None or this is None or this not in map(known, recipe.data.paths):
+        return []
+    return [f"{data} is what this model was trained on: whoever knows it by heart does best"]
 
 
 def _chosen(folder: Path, wanted: Wanted) -> Checkpoint:
