@@ -57,7 +57,7 @@ def tables(found: Comparison) -> list[tuple[list[str], list[list[str]]]]:
         [row.arm.name, _value(row), *(_gain(versus.get(row.arm.name)) if versus else ())]
         for row in found.rows
     ]
-    spent = ["arm", "seeds", "steps", "pictures", "seconds"]
+    spent = ["arm", "seeds", "steps", "pictures", "FLOP", "seconds"]
     if question.target is not None:
         spent.append(f"{SHORT[question.unit]} to {question.target:g}")
     return [(head, results), (spent, [_spent(row) for row in found.rows])]
@@ -86,7 +86,10 @@ def _spent(row: Row) -> list[str]:
     recipe, n = row.arm.recipe, len(row.outcomes)
     seconds = sum(outcome.seconds for outcome in row.outcomes) / n
     pictures = runs.pictures_seen(recipe, recipe.steps)
-    cells = [row.arm.name, str(n), f"{recipe.steps:,}", f"{pictures:,}", f"{seconds:,.0f}"]
+    work = _flops(recipe)
+    counted = "-" if work is None else f"{work:.3g}"
+    cells = [row.arm.name, str(n), f"{recipe.steps:,}", f"{pictures:,}", counted]
+    cells.append(f"{seconds:,.0f}")
     if row.reached:
         met = sum(one.met for one in row.reached)
         mean = sum(one.cost for one in row.reached) / n
