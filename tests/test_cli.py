@@ -74,6 +74,7 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
 
     exported = daybreak("export", run)
     assert exported.returncode == 0, exported.stderr
+    assert exported.stderr == "", "no bars of other libraries"
     assert (run / "pipeline" / "model_index.json").is_file()
 
 

@@ -32,7 +32,7 @@ from safetensors.torch import save_file
 from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.generate import sampler
-from daybreak.model import dit, flow, tread
+from daybreak.model import dit, flow, hub, tread
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import dice
 
@@ -85,7 +85,8 @@ def export(
         _scheduler(staged / "scheduler", plain, private)
         shutil.copyfile(Path(__file__).with_name("custom_pipeline.py"), staged / "pipeline.py")
         encoder: Any = model.text.encoder
-        encoder.save_pretrained(staged / "text_encoder")
+        with hub.without_bars():
+            encoder.save_pretrained(staged / "text_encoder")
         model.text.tokenizer.save_pretrained(staged / "tokenizer")
         tokenizer_class = _portable(staged / "tokenizer" / "tokenizer_config.json")
         _write(

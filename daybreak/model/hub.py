@@ -24,6 +24,20 @@ def described(source: str) -> Path | None:
 
 
 @contextmanager
+def without_bars() -> Iterator[None]:
+    """Draw no bar of `transformers` for what takes a moment: writing a network of our own."""
+    from transformers.utils import logging
+
+    drawn = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if drawn:
+            logging.enable_progress_bar()
+
+
+@contextmanager
 def loading(key: str, source: str, remedy: str) -> Iterator[None]:
     """Load what a recipe's `key` names; `remedy` says what else could stand there.
 

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from daybreak.failure import BadRecipe, BadStorage
+from daybreak.model import hub
 
 WIDTH, DEPTH, HEADS = 32, 2, 2
 CHANNELS = ((8, 2), (16, 2), (32, 3), (32, 3), (32, 3))  # and convolutions; VGG-16 has 64 to 512
@@ -58,7 +59,7 @@ def make(folder: Path, seed: int = 0) -> dict[str, Path]:
     if any(folder.iterdir()):
         raise BadRecipe(f"{folder} is not empty: name a new folder for the toy teachers")
     made = {name: folder / name for name in transformers}
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), hub.without_bars():
         for name, build in transformers.items():
             torch.manual_seed(seed)
             build().save_pretrained(made[name])
