@@ -428,7 +428,9 @@ def evaluate(
     _show(table for table in scored.tables if table[1])
     for remark in scored.result.remarks:
         print(f"note: {remark}")
-    print(f"score: {scored.path}")
+    if "folder" in scored.result.details:
+        print(f"pictures: {scored.result.details['folder']}")
+    print(f"{'score' if scored.result.values else 'record'}: {scored.path}")
 
 
 @app.command()

@@ -223,7 +223,8 @@ def test_the_verb_says_where_the_result_is_or_what_was_wrong(foreign: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "note: no --clip was given: there is nothing to score",
-        f"score: {tmp_path / 'out' / 'prompts.json'}",
+        f"pictures: {tmp_path / 'out' / 'prompts'}",
+        f"record: {tmp_path / 'out' / 'prompts.json'}",
     ]
     listed(tmp_path, "a bench", "")
     done = evaluate(*given)
