@@ -244,12 +244,13 @@ def _claimed(folder: Path) -> Iterator[None]:
     """Have a folder for this process alone until it ends, however it ends. Errors: BadRecipe."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadRecipe(
+                f"another command is encoding captions into {folder}: wait for its end"
+            ) from error
         yield
-    except BlockingIOError as error:
-        raise BadRecipe(
-            f"another command is encoding captions into {folder}: wait for its end"
-        ) from error
     finally:
         os.close(handle)
 
