@@ -142,7 +142,7 @@ MOMENTS = {
     "evaluation": Calling("daybreak.train.evaluations", "take", Sleep(1, 2)),
     "save": Calling("daybreak.train.saving", "save_file", Sleep(1, 2)),
     "grid": Calling("daybreak.train.grids", "draw", Sleep(1, 2)),
-    "first step": Calling("daybreak.train.loop", "_gradient", Sleep(1, 2)),
+    "first step": Calling("daybreak.train.step", "_gradient", Sleep(1, 2)),
 }
 LOOKS = ("evaluate.every=10", "evaluate.pictures=32", "sample.every=10")
 
