@@ -724,11 +724,7 @@ def _cache_text(
     from daybreak.model import text, text_cache
     from daybreak.train import encoded
 
-    number, of = (share or "1/1").split("/") if (share or "1/1").count("/") == 1 else ("", "")
-    if not (number.isdigit() and of.isdigit() and 1 <= int(number) <= int(of)):
-        raise BadRecipe(f"--part {share}: write I/N, from 1/8 to 8/8 on eight devices")
-    part = text_cache.Part(int(number), int(of))
-
+    part = text_cache.Part.parse(share) if share else text_cache.ALL
     settings = text.Config(encoder=encoder)
     if encoder.endswith(".toml"):
         recipe = config.load(encoder)

@@ -1,5 +1,6 @@
 """Files on disk that are whole or not there, and known by their sha256."""
 
+import fcntl
 import json
 import os
 import secrets
@@ -11,7 +12,7 @@ from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from daybreak.failure import BadData
+from daybreak.failure import BadData, BadRecipe
 
 
 def sha256(path: Path) -> str:
@@ -75,6 +76,22 @@ def fresh(path: Path) -> Iterator[Path]:
         staged.replace(path)
     finally:
         staged.unlink(missing_ok=True)
+
+
+@contextmanager
+def claimed(folder: Path, busy: str) -> Iterator[None]:
+    """Have a folder for this process alone until it ends, however it ends.
+
+    By a lock on a file in it: network disks lock no folder.
+
+    Errors  BadRecipe with the sentence `busy` if another process has it; OSError.
+    """
+    with (folder / "lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise BadRecipe(busy) from error
+        yield
 
 
 def sweep(folder: Path) -> None:

@@ -18,7 +18,6 @@ names for each picture.
 """
 
 import contextlib
-import fcntl
 import itertools
 import json
 import shutil
@@ -295,18 +294,13 @@ def _listed(out: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 def _claimed(out: Path) -> Iterator[Path]:
     """The staging folder, for this process alone until it ends, however it ends."""
     staging = out / STAGING
-    try:
-        staging.mkdir(parents=True, exist_ok=True)
-        lock = (staging / "lock").open("w")
-    except OSError as error:
-        raise BadStorage(f"cannot write {staging}: {error.strerror}") from error
-    with lock:
+    busy = f"another command is preparing {out}: wait for it, or choose another --out"
+    with contextlib.ExitStack() as mine:
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadRecipe(
-                f"another command is preparing {out}: wait for it, or choose another --out"
-            ) from error
+            staging.mkdir(parents=True, exist_ok=True)
+            mine.enter_context(disk.claimed(staging, busy))
+        except OSError as error:
+            raise BadStorage(f"cannot write {staging}: {error.strerror}") from error
         yield staging
 
 

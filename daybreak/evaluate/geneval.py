@@ -26,7 +26,7 @@ from PIL import Image
 from daybreak.evaluate.artist import Artist, square
 from daybreak.evaluate.distances import Estimate
 from daybreak.evaluate.prompts import Prompts
-from daybreak.evaluate.statistics import cluster_bootstrap, wilson
+from daybreak.evaluate.statistics import share_interval
 from daybreak.evaluate.suite import Progress, Result
 from daybreak.failure import BadData, BadRecipe, BadStorage
 from daybreak.generate import grid
@@ -136,8 +136,5 @@ def _share(
     rows = [i for i, tag in enumerate(tags) if tag in tasks]
     names = [tags[i] for i in rows]
     means = [passed[[i for i in rows if tags[i] == task]].mean() for task in tasks]
-    if passed[rows].min() == passed[rows].max():  # drawing again would show no doubt at all
-        low, high = wilson(int(passed[rows].sum()), len(rows))
-    else:
-        low, high = cluster_bootstrap(passed[rows], [prompts[i] for i in rows], names)
+    low, high = share_interval(passed[rows], [prompts[i] for i in rows], names)
     return Estimate(float(np.mean(means)), low, high)

@@ -43,7 +43,7 @@ from daybreak.evaluate.scenes_checker import (
     judge,
     thresholds_hash,
 )
-from daybreak.evaluate.statistics import cluster_bootstrap, difference, wilson
+from daybreak.evaluate.statistics import difference, share_interval, wilson
 from daybreak.failure import BadRecipe
 
 Pictures = npt.NDArray[np.uint8]
@@ -378,9 +378,7 @@ def _mean(rows: Sequence[tuple[Item, Verdict]]) -> dict[str, float | int | None]
     passed = np.array([verdict.passed for _, verdict in rows], dtype=np.float64)
     names = [item.task for item, _ in rows]
     means = [passed[[name == task for name in names]].mean() for task in SCORED if task in names]
-    if passed.min() == passed.max():  # drawing them again would show no doubt at all
-        return _share(list(passed > 0))
-    low, high = cluster_bootstrap(passed, [item.specification for item, _ in rows], names)
+    low, high = share_interval(passed, [item.specification for item, _ in rows], names)
     return {"exact": float(np.mean(means)), "low": low, "high": high, "n": len(rows)}
 
 

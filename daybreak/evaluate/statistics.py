@@ -121,6 +121,22 @@ def cluster_bootstrap(
     return float(low), float(high)
 
 
+def share_interval(
+    passed: npt.NDArray[np.float64],
+    clusters: Sequence[Hashable],
+    strata: Sequence[Hashable] | None = None,
+) -> tuple[float, float]:
+    """The 95 % interval of a share, of clustered verdicts 0 and 1.
+
+    Where all are the same, drawing them again would show no doubt at all: there it is Wilson's.
+
+    Shapes, errors  as `cluster_bootstrap`.
+    """
+    if len(passed) and passed.min() == passed.max():
+        return wilson(int(passed.sum()), len(passed))
+    return cluster_bootstrap(passed, clusters, strata)
+
+
 def mean_interval(values: Sequence[float] | npt.NDArray[np.float64]) -> tuple[float, float]:
     """The 95 % interval of the mean of a few independent results, as those of seeds.
 

@@ -23,14 +23,12 @@ Units    the precision of the encoder. Reading takes 48 bytes of memory for each
          held; the embeddings are mapped.
 """
 
-import fcntl
 import hashlib
 import json
-import os
+import re
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from functools import lru_cache
 from itertools import accumulate, chain, islice
 from pathlib import Path
@@ -86,6 +84,14 @@ class Part(NamedTuple):
     number: int
     of: int
 
+    @classmethod
+    def parse(cls, text: str) -> "Part":
+        """Read `I/N`. Errors: BadRecipe."""
+        found = re.fullmatch(r"(\d{1,4})/(\d{1,4})", text.strip())
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise BadRecipe(f"--part {text}: write I/N, from 1/8 to 8/8 on eight devices")
+        return cls(int(found[1]), int(found[2]))
+
     def has(self, caption: str) -> bool:
         """Whether a caption belongs to it: the same one on every machine."""
         return int(_digest(caption), 16) % self.of == self.number - 1
@@ -104,10 +110,16 @@ def places(dataset: Path, made_with: dict[str, Any]) -> dict[Part, Path]:
 
 
 class Reader:
-    """The embeddings of one dataset or several, all made with the same settings."""
+    """The embeddings of one dataset or several, all made with the same settings.
 
-    def __init__(self, folders: Sequence[Path], config: Config) -> None:
+    `partial` are the datasets of which not every caption is known to be held.
+    """
+
+    def __init__(
+        self, folders: Sequence[Path], config: Config, partial: Sequence[Path] = ()
+    ) -> None:
         """Map the shards. Errors: BadData if one is not as its manifest says."""
+        self.partial = partial
         self.step = config.length_step
         self.pinned = torch.cuda.is_available()  # so that nobody waits until they are on a device
         self.shards: list[Tensor] = []
@@ -182,30 +194,34 @@ class Reader:
 def reader(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> Reader | None:
     """The embeddings that datasets hold for an encoder; None if there are none at all."""
     there = present(datasets, config, compute)
-    return Reader(there, config) if there else None
+    folders = [folder for parts in there.values() for folder in parts.values()]
+    return Reader(folders, config, _lacking(there)) if folders else None
 
 
-def present(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> list[Path]:
-    """The folders of embeddings for an encoder, of those datasets that have one.
+def present(
+    datasets: Sequence[Path], config: Config, compute: torch.dtype
+) -> dict[Path, dict[Part, Path]]:
+    """The folders of embeddings for an encoder, by dataset and share.
 
     Errors  BadRecipe as `settings`.
     """
     if config.encoder is None or not any((dataset / "text").is_dir() for dataset in datasets):
-        return []
-    made_with = settings(config, compute)
-    return [folder for one in datasets for folder in places(one, made_with).values()]
+        return {dataset: {} for dataset in datasets}
+    made_with = settings(config, compute)  # a local encoder is hashed for it, gigabytes of it
+    return {dataset: places(dataset, made_with) for dataset in datasets}
 
 
 def partial(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> list[Path]:
     """Those of the datasets of which not every caption is known to be held."""
-    if not any((dataset / "text").is_dir() for dataset in datasets):
-        return list(datasets)
-    made_with = settings(config, compute)
-    return [dataset for dataset in datasets if not _all_held(places(dataset, made_with))]
+    return _lacking(present(datasets, config, compute))
 
 
-def _all_held(there: dict[Part, Path]) -> bool:
-    done = {part for part, folder in there.items() if _listed(folder).get("whole")}
+def _lacking(there: dict[Path, dict[Part, Path]]) -> list[Path]:
+    return [dataset for dataset, parts in there.items() if not _all_held(parts)]
+
+
+def _all_held(parts: dict[Part, Path]) -> bool:
+    done = {part for part, folder in parts.items() if _listed(folder).get("whole")}
     return any(all(Part(n + 1, of) in done for n in range(of)) for _, of in done)
 
 
@@ -232,27 +248,12 @@ def write(
     there = [other for other in places(dataset, made_with).values() if other != folder]
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        with _claimed(folder):
+        busy = f"another command is encoding captions into {folder}: wait for its end"
+        with disk.claimed(folder, busy):
             _fill(folder, there, encoder, made_with, captions, progress)
     except (OSError, SafetensorError) as error:
         raise BadStorage(f"cannot write {folder}: {error}") from error
     return folder
-
-
-@contextmanager
-def _claimed(folder: Path) -> Iterator[None]:
-    """Have a folder for this process alone until it ends, however it ends. Errors: BadRecipe."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise BadRecipe(
-                f"another command is encoding captions into {folder}: wait for its end"
-            ) from error
-        yield
-    finally:
-        os.close(handle)
 
 
 def _fill(
@@ -283,9 +284,14 @@ def _fill(
 
 
 def _listed(folder: Path) -> dict[str, Any]:
-    """What the manifest of a folder says; nothing where there is none."""
-    path = folder / "manifest.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    """What the manifest of a folder says; nothing where there is none. Errors: BadData."""
+    try:
+        found: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError) as error:
+        raise BadData(f"{folder}/manifest.json cannot be read ({error}): {_REMEDY}") from error
+    return found
 
 
 def verify(dataset: Path) -> None:
@@ -349,7 +355,7 @@ def _digest(caption: str) -> bytes:
 def _whole(folder: Path, hashed: bool = False) -> list[Path]:
     """The shards that the manifest of a folder names. Errors: BadData if they are others."""
     try:
-        listed = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))["shards"]
+        listed = _listed(folder)["shards"]
         for name, facts in listed.items():
             if wrong := disk.complaint(folder, name, facts, hashed):
                 raise BadData(f"{folder} is damaged: {wrong}; {_REMEDY}")

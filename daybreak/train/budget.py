@@ -147,6 +147,16 @@ class Plan(NamedTuple):
         return max((stage.memory for stage in self.stages), key=lambda parts: sum(parts.values()))
 
     @property
+    def needed(self) -> float:
+        """Bytes of all of it."""
+        return sum(self.fullest.values())
+
+    @property
+    def fits(self) -> bool:
+        """Whether there is so much."""
+        return self.needed <= self.room
+
+    @property
     def room(self) -> float:
         """Bytes that a device has for a run."""
         return FILL * self.cluster.device.memory

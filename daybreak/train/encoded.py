@@ -46,7 +46,7 @@ def known(
     reader = text_cache.reader(folders, recipe.text, dtype)
     if reader is not None:
         tell(f"{len(reader.digests):,} captions are already encoded")
-        for folder in text_cache.partial(folders, recipe.text, dtype):
+        for folder in reader.partial:
             tell(
                 f"not all captions of {folder} are, and a batch with one that is not is encoded "
                 f"whole: daybreak prepare {folder} --cache-text {recipe.text.encoder} "

@@ -16,15 +16,14 @@ from daybreak.train.hardware import Cluster
 
 def check_memory(recipe: Recipe, made: budget.Plan) -> None:
     """Refuse a run that does not fit. Errors: BadRecipe, with the smallest change that helps."""
-    needed = sum(made.fullest.values())
-    if needed <= made.room:
+    if made.fits:
         return
     device = made.cluster.device
     remedy = next(remedies(recipe, made.cluster), None) or (
         f"no pass is small enough on {made.cluster}, nor on any GPU that is known here: "
         + (narrower(recipe, made.cluster) or "make the networks that it asks smaller")
     )
-    wants, has = f"{needed / hardware.GB:.1f} GB", f"{made.room / hardware.GB:.1f} GB"
+    wants, has = f"{made.needed / hardware.GB:.1f} GB", f"{made.room / hardware.GB:.1f} GB"
     raise BadRecipe(
         f"a run of this recipe needs {wants} of memory on each {device.name}, which has {has} for "
         f"it: {remedy}"

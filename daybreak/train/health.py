@@ -102,9 +102,7 @@ class Guard:
         ]
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
         what += (
-            f", {loss / usual:.1f} times the median of late"
-            if finite
-            else f" on rank {bad[0]}" * (len(losses) > 1)
+            f", median of late {usual:.4g}" if finite else f" on rank {bad[0]}" * (len(losses) > 1)
         )
         take = finite and self.config.spike == "log"
         self._record(

@@ -101,8 +101,19 @@ def train(
         for change in changes:
             tell(f"goes on changed: {change}")
         return _train(
-            *(recipe, folder, source, here, found, status, stop, tell, began, clock, changes),
-            *(trial, trace),
+            recipe,
+            folder,
+            source,
+            here,
+            found,
+            status,
+            stop,
+            tell,
+            began,
+            clock,
+            changes=changes,
+            trial=trial,
+            trace=trace,
         )
 
 

@@ -36,13 +36,17 @@ def tables(recipe: Recipe, made: Plan, times: float | None = None) -> Iterator[T
 
 def verdict(made: Plan) -> Table:
     """How long, how much, and whether it fits: the line to read if only one is read."""
-    needed = sum(made.fullest.values())
     table = Table.grid()
     paid = f", ${dollars(made, made.seconds)}" if made.price is not None else ""
-    fits = "fits" if needed <= made.room else "DOES NOT FIT"
-    sizes = f"{needed / 1e9:.1f} of {made.room / 1e9:.1f} GB"
+    fits, sizes = _room(made)
     table.add_row(f"{made.cluster}: {_time(made.seconds)}{paid}, {fits} ({sizes})", style="bold")
     return table
+
+
+def _room(made: Plan) -> tuple[str, str]:
+    """Whether it fits, and by how much."""
+    sizes = f"{made.needed / 1e9:.1f} of {made.room / 1e9:.1f} GB"
+    return "fits" if made.fits else "DOES NOT FIT", sizes
 
 
 def stages(recipe: Recipe, made: Plan) -> Table:
@@ -90,8 +94,7 @@ def bars(title: str, parts: Mapping[str, float], unit: float, name: str) -> Tabl
 def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
     """What the figures rest on, and what else is good to know."""
     count, device = made.cluster
-    needed = sum(made.fullest.values())
-    fits = "fits" if needed <= made.room else "DOES NOT FIT"
+    fits, sizes = _room(made)
     inside, across = _traffic(recipe, made)
     price = "none known; give one with --price"
     if made.price is not None:
@@ -103,7 +106,7 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
     found = {
         "speed": f"{100 * made.reached:.0f} % of {_three(device.flops / 1e12)} TFLOP/s{slower} "
         f"({made.source}{_busy(made)})",
-        "memory": f"{fits}: {needed / 1e9:.1f} of {made.room / 1e9:.1f} GB, in passes of "
+        "memory": f"{fits}: {sizes}, in passes of "
         f"{max(budget.passes(recipe, stage, count) for stage in recipe.stage)} pictures",
         "pictures": f"{made.pictures:,}" + _epochs(recipe, made),
         "weights": f"{made.weights / 1e6:,.1f} M that learn",
@@ -199,7 +202,7 @@ def facts(recipe: Recipe, made: Plan, times: float | None = None) -> dict[str, A
         "energy": made.energy,
         "memory": made.fullest,
         "room": made.room,
-        "fits": sum(made.fullest.values()) <= made.room,
+        "fits": made.fits,
         "traffic": {"inside": inside, "across": across},
         "stages": [
             {**stage._asdict(), "step": stage.step, "limit": stage.limit} for stage in made.stages
