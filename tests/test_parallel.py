@@ -294,6 +294,19 @@ def test_everybody_sees_the_numbers_of_all(found: Found) -> None:
     assert found.other["rows"].tolist() == [[rank, 10.0] for rank in range(found.ranks)]
 
 
+@pytest.mark.slow  # the compiler is asked
+def test_a_compiled_block_rounds_a_product_and_its_sum_once() -> None:
+    class Block(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x * x - (1 + 2**-11)
+
+    block, plain = Block(), World(0, 1, torch.device("cpu"), None, HashStore())
+    x = torch.full((4096,), 1 + 2**-12)
+    assert not block(x).any()  # 1 + 2^-11 + 2^-24 is rounded before the rest is taken off
+    parallel.prepare(block, [block], plain, Config(), compiled=True)
+    assert torch.equal(block(x), torch.full_like(x, 2**-24))
+
+
 def test_shares_are_a_batch_cut_evenly() -> None:
     plain = World(0, 1, torch.device("cpu"), None, HashStore())
     assert parallel.share(plain, 24) == (0, 24)
