@@ -399,7 +399,10 @@ def evaluate(
         Path | None, typer.Option(help="Folder of the results; FOLDER/evaluation if left out.")
     ] = None,
 ) -> None:
-    """Score a run or a pipeline of diffusers: a table, and FOLDER/evaluation/SUITE.json."""
+    """Score a run or a pipeline of diffusers: a table, and FOLDER/evaluation/SUITE.json.
+
+    What is asked otherwise than usual stands in the name: scenes-best-steps20-guidance3.json.
+    """
     from daybreak.train import scoring
 
     wanted = scoring.Wanted(
@@ -561,27 +564,42 @@ def export(
 
 @app.command()
 def inspect(
-    dataset: Annotated[Path, typer.Argument(help="A folder that `daybreak prepare` has written.")],
-    batch: Annotated[int, typer.Option(min=1, help="Pictures of a global batch.")] = 64,
-    world: Annotated[int, typer.Option(min=1, help="Processes that share a batch.")] = 1,
+    folder: Annotated[
+        Path, typer.Argument(help="A run, or a dataset that `daybreak prepare` has written.")
+    ],
+    batch: Annotated[int, typer.Option(min=1, help="Of a dataset: pictures of a batch.")] = 64,
+    world: Annotated[
+        int, typer.Option(min=1, help="Of a dataset: processes that share a batch.")
+    ] = 1,
     resolution: Annotated[
-        int | None, typer.Option(min=1, help="That of a stage; the dataset's if left out.")
+        int | None,
+        typer.Option(min=1, help="Of a dataset: that of a stage; its own if left out."),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The page; DATASET/inspect.html if left out.")
+        Path | None, typer.Option(help="The page; FOLDER/inspect.html if left out.")
     ] = None,
 ) -> None:
-    """Show what a prepared dataset holds, and what would stop a training on it."""
+    """Show a run, or what a dataset holds and what would stop a training on it.
+
+    A summary here, and one page with pictures. That of a run has what it drew, its curves, scores
+    and cost; it may be asked for while the run goes on.
+    """
     from rich.console import Console
 
     from daybreak.data import census
-    from daybreak.web import inspect as view
+    from daybreak.web import dataset, page
+    from daybreak.web import run as of_run
 
-    opened = census.read(dataset, _counter("bytes checked"))
+    path = out or folder / "inspect.html"
+    if (folder / "recipe.toml").is_file():
+        story = of_run.read(folder)
+        Console().print(of_run.summary(story))
+        print(f"page: {page.write(of_run.page(story), path)}")
+        return
+    opened = census.read(folder, _counter("bytes checked"))
     found = census.count(opened, batch, world, resolution)
-    Console().print(view.summary(found))
-    path = view.write(view.page(opened, found), out or dataset / "inspect.html")
-    print(f"page: {path}")
+    Console().print(dataset.summary(found))
+    print(f"page: {page.write(dataset.page(opened, found), path)}")
     if found.problems:
         raise found.problems[0]
 

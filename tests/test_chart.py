@@ -76,7 +76,7 @@ def test_nothing_is_not_drawn() -> None:
     ("low", "high"), [(0.0, 1.0), (0.0, 80_000.0), (-0.013, 0.002), (3.0, 3.1)]
 )
 def test_axes_have_a_few_round_numbers(low: float, high: float) -> None:
-    ticks = chart._ticks(low, high)
+    ticks = chart.ticks(low, high)
     assert 4 <= len(ticks) <= 11
     assert low <= ticks[0] + 1e-9
     assert ticks[-1] <= high + 1e-9
@@ -87,4 +87,4 @@ def test_axes_have_a_few_round_numbers(low: float, high: float) -> None:
     [(0.0, "0"), (1e-17, "0"), (0.25, "0.25"), (80_000, "80k"), (3.2e15, "3.2P"), (-1500, "-1.5k")],
 )
 def test_numbers_are_short(value: float, text: str) -> None:
-    assert chart._short(value) == text
+    assert chart.short(value) == text

@@ -64,7 +64,7 @@ def chart(arms: Sequence[Arm], metric: str, unit: str, target: float | None = No
     frame = Frame(
         (LEFT, TOP, end, HEIGHT - BOTTOM), (0.0, 1.02 * max(costs)), _room(min(seen), max(seen))
     )
-    _axes(draw, frame, metric, unit, _ticks(*frame.x))
+    _axes(draw, frame, metric, unit, ticks(*frame.x))
     if target is not None:
         _dashed(draw, frame, target)
     for arm, colour in zip(arms, _colours(len(arms)), strict=True):
@@ -100,13 +100,13 @@ def _axes(
     draw: ImageDraw.ImageDraw, frame: Frame, title: str, unit: str, across: Sequence[float]
 ) -> None:
     left, top, right, bottom = frame.box
-    for tick in _ticks(*frame.y):
+    for tick in ticks(*frame.y):
         _, y = frame.at((0, tick))
         _line(draw, [(left, y), (right, y)], FRAME, 1)
-        _write(draw, (left - 8, y), _short(tick), "rm")
+        _write(draw, (left - 8, y), short(tick), "rm")
     for tick in across:
         x, _ = frame.at((tick, 0))
-        _write(draw, (x, bottom + 8), _short(tick), "ma")
+        _write(draw, (x, bottom + 8), short(tick), "ma")
     _write(draw, ((left + right) / 2, bottom + 32), unit, "ma")
     _write(draw, (left, top - 18), title, "ls")
 
@@ -139,7 +139,7 @@ def _room(low: float, high: float) -> tuple[float, float]:
     return low - 0.06 * spread, high + 0.06 * spread
 
 
-def _ticks(low: float, high: float) -> list[float]:
+def ticks(low: float, high: float) -> list[float]:
     """Four to nine round numbers between two."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= max(factor for factor in (1, 2, 5) if factor * step <= (high - low) / 4)
@@ -147,7 +147,8 @@ def _ticks(low: float, high: float) -> list[float]:
     return [step * k for k in range(first, math.floor(high / step) + 1)]
 
 
-def _short(value: float) -> str:
+def short(value: float) -> str:
+    """A number in a few signs: 12k, 0.5."""
     for size, sign in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
             return f"{value / size:.3g}{sign}"

@@ -1,46 +1,38 @@
 """A prepared dataset for the eye: a summary for the terminal, and one page with its pictures.
 
-The page is a single file below PAGE_BYTES, whatever the dataset: pictures are sampled, and long
-lists end with the name of the file that holds all of them. It loads nothing and runs nothing, and a
-policy in its head forbids both, so that a caption out of the wild is never more than text.
+Pictures are sampled, and long lists end with the name of the file that holds all of them, so that
+the page stays below PAGE_BYTES.
 
 A thumbnail is cut to the bucket as training cuts the picture. A duplicate that was left out is
 shown beside the one that was kept if its source is a folder that still stands; out of an archive
 it is a name.
 """
 
-import base64
 import html
-import io
 from collections.abc import Callable, Iterable, Iterator
-from importlib.metadata import version
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
-import jinja2
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from PIL import Image
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from daybreak.data import buckets, census, disk, images
+from daybreak.data import buckets, census, images
 from daybreak.data.prepared import Opened
-from daybreak.failure import BadData, BadStorage
+from daybreak.failure import BadData
+from daybreak.web import page as web
 
 PAGE_BYTES = 10_000_000
 SHEETS_BYTES, GROUPS_BYTES, REJECTED_BYTES = 6_000_000, 1_500_000, 1_500_000  # parts of the page
 PICTURES, PER_SHEET = 256, 16  # thumbnails at most, but at least so many of each bucket
 PER_GROUP, CAPTIONS = 5, 3
 SIDE = 192  # pixels along the longer side of a thumbnail: sharp at the 120 it is shown with
-LETTERS = 240  # of a caption, a name or a reason
 MARKUP = 300  # bytes around a thumbnail or a row, more than there are
 
 T = TypeVar("T")
-Picture = npt.NDArray[np.uint8]
 
 
 class Thumbnail(NamedTuple):
@@ -87,13 +79,8 @@ def page(written: census.Written, found: census.Census) -> str:
     rejected: dict[str, list[census.Rejected]] = {}
     for row in _within(REJECTED_BYTES, written.rejected, lambda row: MARKUP + _bytes(*row)):
         rejected.setdefault(row.kind, []).append(row)
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-    )
-    environment.filters |= {"number": "{:,}".format, "size": _size, "cut": _cut, "steps": _steps}
-    return environment.get_template("inspect.html").render(
+    return web.render(
+        "dataset.html",
         name=written.opened.folder.resolve().name,
         largest=written.opened.largest,
         census=found,
@@ -102,19 +89,7 @@ def page(written: census.Written, found: census.Census) -> str:
         rejected=sorted(rejected.items(), key=lambda pair: -len(pair[1])),
         listed=sum(map(len, rejected.values())),
         several_sources=len({row.source for row in written.rejected}) > 1,
-        version=version("daybreak"),
     )
-
-
-def write(text: str, path: Path) -> Path:
-    """Put a page in its place, whole or not at all. Errors: BadStorage."""
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with disk.fresh(path) as staged:
-            staged.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise BadStorage(f"cannot write {path}: {error.strerror}; choose another --out") from error
-    return path
 
 
 def summary(found: census.Census) -> RenderableType:
@@ -122,7 +97,7 @@ def summary(found: census.Census) -> RenderableType:
     out = sum(bar.number for bar in found.rejected)
     head = Text(
         f"{found.pictures:,} pictures of {found.read:,} read, {found.captions:,} captions, "
-        f"{_size(found.bytes)}"
+        f"{web.size(found.bytes)}"
     )
     facts = Table(box=None, show_header=False, pad_edge=False)
     facts.add_column(style="dim")
@@ -153,7 +128,7 @@ def summary(found: census.Census) -> RenderableType:
     each = f" ({found.batch // found.world:,} on each of {found.world})" if found.world > 1 else ""
     epoch = Text(
         f"at {found.resolution} px with batches of {found.batch:,}{each}, an epoch is "
-        f"{_steps(found.steps)} steps"
+        f"{web.steps(found.steps)} steps"
     )
     remarks = [Text(f"note: {remark}", style="yellow") for remark in found.remarks]
     problems = [Text(f"stops training: {problem}", style="red") for problem in found.problems]
@@ -198,7 +173,7 @@ def _thumbnail(opened: Opened, place: int) -> Thumbnail:
     height, width = _small(*bucket)
     data = table["image"][place]["bytes"].as_py()
     pixels = images.fit(images.decode_to_cover(data, where, height, width), height, width)
-    return Thumbnail(where, tuple(table["captions"][place].as_py()[:CAPTIONS]), _uri(pixels))
+    return Thumbnail(where, tuple(table["captions"][place].as_py()[:CAPTIONS]), web.uri(pixels))
 
 
 def _left_out(one: census.Dropped) -> Thumbnail:
@@ -210,23 +185,17 @@ def _left_out(one: census.Dropped) -> Thumbnail:
     path = folder / one.where
     try:
         if not (path.is_file() and path.resolve().is_relative_to(folder.resolve())):
-            return Thumbnail(one.where, (), absent=f"in {_cut(folder.name)}")
+            return Thumbnail(one.where, (), absent=f"in {web.cut(folder.name)}")
         pixels = images.decode(path.read_bytes(), one.where)
     except (BadData, OSError, ValueError):  # ValueError: a name that no file can have
         return Thumbnail(one.where, (), absent="cannot be read any more")
-    return Thumbnail(one.where, (), _uri(images.fit(pixels, *_small(*pixels.shape[:2]))))
+    return Thumbnail(one.where, (), web.uri(images.fit(pixels, *_small(*pixels.shape[:2]))))
 
 
 def _small(height: int, width: int) -> tuple[int, int]:
     """A shape with SIDE as its longer side."""
     longer = max(height, width)
     return max(1, round(SIDE * height / longer)), max(1, round(SIDE * width / longer))
-
-
-def _uri(pixels: Picture) -> str:
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", quality=80)
-    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
 def _within(budget: int, items: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:
@@ -240,21 +209,8 @@ def _within(budget: int, items: Iterable[T], size: Callable[[T], int]) -> Iterat
 
 def _bytes(*texts: str) -> int:
     """What texts take in the page, at most: cut, with every sign escaped that can be."""
-    return sum(len(html.escape(_cut(text)).encode()) for text in texts)
-
-
-def _cut(text: str) -> str:
-    return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
-
-
-def _steps(number: float) -> str:
-    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.1f}"
-
-
-def _size(number: float) -> str:
-    power = min(max(int(number).bit_length() - 1, 0) // 10, 4)
-    return f"{number / 1024**power:,.0f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"
+    return sum(len(html.escape(web.cut(text)).encode()) for text in texts)
 
 
 def _listed(bars: Iterable[census.Bar]) -> str:
-    return ", ".join(f"{_cut(bar.label)} {bar.number:,}" for bar in bars)
+    return ", ".join(f"{web.cut(bar.label)} {bar.number:,}" for bar in bars)

@@ -3,7 +3,6 @@
 import base64
 import io
 from collections.abc import Callable
-from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
@@ -14,50 +13,18 @@ from rich.console import Console
 
 from daybreak.data import census
 from daybreak.failure import BadStorage
-from daybreak.web import inspect
+from daybreak.web import dataset
+from daybreak.web import page as web
 from tests import warm
+from tests.pages import EVIL, Reader
 
 Prepare = Callable[..., Path]
 SQUARE, WIDE = {"bucket": "64x64"}, {"bucket": "32x128"}
-EVIL = "<script>alert(1)</script><img src=x onerror=alert(2)> \"'&"
-
-
-class Reader(HTMLParser):
-    """Collects the elements of a page with their attributes, and its text."""
-
-    void = frozenset({"meta", "img", "br", "link", "input", "hr"})
-
-    def __init__(self, page: str) -> None:
-        super().__init__()
-        self.elements: list[tuple[str, dict[str, str | None]]] = []
-        self.open: list[str] = []
-        self.words: list[str] = []
-        self.feed(page)
-
-    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
-        self.elements.append((tag, dict(attrs)))
-        if tag not in self.void:
-            self.open.append(tag)
-
-    def handle_endtag(self, tag: str) -> None:
-        assert self.open.pop() == tag
-
-    def handle_data(self, data: str) -> None:
-        self.words.append(data)
-
-    def attributes(self, tag: str, name: str) -> list[str]:
-        return [
-            found[name] or "" for other, found in self.elements if other == tag if name in found
-        ]
-
-    @property
-    def text(self) -> str:
-        return " ".join(" ".join(self.words).split())
 
 
 def shown(folder: Path, batch: int = 2, **options: Any) -> str:
     written = census.read(folder)
-    return inspect.page(written, census.count(written, batch, **options))
+    return dataset.page(written, census.count(written, batch, **options))
 
 
 def rejected(number: int, reason: str = "cannot be decoded") -> dict[str, str]:
@@ -101,7 +68,7 @@ def test_what_strangers_wrote_is_text_and_nothing_else(prepared: Prepare) -> Non
     kept = written.opened.table["id"][0].as_py()
     groups = (census.Group("near", kept, (census.Dropped(EVIL, EVIL, 1),)),)
     written = written._replace(groups=groups)
-    page = inspect.page(written, census.count(written, 2))
+    page = dataset.page(written, census.count(written, 2))
     reader = Reader(page)
     assert reader.open == []
     assert "script" not in {tag for tag, _ in reader.elements}
@@ -156,7 +123,7 @@ def test_duplicates_stand_side_by_side(prepared: Prepare, pictures: Path) -> Non
     kept = written.opened.table["id"][2].as_py()
     written = written._replace(groups=(census.Group("near", kept, dropped),))
     before = len(Reader(shown(folder)).attributes("img", "src"))
-    reader = Reader(inspect.page(written, census.count(written, 2)))
+    reader = Reader(dataset.page(written, census.count(written, 2)))
     assert len(reader.attributes("img", "src")) == before + 2  # the kept one, and 1.png
     for words in ("kept 2.png", "distance 3 1.png", "in shard.tar distance 5 key-7.jpg"):
         assert words in reader.text
@@ -176,20 +143,20 @@ def test_the_page_stays_small_whatever_the_dataset(
     written = written._replace(
         groups=tuple(census.Group("near", name, dropped) for _ in range(900))
     )
-    page = inspect.page(written, census.count(written, 2)).encode()
-    assert len(page) < inspect.PAGE_BYTES
+    page = dataset.page(written, census.count(written, 2)).encode()
+    assert len(page) < dataset.PAGE_BYTES
     text = Reader(page.decode()).text
     assert "all of them are in rejected.jsonl" in text
     assert "all of them are in duplicates.jsonl" in text
 
-    monkeypatch.setattr(inspect, "SHEETS_BYTES", 30_000)
-    assert len(inspect.page(written, census.count(written, 2)).encode()) < len(page)
+    monkeypatch.setattr(dataset, "SHEETS_BYTES", 30_000)
+    assert len(dataset.page(written, census.count(written, 2)).encode()) < len(page)
 
 
 def test_the_summary_fits_a_terminal(prepared: Prepare) -> None:
     folder = prepared([SQUARE | {"captions": ["a [red] dog"]}] * 5 + [WIDE], [rejected(1)])
     console = Console(file=io.StringIO(), width=80)
-    console.print(inspect.summary(census.count(census.read(folder), batch=4, world=2)))
+    console.print(dataset.summary(census.count(census.read(folder), batch=4, world=2)))
     text = " ".join(console.file.getvalue().split())  # type: ignore[attr-defined]
     for words in (
         "6 pictures of 7 read, 6 captions",
@@ -207,7 +174,7 @@ def test_a_summary_takes_nothing_for_markup(prepared: Prepare) -> None:
     folder = prepared([SQUARE | {"licence": "<b>MIT</b>[/x]", "source": "pics [old]"}] * 2)
     stream = io.StringIO()
     found = census.count(census.read(folder), 2, 1, None)
-    Console(file=stream, width=120).print(inspect.summary(found))
+    Console(file=stream, width=120).print(dataset.summary(found))
     assert "<b>MIT</b>[/x]" in stream.getvalue()
     assert "pics [old]" in stream.getvalue()
 
@@ -215,7 +182,7 @@ def test_a_summary_takes_nothing_for_markup(prepared: Prepare) -> None:
 def test_a_page_that_cannot_be_written_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(BadStorage, match="cannot write"):
-        inspect.write("page", tmp_path / "file" / "page.html")
+        web.write("page", tmp_path / "file" / "page.html")
 
 
 def daybreak(*arguments: object) -> warm.Done:

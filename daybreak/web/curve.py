@@ -1,0 +1,107 @@
+"""A quantity against the steps of a run, as lines of SVG: many steps in few points.
+
+Steps are gathered into at most BINS bins of equal length. The line goes through their means, the
+band from the least to the most that was seen in each; what is rare is cut at the edge. What falls
+by orders of magnitude is drawn in logarithms.
+
+Units  pixels of the drawing, y downwards; values as they come.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from daybreak.evaluate.chart import short, ticks
+
+BINS = 240
+WIDTH, HEIGHT = 340, 170
+LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22  # margins
+RARE = 0.02  # share of the steps, above and below, that may lie outside of the drawing
+WIDE = 8.0  # most by least from which on logarithms are drawn
+
+Point = tuple[float, float]  # step and value
+
+
+class Tick(NamedTuple):
+    """A round value at an edge, and where."""
+
+    at: float
+    text: str
+
+
+class Curve(NamedTuple):
+    """What a page needs to draw it; `last` is the mean of the newest bin."""
+
+    title: str
+    last: str
+    line: str  # points of a polyline
+    band: str  # points of a polygon, none if there is no width to it
+    across: list[Tick]
+    up: list[Tick]
+    stages: list[float]  # where another stage begins
+    dots: list[Point]  # each measurement, where they are few
+
+
+def curve(title: str, points: Sequence[Point], stages: Sequence[int] = ()) -> Curve | None:
+    """Draw what is finite; None if that is less than two steps.
+
+    `stages` are the last steps of all stages but the newest.
+    """
+    known = [(step, value) for step, value in points if math.isfinite(value)]
+    if len({step for step, _ in known}) < 2:
+        return None
+    steps, values = np.array(known, dtype=np.float64).T
+    edges = np.linspace(steps[0], steps[-1], min(BINS, len(steps)) + 1)
+    bins = np.clip(np.searchsorted(edges, steps, side="right") - 1, 0, len(edges) - 2)
+    used = np.unique(bins)
+    parts = [bins == one for one in used]
+    middles = [float(steps[part].mean()) for part in parts]
+    means = [float(values[part].mean()) for part in parts]
+    least, most = ([float(find(values[part])) for part in parts] for find in (np.min, np.max))
+
+    usual = np.quantile(values, (RARE, 1 - RARE)).tolist()
+    low, high = min(*means, usual[0]), max(*means, usual[1])
+    logs = low > 0 and high > WIDE * low
+    scale: Callable[[float], float] = math.log10 if logs else float
+    bottom, top = scale(low), scale(high)
+    room = 0.06 * (top - bottom) or 0.1 * abs(top) or 1.0
+    bottom, top = bottom - room, top + room
+
+    def x(step: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (step - steps[0]) / (steps[-1] - steps[0])
+
+    def y(value: float) -> float:
+        up = (scale(max(value, low / WIDE)) if logs else value) - bottom
+        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(up / (top - bottom), 0.0), 1.0)
+
+    def path(pairs: Sequence[Point]) -> str:
+        return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in pairs)
+
+    upper = list(zip(middles, most, strict=True))
+    lower = list(zip(middles, least, strict=True))
+    return Curve(
+        title,
+        short(means[-1]),
+        path(list(zip(middles, means, strict=True))),
+        path(upper + lower[::-1]) if len(used) < len(steps) else "",
+        [Tick(x(step), short(step)) for step in ticks(float(steps[0]), float(steps[-1]))],
+        [Tick(y(value), short(value)) for value in _round(bottom, top, logs)],
+        [x(step) for step in stages if steps[0] < step < steps[-1]],
+        [(x(step), y(value)) for step, value in known] if len(known) <= BINS // 8 else [],
+    )
+
+
+def _round(bottom: float, top: float, logs: bool) -> list[float]:
+    """Round values between two, or between the tens that they are the powers of."""
+    if not logs:
+        return ticks(bottom, top)
+    found = [
+        factor * 10.0**power
+        for power in range(math.floor(bottom), math.ceil(top))
+        for factor in (1, 2, 5)
+    ]
+    inside = [value for value in found if bottom <= math.log10(value) <= top]
+    tens = [value for value in inside if math.log10(value).is_integer()]
+    return tens if len(inside) > 7 and len(tens) > 2 else inside

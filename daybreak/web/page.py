@@ -1,0 +1,65 @@
+"""What the pages have in common: one file each, its pictures in it.
+
+A page loads nothing and runs nothing, and a policy in its head forbids both, so that a caption out
+of the wild is never more than text.
+"""
+
+import base64
+import io
+from importlib.metadata import version
+from pathlib import Path
+
+import jinja2
+import numpy as np
+import numpy.typing as npt
+from PIL import Image
+
+from daybreak.data import disk
+from daybreak.failure import BadStorage
+
+LETTERS = 240  # of a caption, a name or a reason
+
+
+def render(template: str, **values: object) -> str:
+    """A page, as text."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent),
+        autoescape=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters |= {"number": "{:,}".format, "size": size, "cut": cut, "steps": steps}
+    return environment.get_template(template).render(**values, version=version("daybreak"))
+
+
+def write(text: str, path: Path) -> Path:
+    """Put a page in its place, whole or not at all. Errors: BadStorage."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with disk.fresh(path) as staged:
+            staged.write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise BadStorage(f"cannot write {path}: {error.strerror}; choose another --out") from error
+    return path
+
+
+def uri(pixels: npt.NDArray[np.uint8]) -> str:
+    """A picture as text, which a page holds."""
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "WEBP", quality=80)
+    return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+def cut(text: str) -> str:
+    """A text of at most LETTERS."""
+    return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
+
+
+def steps(number: float) -> str:
+    """A number of steps, which may be a part of one."""
+    return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.1f}"
+
+
+def size(number: float) -> str:
+    """Bytes in a unit that leaves few digits."""
+    power = min(max(int(number).bit_length() - 1, 0) // 10, 4)
+    return f"{number / 1024**power:,.0f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

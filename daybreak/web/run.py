@@ -1,0 +1,309 @@
+"""A run for the eye: how it stands, what it has drawn, learned, scored and cost.
+
+All of it is read from the run's folder, so it is the same for a run that goes on, one that was
+killed, and one that was copied from another machine; the same command makes the page anew. Pictures
+are those of the recipe's prompts: a row for each prompt, a column for each of some steps.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from daybreak.config import Recipe
+from daybreak.failure import BadStorage
+from daybreak.train import evaluations, facts, runs
+from daybreak.web import page as web
+from daybreak.web.curve import Curve, curve
+
+SIDE = 256  # pixels along a picture in the page, at most
+COLUMNS, ROWS = 6, 24  # steps and prompts that are shown
+LISTED = 50  # incidents
+LATE = 100  # steps whose mean is the loss that is told
+QUIET = 300.0  # seconds of silence from which on a run is no longer taken for a living one
+COUNTED = {  # in metrics.jsonl, but no part of the loss
+    *("step", "images", "seconds", "norm", "lr", "waited", "worked", "waiting", "words", "resumed"),
+    *("images_per_second", "flops_per_second", "share_of_peak", "memory_mib"),
+    *("dollars", "dollars_to_go"),
+}
+LINES = {  # what is drawn beside the loss
+    "norm": "norm of the gradient",
+    "lr": "learning rate",
+    "images_per_second": "pictures a second",
+    "share_of_peak": "share of the peak",
+    "waiting": "share of time without pictures",
+}
+
+
+class Shown(NamedTuple):
+    """A prompt, and what was drawn of it at each of the steps: text for the page, empty if none."""
+
+    prompt: str
+    pictures: list[str]
+
+
+class Score(NamedTuple):
+    """A result of `daybreak evaluate`: its name, and a value and its interval for each row."""
+
+    name: str
+    rows: list[tuple[str, str, str]]
+
+
+class Story(NamedTuple):
+    """What a run's folder tells."""
+
+    folder: Path
+    recipe: Recipe
+    status: Mapping[str, Any]
+    known: Mapping[str, Any]  # run.json
+    steps: list[dict[str, Any]]
+    evaluations: list[dict[str, Any]]
+    incidents: list[dict[str, Any]]
+    heard: float  # seconds since it last wrote something
+
+    @property
+    def done(self) -> int:
+        """The newest step."""
+        return int(self.steps[-1]["step"]) if self.steps else 0
+
+    @property
+    def state(self) -> str:
+        """running, finished, stopped or failed; silent, if it says that it runs and does not."""
+        state = str(self.status.get("state", "silent"))
+        return "silent" if state == "running" and self.heard > QUIET else state
+
+    @property
+    def sentence(self) -> str:
+        """How it stands."""
+        reason, code = self.status.get("reason"), self.status.get("code")
+        of = f"step {self.done:,} of {self.recipe.steps:,}"
+        return {
+            "running": f"It runs: {of}, {self.heard:.0f} s ago.",
+            "finished": f"It is finished after {of}: {reason}.",
+            "stopped": f"It was stopped at {of}: {reason}. The same command continues.",
+            "failed": f"It failed at {of}: {reason} (code {code})",
+            "silent": f"Nothing was heard of it for {_clock(self.heard)}: {of}. If it was killed, "
+            "the same command continues.",
+        }[self.state]
+
+
+def read(folder: Path) -> Story:
+    """Read a run's folder. Errors: NoCheckpoint if it is none, BadStorage if it cannot be read."""
+    recipe = runs.recorded(folder)
+    files = [folder / name for name in ("metrics.jsonl", "status.json")]
+    written = [file.stat().st_mtime for file in files if file.exists()]
+    status = _lines(folder / "status.json")
+    return Story(
+        folder,
+        recipe,
+        status[0] if status else {},
+        facts.read(folder),
+        _lines(folder / "metrics.jsonl"),
+        evaluations.lines(folder),
+        _lines(folder / "incidents.jsonl"),
+        max(0.0, time.time() - max(written, default=0.0)),
+    )
+
+
+def page(story: Story) -> str:
+    """The page of a run, as text."""
+    drawn = _drawn(story.folder)
+    return web.render(
+        "run.html",
+        name=story.folder.resolve().name,
+        story=story,
+        facts=told(story),
+        drawn=[step for step, _ in drawn],
+        shown=list(_shown(drawn)),
+        curves=list(_curves(story)),
+        measured=list(_measured(story)),
+        scores=list(_scores(story.folder)),
+        incidents=list(_incidents(story)),
+        recipe=(story.folder / "recipe.toml").read_text(encoding="utf-8"),
+        machine=_machine(story.known),
+    )
+
+
+def summary(story: Story) -> RenderableType:
+    """The run at a glance, for a terminal."""
+    colour = {"failed": "red", "silent": "yellow"}.get(story.state, "")
+    table = Table(box=None, show_header=False, pad_edge=False)
+    table.add_column(style="dim")
+    for name, said in told(story).items():
+        table.add_row(name, Text(said))
+    for line in story.evaluations[-1:]:
+        values = ", ".join(f"{name} {_value(one)}" for name, one in line["values"].items())
+        table.add_row(f"evaluated at {line['step']:,}", Text(values))
+    return Group(Text(story.sentence, style=colour), table)
+
+
+def told(story: Story) -> dict[str, str]:
+    """What one wants to know first, in words."""
+    if not story.steps:
+        return {"steps": f"none of {story.recipe.steps:,}"}
+    last, recipe = story.steps[-1], story.recipe
+    late = [line["loss"] for line in story.steps[-LATE:] if line.get("loss") is not None]
+    stage = recipe.stage_at(story.done)
+    found = {
+        "steps": f"{story.done:,} of {recipe.steps:,}",
+        "pictures": f"{last['images']:,}",
+        "stage": f"{stage + 1} of {len(recipe.stage)}, {recipe.stage[stage].resolution} px",
+        "loss": f"{math.fsum(late) / len(late):.4f}" if late else "not finite",
+        "pictures a second": f"{last['images_per_second']:,.1f}",
+        "trained for": _clock(float(last["seconds"])),
+        "memory": web.size(2**20 * last["memory_mib"]),
+    }
+    if "share_of_peak" in last:
+        found["of the peak"] = f"{100 * last['share_of_peak']:.0f} %"
+    if "dollars" in last:
+        found["paid"] = f"${last['dollars']:,.2f}"
+        found["to go"] = f"${last['dollars_to_go']:,.2f}"
+    if story.incidents:
+        newest = story.incidents[-1]["step"]
+        found["incidents"] = f"{len(story.incidents):,} (step {newest:,})"
+    if (checkpoint := story.status.get("checkpoint")) is not None:
+        found["newest checkpoint"] = f"{checkpoint:,}"
+    return found
+
+
+def _curves(story: Story) -> Iterator[Curve]:
+    """The loss, its parts if it has several, and what a run is watched by."""
+    seen = {name for line in story.steps for name in line}
+    parts = sorted(seen - COUNTED - {"loss"})
+    names = {"loss": "loss"} | ({name: name for name in parts} if len(parts) > 1 else {})
+    ends = np.cumsum([stage.count for stage in story.recipe.stage])[:-1].tolist()
+    for name, title in (names | LINES).items():
+        points = [
+            (line["step"], float(line[name]))
+            for line in story.steps
+            if line.get(name) is not None and not isinstance(line[name], list)
+        ]
+        if (drawn := curve(title, points, ends)) is not None:
+            yield drawn
+
+
+def _measured(story: Story) -> Iterator[Curve]:
+    """Each value of the evaluations on the way, against steps."""
+    names = dict.fromkeys(name for line in story.evaluations for name in line["values"])
+    for name in names:
+        points = [
+            (line["step"], value)
+            for line in story.evaluations
+            if (value := line["values"].get(name, {}).get("value")) is not None
+        ]
+        if (drawn := curve(name, points)) is not None:
+            yield drawn
+
+
+def _scores(folder: Path) -> Iterator[Score]:
+    """The results that `daybreak evaluate` has left in the folder."""
+    for file in sorted((folder / "evaluation").glob("*.json")):
+        found = _lines(file)
+        values = found[0].get("values") if found else None
+        if isinstance(values, dict) and values:
+            yield Score(file.stem, [(name, *_interval(one)) for name, one in values.items()])
+
+
+def _incidents(story: Story) -> Iterator[tuple[str, ...]]:
+    """Step, losses and norms by process, what was usual, samples: the newest LISTED."""
+    for one in story.incidents[-LISTED:]:
+        losses, norms = (", ".join(map(_short, one[name])) for name in ("loss", "norm"))
+        samples = f"{one['samples'][0]} to {one['samples'][-1]}"
+        yield f"{one['step']:,}", losses, norms, _short(one["usual"]), samples
+
+
+def _drawn(folder: Path) -> list[tuple[int, Path]]:
+    """Some of the steps that pictures were drawn at: the first, the newest, others between."""
+    found = [
+        (int(place.name.removeprefix("step-")), place)
+        for place in sorted((folder / "samples").glob("step-*"))
+        if (place / "prompts.json").is_file()
+    ]
+    if not found:
+        return []
+    spread = np.linspace(0, len(found) - 1, min(len(found), COLUMNS)).astype(int)
+    return [found[place] for place in spread.tolist()]
+
+
+def _shown(drawn: Sequence[tuple[int, Path]]) -> Iterator[Shown]:
+    """The newest prompts, and what was drawn of each with the same noise before."""
+    asked = [_prompts(place) for _, place in drawn]
+    for key in list(asked[-1])[:ROWS] if asked else []:
+        pictures = [
+            _picture(place / f"{known[key]:02d}.png") if key in known else ""
+            for (_, place), known in zip(drawn, asked, strict=True)
+        ]
+        yield Shown(key[0] or "without a word", pictures)
+
+
+def _prompts(place: Path) -> dict[tuple[str, int], int]:
+    """Which picture of a folder is of which prompt and seed."""
+    rows = json.loads((place / "prompts.json").read_text(encoding="utf-8"))
+    return {(row["prompt"], row["seed"]): number for number, row in enumerate(rows)}
+
+
+def _picture(file: Path) -> str:
+    try:
+        with Image.open(file) as picture:
+            small = picture.convert("RGB")
+    except OSError:  # it is being written, or was removed
+        return ""
+    if max(small.size) > SIDE:
+        small.thumbnail((SIDE, SIDE))
+    return web.uri(np.asarray(small))
+
+
+def _machine(known: Mapping[str, Any]) -> dict[str, str]:
+    """What computed, by which code and command."""
+    found = {**known.get("machine", {}), "precision": known.get("precision")}
+    found |= {**known.get("versions", {}), "code": known.get("revision")}
+    arguments = known.get("arguments")
+    found["command"] = " ".join(["daybreak", *arguments]) if arguments else None
+    found["changed"] = "; ".join(known.get("changed", ()))
+    return {name: str(value) for name, value in found.items() if value not in (None, "")}
+
+
+def _lines(file: Path) -> list[dict[str, Any]]:
+    """The JSON in a file, whole or line by line; none if it is not there.
+
+    What a run is just writing, or a kill has cut, is left out.
+
+    Errors  BadStorage if the file cannot be read.
+    """
+    try:
+        text = file.read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise BadStorage(f"cannot read {file}: {error.strerror}") from error
+    if file.suffix == ".json":
+        return [json.loads(text)] if text.strip() else []
+    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+
+
+def _interval(one: Mapping[str, Any]) -> tuple[str, str]:
+    low, high = one.get("low"), one.get("high")
+    between = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
+    return _value(one), between
+
+
+def _value(one: Mapping[str, Any]) -> str:
+    return "-" if one.get("value") is None else f"{one['value']:.4g}"
+
+
+def _short(number: object) -> str:
+    return f"{number:.4g}" if isinstance(number, float) else str(number)
+
+
+def _clock(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes}:{rest:02d} min"

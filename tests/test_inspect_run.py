@@ -1,0 +1,271 @@
+"""What is shown of a run: its state in one sentence, its pictures, its curves, and nothing else."""
+
+import json
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from daybreak import config
+from daybreak.failure import NoCheckpoint
+from daybreak.train import loop
+from daybreak.web import run
+from daybreak.web.curve import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, curve
+from tests import warm
+from tests.pages import EVIL, Reader
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Path:
+    """A run that draws two prompts after steps 4, 8 and 10, and is measured there."""
+    folder = tmp_path_factory.mktemp("told")
+    recipe = folder / "tiny.toml"
+    recipe.write_text(tiny_text.format(out=(folder / "run").as_posix()))
+    sets = (
+        "sample.every=4",
+        f"sample.prompts={json.dumps(['a red circle', EVIL])}",
+        "evaluate={every=4, pictures=32, suites=['validation']}",
+    )
+    loop.train(config.load(recipe, sets), lambda line: None)
+    return folder / "run"
+
+
+@pytest.fixture
+def begun(tiny: Path) -> Path:
+    """A folder of a run without a step."""
+    folder = tiny.parent / "run"
+    folder.mkdir()
+    (folder / "recipe.toml").write_text(config.dump(config.load(tiny)))
+    return folder
+
+
+def lines(file: Path, *rows: dict[str, Any]) -> None:
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def step(number: int, **more: Any) -> dict[str, Any]:
+    usual = {"loss": 0.5, "images": 8 * number, "images_per_second": 80.0}
+    return {"step": number, "seconds": 3700.0, "memory_mib": 100, **usual, **more}
+
+
+# The page
+
+
+def test_the_page_stands_alone_and_can_be_read_by_everybody(trained: Path) -> None:
+    page = run.page(run.read(trained))
+    reader = Reader(page)
+    assert reader.open == []
+    tags = {tag for tag, _ in reader.elements}
+    assert not tags & {"script", "link", "iframe", "object", "embed", "base", "form"}
+    assert "default-src 'none'" in page
+    assert "url(" not in page
+    assert all(uri.startswith("data:image/webp;base64,") for uri in reader.attributes("img", "src"))
+    assert not [name for _, found in reader.elements for name in found if name.startswith("on")]
+    places = [found["id"] for _, found in reader.elements if "id" in found]
+    assert {link.removeprefix("#") for link in reader.attributes("a", "href")} <= set(places)
+    assert all(found["alt"] for tag, found in reader.elements if tag == "img")
+    assert all(found["aria-label"] for tag, found in reader.elements if tag == "svg")
+
+
+def test_each_prompt_is_a_row_and_each_step_that_drew_a_column(trained: Path) -> None:
+    reader = Reader(run.page(run.read(trained)))
+    for number in (4, 8, 10):
+        assert f"step {number}" in reader.text
+    assert len(reader.attributes("img", "src")) == 6
+    assert len(set(reader.attributes("img", "src"))) > 2, "they differ"
+    assert EVIL in reader.text
+
+
+def test_a_prompt_that_is_new_has_no_picture_of_before(trained: Path, tmp_path: Path) -> None:
+    for number in (4, 8):
+        place = tmp_path / "samples" / f"step-{number:07d}"
+        place.mkdir(parents=True)
+        prompts = ["old", "kept"] if number == 4 else ["new", "kept"]
+        rows = [{"prompt": prompt, "seed": seed} for seed, prompt in enumerate(prompts)]
+        (place / "prompts.json").write_text(json.dumps(rows))
+        for picture in ("00.png", "01.png"):
+            there = trained / "samples" / "step-0000004" / picture
+            (place / picture).write_bytes(there.read_bytes())
+    shown = list(run._shown(run._drawn(tmp_path)))
+    assert [(one.prompt, [bool(uri) for uri in one.pictures]) for one in shown] == [
+        ("new", [False, True]),
+        ("kept", [True, True]),
+    ]
+    (tmp_path / "samples" / "step-0000008" / "00.png").write_bytes(b"half a picture")
+    assert next(run._shown(run._drawn(tmp_path))).pictures == ["", ""]
+
+
+def test_many_steps_are_shown_by_the_first_the_newest_and_some_between(tmp_path: Path) -> None:
+    for number in range(1, 101):
+        place = tmp_path / "samples" / f"step-{number:07d}"
+        place.mkdir(parents=True)
+        (place / "prompts.json").write_text("[]")
+    drawn = [number for number, _ in run._drawn(tmp_path)]
+    assert (len(drawn), drawn[0], drawn[-1]) == (run.COLUMNS, 1, 100)
+    assert drawn == sorted(set(drawn))
+
+
+def test_curves_and_scores_are_those_of_the_files(trained: Path) -> None:
+    story = run.read(trained)
+    assert [one.title for one in run._curves(story)] == ["loss", *run.LINES.values()]
+    assert "validation.loss" in [one.title for one in run._measured(story)]
+    lines(
+        trained / "evaluation" / "scenes-steps20.json",
+        {"values": {"exact": {"value": 0.75, "low": 0.7, "high": 0.8}, "odd": {"value": None}}},
+    )
+    (score,) = run._scores(trained)
+    assert score == ("scenes-steps20", [("exact", "0.75", "0.7 to 0.8"), ("odd", "-", "")])
+
+
+def test_terms_of_a_loss_are_drawn_one_by_one(begun: Path) -> None:
+    rows = [step(n, flow=0.4, lpips=0.1, loss_is=None, norm=1.0) for n in (1, 2, 3)]
+    lines(begun / "metrics.jsonl", *rows)
+    assert [one.title for one in run._curves(run.read(begun))][:3] == ["loss", "flow", "lpips"]
+
+
+def test_the_verb_knows_a_run_from_a_dataset(trained: Path, tmp_path: Path) -> None:
+    out = tmp_path / "new" / "page.html"
+    done = warm.run("-m", "daybreak", "inspect", trained, "--out", out)
+    assert done.returncode == 0, done.stderr
+    assert "It is finished after step 10 of 10: all steps are done." in done.stdout
+    assert done.stdout.splitlines()[-1] == f"page: {out}"
+    assert "It is finished" in out.read_text()
+    assert not (trained / "inspect.html").exists()
+    with pytest.raises(NoCheckpoint):
+        run.read(tmp_path)
+
+
+# How it stands
+
+
+def test_a_run_without_a_step_has_a_page_too(begun: Path) -> None:
+    story = run.read(begun)
+    assert run.told(story) == {"steps": "none of 10"}
+    text = Reader(run.page(story)).text
+    assert "the first come after" in text
+    assert "less than two steps" in text
+
+
+@pytest.mark.parametrize(
+    ("status", "silence", "state", "sentence"),
+    [
+        ({"state": "running"}, 3, "running", "It runs: step 7 of 10, 3 s ago."),
+        ({"state": "running"}, 7300, "silent", "Nothing was heard of it for 2 h 01 min: step 7"),
+        ({"state": "finished", "reason": "done"}, 9, "finished", "finished after step 7 of 10: d"),
+        ({"state": "stopped", "reason": "by Ctrl-C"}, 9, "stopped", "The same command continues"),
+        ({"state": "failed", "reason": "no disk", "code": 7}, 9, "failed", "no disk (code 7)"),
+        (None, 9, "silent", "If it was killed, the same command continues"),
+    ],
+)
+def test_one_sentence_says_how_it_stands(
+    begun: Path, status: dict[str, Any] | None, silence: int, state: str, sentence: str
+) -> None:
+    lines(begun / "metrics.jsonl", step(7))
+    if status:
+        lines(begun / "status.json", status)
+    then = time.time() - silence
+    for name in ("metrics.jsonl", "status.json"):
+        if (begun / name).exists():
+            os.utime(begun / name, (then, then))
+    story = run.read(begun)
+    assert story.state == state
+    assert sentence in story.sentence
+    assert story.sentence in Reader(run.page(story)).text
+
+
+def test_what_a_run_is_just_writing_is_left_out(begun: Path) -> None:
+    lines(begun / "metrics.jsonl", step(1), step(2))
+    with (begun / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 3, "lo')
+    assert run.read(begun).done == 2
+
+
+def test_facts_are_those_of_the_newest_steps(begun: Path) -> None:
+    rows = [step(n, loss=9.0) for n in range(1, 4)]
+    rows += [step(n + 3, loss=0.25) for n in range(1, run.LATE)]
+    rows += [step(run.LATE + 3, loss=None, dollars=12.345, dollars_to_go=3.0, share_of_peak=0.42)]
+    lines(begun / "metrics.jsonl", *rows)
+    lines(begun / "status.json", {"state": "running", "checkpoint": 50})
+    incident = {"loss": [math.pi, 1.0], "norm": ["nan", 2.0], "usual": 0.123456, "samples": [8, 9]}
+    lines(begun / "incidents.jsonl", {"step": 5, **incident})
+    story = run.read(begun)
+    told = run.told(story)
+    assert told["loss"] == "0.2500"
+    assert told["trained for"] == "1 h 01 min"
+    assert (told["paid"], told["to go"], told["of the peak"]) == ("$12.35", "$3.00", "42 %")
+    assert (told["newest checkpoint"], told["incidents"]) == ("50", "1 (step 5)")
+    assert list(run._incidents(story)) == [("5", "3.142, 1", "nan, 2", "0.1235", "8 to 9")]
+    console = Console(record=True, width=100)
+    console.print(run.summary(story))
+    assert "$12.35" in console.export_text()
+
+
+def test_a_loss_that_was_never_finite_is_called_so(begun: Path) -> None:
+    lines(begun / "metrics.jsonl", step(1, loss=None), step(2, loss=None))
+    story = run.read(begun)
+    assert run.told(story)["loss"] == "not finite"
+    assert "loss" not in [one.title for one in run._curves(story)]
+
+
+# Curves
+
+
+def points(text: str) -> list[tuple[float, float]]:
+    pairs = [pair.split(",") for pair in text.split()]
+    return [(float(x), float(y)) for x, y in pairs]
+
+
+def drawn(values: list[float], stages: tuple[int, ...] = ()) -> Curve:
+    found = curve("loss", list(enumerate(values, start=1)), stages)
+    assert found is not None
+    return found
+
+
+def test_a_line_goes_from_edge_to_edge_and_up_is_more() -> None:
+    line = points(drawn([1.0, 2.0, 3.0]).line)
+    assert [x for x, _ in line] == [LEFT, (LEFT + WIDTH - RIGHT) / 2, WIDTH - RIGHT]
+    assert line[0][1] > line[1][1] > line[2][1]
+    assert line[0][1] - line[1][1] == pytest.approx(line[1][1] - line[2][1], abs=0.11)
+
+
+def test_many_steps_are_means_and_the_band_holds_them_all() -> None:
+    found = drawn([1.0 + 0.5 * (-1) ** n for n in range(10_000)])
+    line, band = points(found.line), points(found.band)
+    assert len(line) <= 240
+    assert len(band) == 2 * len(line)
+    assert max(y for _, y in line) - min(y for _, y in line) < 10
+    assert max(y for _, y in band) - min(y for _, y in band) > 100
+    assert all(TOP <= y <= HEIGHT - BOTTOM and LEFT <= x <= WIDTH - RIGHT for x, y in band)
+    assert float(found.last) == pytest.approx(1.0, abs=0.02)
+
+
+def test_what_falls_by_orders_of_magnitude_is_drawn_in_logarithms() -> None:
+    line = points(drawn([1.0, 0.1, 0.01]).line)
+    assert line[1][1] - line[0][1] == pytest.approx(line[2][1] - line[1][1], abs=0.11)
+    assert {tick.text for tick in drawn([1.0, 0.1, 0.01]).up} >= {"1", "0.1", "0.01"}
+    flat = points(drawn([1.0, 0.5, 0.0]).line)  # nought has no logarithm
+    assert flat[1][1] - flat[0][1] == pytest.approx(flat[2][1] - flat[1][1], abs=0.11)
+
+
+def test_what_is_not_finite_is_left_out_and_too_little_is_no_curve() -> None:
+    assert len(points(drawn([1.0, math.nan, 3.0, math.inf]).line)) == 2
+    assert curve("loss", [(1, 1.0)]) is None
+    assert curve("loss", [(1, math.nan), (2, 1.0)]) is None
+
+
+def test_a_constant_is_a_line_in_the_middle() -> None:
+    for value in (0.0, 5.0, -5.0):
+        heights = {y for _, y in points(drawn([value] * 4).line)}
+        assert len(heights) == 1
+        assert TOP < heights.pop() < HEIGHT - BOTTOM
+
+
+def test_stages_begin_within_the_drawing_and_few_values_are_dots() -> None:
+    found = drawn([1.0, 2.0, 3.0], (2, 3, 9))
+    assert found.stages == [(LEFT + WIDTH - RIGHT) / 2]
+    assert len(found.dots) == 3
+    assert drawn([1.0, 2.0] * 100).dots == []
