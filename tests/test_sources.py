@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from daybreak.data import images, sources
+from daybreak.data import captions, images, sources
 from daybreak.data.records import Columns
 from daybreak.data.sources import Captioned
 from daybreak.failure import BadData, BadRecipe
@@ -36,8 +36,8 @@ def test_metadata_gives_each_picture_its_caption(tmp_path: Path) -> None:
         {"file_name": "deep/two.png", "text": "another"},
     )
     assert sources.folder(tmp_path) == [
-        Captioned(two, ("another",), (1.0,)),
-        Captioned(one, ("a red square",), (1.0,)),
+        Captioned(two, ("another",), (0.9,)),
+        Captioned(one, ("a red square",), (0.9,)),
     ]
 
 
@@ -69,6 +69,25 @@ def test_the_first_usual_column_is_taken(tmp_path: Path) -> None:
     picture(tmp_path / "one.png")
     jsonl(tmp_path, {"file_name": "one.png", "prompt": "p", "caption": "c", "other": "o"})
     assert sources.folder(tmp_path)[0].captions == ("c",)
+
+
+def test_without_a_choice_each_picture_has_the_captions_that_prepare_gives_it(
+    tmp_path: Path,
+) -> None:
+    rows: list[dict[str, object]] = [
+        {"text": " ", "caption": "a sun", "keywords": ["warm", "yellow"]},
+        {"text": "a moon", "caption": "another", "keywords": []},
+        {"text": None, "prompt": ["a star", "a sun"]},
+        {"keywords": ["night"]},
+    ]
+    for number, row in enumerate(rows):
+        row["file_name"] = picture(tmp_path / f"{number}.png").name
+    jsonl(tmp_path, *rows)
+    found = sources.folder(tmp_path)
+    assert [one.captions[0] for one in found] == ["a sun", "a moon", "a star", "night"]
+    for one, row in zip(found, rows, strict=True):
+        prepared = captions.read(row)
+        assert (one.captions, one.weights) == (prepared.texts, prepared.weights)
 
 
 def test_several_columns_give_alternatives_with_weights(tmp_path: Path) -> None:

@@ -164,7 +164,7 @@ class Scenes:
 class Folder:
     """A folder of captioned pictures, shuffled anew every epoch, cut to squares.
 
-    What is known of its files is one sha256: of their names and sizes, captions and weights.
+    What is known of its files is one sha256: of their names and sizes, captions and their shares.
     """
 
     def __init__(
@@ -173,7 +173,10 @@ class Folder:
         self.pictures = sources.folder(folder, caption_columns)
         sources.check(self.pictures)
         said = [
-            [one.path.relative_to(folder).as_posix(), one.path.stat().st_size, *one[1:]]
+            [
+                *(one.path.relative_to(folder).as_posix(), one.path.stat().st_size, one.captions),
+                [weight / math.fsum(one.weights) for weight in one.weights],
+            ]
             for one in self.pictures
         ]
         self.files = {folder.name: hashlib.sha256(json.dumps(said).encode()).hexdigest()}

@@ -94,7 +94,7 @@ def read(
     """
     kept: list[tuple[str, float]] = []
     faults = []
-    for column, weight in asked or _usual(columns):
+    for column, weight in asked or usual(columns):
         mine = list[str]()
         try:
             for text in several(columns.get(column), column):
@@ -113,11 +113,11 @@ def read(
     return Captions(texts, weights, tuple(faults))
 
 
-def _usual(columns: Mapping[str, object]) -> list[tuple[str, float]]:
-    """The column of sentences, and that of keywords."""
+def usual(columns: Mapping[str, object]) -> list[tuple[str, float]]:
+    """The column of sentences of a picture, and that of keywords, with their weights."""
     first = next((name for name in USUAL_COLUMNS if _told(columns.get(name))), None)
-    usual = [(first, USUAL_WEIGHT)] if first else []
-    return [*usual, (KEYWORDS, KEYWORDS_WEIGHT)] if columns.get(KEYWORDS) else usual
+    sentences = [(first, USUAL_WEIGHT)] if first else []
+    return [*sentences, (KEYWORDS, KEYWORDS_WEIGHT)] if columns.get(KEYWORDS) else sentences
 
 
 def _told(value: object) -> bool:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from daybreak.data import captions, folders, images, scenes
-from daybreak.data.captions import USUAL_COLUMNS
+from daybreak.data.captions import KEYWORDS, USUAL_COLUMNS
 from daybreak.data.folders import Row
 from daybreak.data.records import Columns, Fault, Record, Refused, Source
 from daybreak.failure import BadData, BadRecipe
@@ -124,8 +124,8 @@ def _drawn(name: str, count: int, canvas: str | None, shard: int) -> Source:
 def folder(path: Path, caption_columns: Sequence[tuple[str, float]] = ()) -> list[Captioned]:
     """All pictures of a folder, each with its captions, in the order of their names.
 
-    `caption_columns` are (name, weight); without them, the first of `text`, `caption` and `prompt`
-    that the metadata has. A list of texts is as many captions, each with an equal part of the
+    `caption_columns` are (name, weight); without them a picture has the usual ones, as `prepare`
+    takes them (data/captions). A list of texts is as many captions, each with an equal part of the
     weight; one of keywords is one caption, joined by commas. So are rows that name one picture. A
     value that is missing or empty drops that caption from that picture, and the others stay. With
     metadata, pictures it does not name are not part of the dataset.
@@ -185,13 +185,13 @@ def _from_metadata(file: Path, caption_columns: Sequence[tuple[str, float]]) -> 
         rows.append(row)
     if not rows:
         raise BadData(f"{file}: names no pictures; write one row for each, with `file_name`.")
-    columns = _columns(file, rows, caption_columns)
+    _check_columns(file, rows, caption_columns)
     captioned = dict[Path, Captioned]()
     for row in rows:
         try:
             found = [
                 (text, weight / len(texts))
-                for name, weight in columns
+                for name, weight in caption_columns or captions.usual(row.values)
                 for texts in [captions.several(row.values.get(name), name)]
                 for text in texts
             ]
@@ -243,21 +243,15 @@ def _refuse_uncaptioned(path: Path, captioned: Sequence[Captioned]) -> None:
         )
 
 
-def _columns(
-    file: Path, rows: Sequence[Row], asked: Sequence[tuple[str, float]]
-) -> Sequence[tuple[str, float]]:
-    """The columns to read, each of which occurs in at least one row."""
+def _check_columns(file: Path, rows: Sequence[Row], asked: Sequence[tuple[str, float]]) -> None:
+    """Each column that is asked for occurs in at least one row, or one of the usual ones does."""
     there = {name: None for row in rows for name in row.values if name != "file_name"}
     listed = ", ".join(f"`{name}`" for name in there) or "none"
     for name, _ in asked:
         if name not in there:
             raise BadData(f"{file}: has no column `{name}`; it has {listed}.")
-    if asked:
-        return asked
-    usual = [name for name in USUAL_COLUMNS if name in there]
-    if not usual:
+    if not asked and there.keys().isdisjoint((*USUAL_COLUMNS, KEYWORDS)):
         raise BadData(
             f"{file}: has no column `text`, `caption` or `prompt`; name one of its own "
             f"({listed}) in `caption_columns`."
         )
-    return [(usual[0], 1.0)]
