@@ -69,7 +69,9 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
     )
     assert scored.returncode == 0, scored.stderr
     assert "overall" in scored.stdout
-    how = json.loads((run / "evaluation" / "scenes.json").read_text())["sampler"]
+    (score,) = (run / "evaluation").glob("*.json")
+    assert score.name == "scenes-per-task5-steps2-sample.guide=self-tread.stop=2.json"
+    how = json.loads(score.read_text())["sampler"]
     assert (how["guide"], how["steps"]) == ("self", 2)
 
     exported = daybreak("export", run)

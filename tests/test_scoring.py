@@ -46,7 +46,7 @@ def listed(folder: Path, *prompts: str) -> Path:
 def test_a_run_goes_through_every_suite(run: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     exact = score(run, out, per_task=5, steps=2)
-    assert exact.path == out / "scenes.json"
+    assert exact.path == out / "scenes-per-task5-steps2.json"
     first = kept(exact)
     assert first["checkpoint"]["step"] == 4
     assert first["seed"] == int(first["weights_sha256"][:8], 16), "questions follow from weights"
@@ -72,7 +72,22 @@ def test_a_run_goes_through_every_suite(run: Path, tmp_path: Path) -> None:
 
     asked = listed(tmp_path, "a red circle", "a blue square")
     drawn = score(run, out, suite="prompts", prompts=asked, each=2, steps=2)
-    assert drawn.result.pictures == len(list((out / "prompts").glob("0*.png"))) == 4
+    assert drawn.result.pictures == len(list((out / "prompts-steps2").glob("0*.png"))) == 4
+
+
+@pytest.mark.parametrize(
+    ("given", "name"),
+    [
+        ({}, "scenes"),
+        ({"suite": "geneval", "prompts": Path("p"), "each": 1}, "geneval"),
+        ({"best": True, "steps": 50, "guidance": 2.5}, "scenes-best-steps50-guidance2.5"),
+        ({"per_task": 5, "seed": 1234567}, "scenes-per-task5-seed1234567"),
+        ({"suite": "validation", "number": 64}, "validation-count64"),
+        ({"sets": ("sample.prompts=['a/b']",)}, "scenes-sample.prompts=-a-b-"),
+    ],
+)
+def test_what_is_asked_otherwise_has_a_name_of_its_own(given: dict[str, Any], name: str) -> None:
+    assert scoring.called(Wanted(**given)) == name
 
 
 def test_a_pipeline_that_nobody_here_has_written_goes_through_them_too(
@@ -92,7 +107,7 @@ def test_a_pipeline_that_nobody_here_has_written_goes_through_them_too(
     asked = listed(tmp_path, "a bench", "a cup")
     given = {"prompts": asked, "each": 1, "steps": 1}
     score(foreign, tmp_path, suite="prompts", **given)
-    with Image.open(tmp_path / "prompts" / "0001-0.png") as picture:
+    with Image.open(tmp_path / "prompts-steps1" / "0001-0.png") as picture:
         assert picture.size == (16, 16)
 
     rows = [{"tag": task, "prompt": f"a {task}"} for task in geneval.TASKS]
@@ -100,7 +115,7 @@ def test_a_pipeline_that_nobody_here_has_written_goes_through_them_too(
     metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn = score(foreign, tmp_path, suite="geneval", prompts=metadata, each=1, steps=1)
     assert drawn.result.pictures == 6
-    assert (tmp_path / "geneval" / "00005" / "samples" / "0000.png").is_file()
+    assert (tmp_path / "geneval-steps1" / "00005" / "samples" / "0000.png").is_file()
 
     for number in range(24):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), dtype=np.uint8)
@@ -223,8 +238,8 @@ def test_the_verb_says_where_the_result_is_or_what_was_wrong(foreign: Path, tmp_
     assert done.returncode == 0, done.stderr
     assert done.stdout.splitlines() == [
         "note: no --clip was given: there is nothing to score",
-        f"pictures: {tmp_path / 'out' / 'prompts'}",
-        f"record: {tmp_path / 'out' / 'prompts.json'}",
+        f"pictures: {tmp_path / 'out' / 'prompts-steps1'}",
+        f"record: {tmp_path / 'out' / 'prompts-steps1.json'}",
     ]
     listed(tmp_path, "a bench", "")
     done = evaluate(*given)

@@ -17,6 +17,7 @@ draw: each its part of every batch of prompts (evaluate/artist).
 """
 
 import platform
+import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -106,7 +107,7 @@ class Asked(NamedTuple):
 def score(
     folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Progress]
 ) -> Scored | None:
-    """Evaluate a run or a folder of diffusers; the result is also written to OUT/SUITE.json.
+    """Evaluate a run or a folder of diffusers; the result is also written to a file in OUT.
 
     Of several processes the first returns it, the others None.
 
@@ -156,7 +157,7 @@ def _score(
     here: World, folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Progress]
 ) -> Scored:
     """What one process does; of several the first."""
-    path = out / f"{wanted.suite}.json"
+    path = out / f"{called(wanted)}.json"
     if wanted.suite == "geneval" and wanted.results is not None:
         result = geneval.read(wanted.results)
         suite.write(path, {"suite": "geneval", **suite.plain(result), **about()})
@@ -178,10 +179,10 @@ def _score(
         judges = _judges(model, wanted)
         result = distribution.distribution(model.artist, found, judges, cache, seed, tell)
     elif wanted.suite == "prompts":
-        place = out / "prompts"
+        place = out / path.stem
         result = prompts.prompts(model.artist, asked, place, wanted.each, clip, seed, tell)
     elif wanted.suite == "geneval":
-        result = geneval.write(model.artist, asked, out / "geneval", wanted.each, seed, tell)
+        result = geneval.write(model.artist, asked, out / path.stem, wanted.each, seed, tell)
     else:
         names = wanted.features or ("inception",)
         side = wanted.resolution or distribution.COCO_SIDE
@@ -199,6 +200,28 @@ def _score(
     result = result._replace(remarks=[*result.remarks, *trained_on(model.recipe, wanted.data)])
     suite.write(path, suite.record(wanted.suite, model.artist, result, seed, about()))
     return Scored(path, result, _tables(wanted.suite, result))
+
+
+def called(wanted: Wanted) -> str:
+    """The name of a result: SUITE, and what was asked otherwise than usual, as in scenes-steps20.
+
+    So a sweep leaves alone the score that stands there, and its results lie side by side.
+    """
+    marks = [f"-{key}{value}" for key, value, usual in _options(wanted) if value != usual]
+    marks += ["-" + re.sub(r"[^\w.=-]+", "-", change)[:60] for change in wanted.sets]
+    return f"{wanted.suite}{'-best' if wanted.best else ''}{''.join(marks)}"
+
+
+def _options(wanted: Wanted) -> list[tuple[str, float | None, float | None]]:
+    """Options of the command line that change a result of one suite, with what is usual."""
+    usual = Wanted()
+    return [
+        ("per-task", wanted.per_task, usual.per_task),
+        ("count", wanted.number, usual.number),
+        ("seed", wanted.seed, usual.seed),
+        ("steps", wanted.steps, usual.steps),
+        ("guidance", wanted.guidance, usual.guidance),
+    ]
 
 
 def trained_on(recipe: config.Recipe | None, data: Path | None) -> list[str]:
