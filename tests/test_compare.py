@@ -273,6 +273,13 @@ def test_real_runs_are_compared_and_used_again(
     assert again.rows == [base, slow_row]
     assert stamps() == before
 
+    wild_runs = [outcome.run for outcome in wild.outcomes]
+    ended = [(run.folder / "status.json").stat().st_mtime_ns for run in wild_runs]
+    said = list[str]()
+    assert compare.run(wild_runs, [row.arm for row in found.rows], said.append) == 0
+    assert [(run.folder / "status.json").stat().st_mtime_ns for run in wild_runs] == ended
+    assert sum("diverged before" in line for line in said) == 2, "it would diverge again"
+
 
 def test_a_run_whose_last_evaluation_is_missing_is_not_called_diverged(
     quick: tuple[Path, Evaluate], tmp_path: Path

@@ -171,6 +171,17 @@ def test_another_recipe_in_the_same_folder_is_refused_with_every_key(tiny: Path)
         loop.train(config.load(tiny, ("seed=4", "stage.0.lr=1.0")), lambda line: None)
 
 
+def test_what_no_step_depends_on_but_by_rounding_may_change_and_is_listed(tiny: Path) -> None:
+    recipe = config.load(tiny)
+    loop.train(recipe, lambda line: None)
+    other = config.load(tiny, ("micro=4", "data.workers=3", "compile=true", "keep=5"))
+    listed = runs.changes(Path(recipe.out), other, {})
+    assert sorted(key.partition(":")[0] for key in listed) == [
+        *("compile", "data.workers", "keep", "micro")
+    ]
+    assert loop.train(other, lambda line: None) == (10, 0), "it is finished, and stays so"
+
+
 def test_a_changed_recipe_goes_on_when_told_to_and_the_checkpoint_says_so(tiny: Path) -> None:
     recipe = config.load(tiny)
     loop.train(recipe, lambda line: None)

@@ -105,6 +105,8 @@ def test_two_ranks_take_the_steps_of_one(alone: Path, pair: Path) -> None:
     assert status(pair) == status(alone)
     assert (status(pair)["state"], status(pair)["checkpoint"]) == ("finished", 10)
     assert (pair / "lock").read_text() == ""
+    machines = [json.loads((run / "run.json").read_text())["machine"] for run in (alone, pair)]
+    assert [machine.get("processes") for machine in machines] == [None, 2]
 
 
 def test_what_several_have_saved_one_can_draw_from(alone: Path, pair: Path) -> None:

@@ -111,6 +111,9 @@ def run(runs: Sequence[Run], arms: Sequence[Arm], tell: Callable[[str], None]) -
     for number, one in enumerate(runs, start=1):
         name = arms[one.arm].name
         tell(f"[{number}/{len(runs)}] {name}, seed {one.recipe.seed}")
+        if _has_diverged(one.folder):
+            tell(f"diverged before, and would again: remove {one.folder} to train it anew")
+            continue
         torch._dynamo.reset()  # or the variants of all runs add up to the limit
         try:
             outcome = loop.train(one.recipe, tell)

@@ -31,7 +31,11 @@ from daybreak.train import accelerator, checkpoint, facts
 
 # Of a start that was broken off before the first step; and what macOS leaves in every folder.
 OURS = {"lock", "status.json", "run.json", ".DS_Store"}
-FREE = ("budget.", "sample.", "save_every:", "save_async:", "keep:", "keep_every:")
+# What no step depends on but by rounding, as `micro` after memory ran out.
+FREE = (
+    *("budget.", "sample.", "save_every:", "save_async:", "keep:", "keep_every:"),
+    *("micro:", "compile:", "data.workers:"),
+)
 
 
 def precision(recipe: config.Recipe) -> torch.dtype:
@@ -87,7 +91,7 @@ def changes(
 
     How it is spread over machines ([parallel]) may change from one start to the next, and so may
     the place of the run folder, or the name it is called by. `files` are the sha256 of the data, by
-    name. What no step depends on may change as well, and a budget, and is listed.
+    name. What no step depends on may change as well (FREE), and a budget, and is listed.
 
     Errors  BadRecipe that lists the changes, unless they are `allowed`.
     """
@@ -128,12 +132,7 @@ def begin(
     ours: dict[str, Any] = provenance(recipe) | {
         "precision": str(dtype).removeprefix("torch."),
         "arguments": sys.argv[1:],
-        "machine": {
-            "processor": processor(),
-            "cores": host.cores(),
-            "threads": torch.get_num_threads(),
-            "device": str(accelerator.choose()),
-        },
+        "machine": machine(),
         "data": dict(files),
         "changed": [*before.get("changed", ()), *changed],
     }
@@ -225,6 +224,21 @@ def pictures_seen(recipe: config.Recipe, step: int) -> int:
 def millions(model: text_to_image.TextToImage) -> float:
     """Count the trained weights, in millions."""
     return sum(weight.numel() for weight in model.weights().values()) / 1e6
+
+
+def machine() -> dict[str, Any]:
+    """What a run is computed on, as far as its speed depends on it."""
+    found: dict[str, Any] = {
+        "processor": processor(),
+        "cores": host.cores(),
+        "threads": torch.get_num_threads(),
+        "device": str(accelerator.choose()),
+    }
+    if torch.cuda.is_available():
+        found["gpu"] = torch.cuda.get_device_name()
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+        found["processes"] = processes
+    return found
 
 
 def processor() -> str:
