@@ -45,7 +45,7 @@ from daybreak import config, doctor
 from daybreak.model import dit, flow, tread
 from daybreak.model.text import Text
 from daybreak.optim import groups
-from daybreak.train import accelerator, flops
+from daybreak.train import accelerator, flops, parallel
 from daybreak.train.dice import Dice
 
 TEXT_WIDTH = 256
@@ -150,7 +150,7 @@ def ours(
     model.load_state_dict(weights, assign=True)
     if compiled:
         for block in model.blocks:
-            block.compile(dynamic=False)
+            block.compile(dynamic=False, options=parallel.KERNELS)
     steps, noisy = count(), given.noisy
 
     def guess() -> Tensor:
