@@ -22,7 +22,19 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Place:
     return place
 
 
-def test_two_processes_write_the_score_of_one(trained: Place, tmp_path: Path) -> None:
+@pytest.fixture(scope="module")
+def together(tmp_path_factory: pytest.TempPathFactory) -> Place:
+    """The same by two processes, of which each has saved a part."""
+    place = Place(tmp_path_factory.mktemp("scored"))
+    place.finish("stage.0.steps=4", ranks=2)
+    return place
+
+
+@pytest.mark.parametrize("by", ["trained", "together"])
+def test_two_processes_write_the_score_of_one(
+    by: str, request: pytest.FixtureRequest, tmp_path: Path
+) -> None:
+    trained: Place = request.getfixturevalue(by)
     found, said = {}, {}
     for ranks in (1, 2):
         out = tmp_path / str(ranks)

@@ -26,7 +26,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor, nn
 from torch.optim import Optimizer
@@ -222,20 +221,25 @@ def digest(manifest: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
-def load(checkpoint: Checkpoint, state: State) -> None:
+def load(checkpoint: Checkpoint, state: State, alone: bool = True) -> None:
     """Put everything back as it was after that step, on any number of ranks.
+
+    Unless it is `alone`, every rank has to call it, and takes its rows.
 
     Errors  BadRecipe, before a weight is touched, if another model was saved.
     """
     stored = _stored(checkpoint)
     _prime(state.optimizers, stored)
-    _fill(checkpoint, stored, flat(state.tensors))
+    _fill(checkpoint, stored, flat(state.tensors), alone)
 
 
 def load_average(checkpoint: Checkpoint, model: TextToImage) -> None:
-    """Load the averaged weights, the ones to sample from. Errors: BadRecipe if they do not fit."""
+    """Load the averaged weights, the ones to sample from, whole, in this process alone.
+
+    Errors  BadRecipe if they do not fit.
+    """
     stored = {name: shape for name, shape in _stored(checkpoint).items() if name.startswith("ema.")}
-    _fill(checkpoint, stored, flat({"ema": model.weights()}))
+    _fill(checkpoint, stored, flat({"ema": model.weights()}), alone=True)
 
 
 def size(model: TextToImage) -> int:
@@ -314,7 +318,10 @@ def _prime(
 
 @torch.no_grad()
 def _fill(
-    checkpoint: Checkpoint, stored: Mapping[str, torch.Size], wanted: dict[str, Tensor]
+    checkpoint: Checkpoint,
+    stored: Mapping[str, torch.Size],
+    wanted: dict[str, Tensor],
+    alone: bool,
 ) -> None:
     """Copy what is stored into live tensors, each rank its rows."""
     wrong = stored.keys() ^ wanted.keys() or {
@@ -332,7 +339,7 @@ def _fill(
         with warnings.catch_warnings():  # alone it says that it is
             warnings.simplefilter("ignore", UserWarning)
             reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
-            load_shards(wanted, storage_reader=reader, no_dist=not dist.is_initialized())
+            load_shards(wanted, storage_reader=reader, no_dist=alone)
         return
     for path in sorted(checkpoint.folder.glob("[!.]*.safetensors")):
         with safe_open(path, "pt") as file:

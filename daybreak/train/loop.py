@@ -143,7 +143,7 @@ def _train(
     if not trial:
         runs.check_space(folder, size, recipe.keep)
     if found:
-        checkpoint.load(found, state)
+        checkpoint.load(found, state, alone=here.mesh is None)
     peak, price = _rates(recipe, here, dtype)
     book = partial(Ledger, folder / "run.json", recipe.budget, clock, here.first, price, size)
     if not found:

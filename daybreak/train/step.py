@@ -161,7 +161,7 @@ def _return(run: Run, step: int) -> None:
         if found is None:
             run.log.note("there is no checkpoint to return to yet")
             return
-        checkpoint.load(found, run.state)
+        checkpoint.load(found, run.state, alone=run.here.mesh is None)
         run.guard.return_to(found.step, found.facts["guard"], step)
         if run.recipe.stage_at(found.step) != run.recipe.stage_at(step):
             run.guard.new_stage()
