@@ -72,22 +72,40 @@ def test_a_run_goes_through_every_suite(run: Path, tmp_path: Path) -> None:
 
     asked = listed(tmp_path, "a red circle", "a blue square")
     drawn = score(run, out, suite="prompts", prompts=asked, each=2, steps=2)
-    assert drawn.result.pictures == len(list((out / "prompts-steps2").glob("0*.png"))) == 4
+    assert drawn.result.pictures == len(list(drawn.path.with_suffix("").glob("0*.png"))) == 4
 
 
 @pytest.mark.parametrize(
     ("given", "name"),
     [
         ({}, "scenes"),
-        ({"suite": "geneval", "prompts": Path("p"), "each": 1}, "geneval"),
-        ({"best": True, "steps": 50, "guidance": 2.5}, "scenes-best-steps50-guidance2.5"),
-        ({"per_task": 5, "seed": 1234567}, "scenes-per-task5-seed1234567"),
-        ({"suite": "validation", "number": 64}, "validation-count64"),
-        ({"sets": ("sample.prompts=['a/b']",)}, "scenes-sample.prompts=-a-b-"),
+        ({"best": True, "steps": 50, "guidance": 3.0}, "scenes-best-steps50-guidance3"),
+        (
+            {"guidance": 2.5, "per_task": 5, "seed": 1234567},
+            "scenes-per-task5-seed1234567-guidance2.5",
+        ),
+        ({"suite": "validation", "number": 64, "data": Path("a/b")}, "validation-count64-data-b"),
+        ({"suite": "geneval", "prompts": Path("p.jsonl"), "each": 1}, "geneval-each1-prompts-p"),
+        ({"suite": "geneval", "results": Path("results.jsonl")}, "geneval"),
+        ({"suite": "distribution", "features": ("clip", "/n/x")}, "distribution-features-clip+x"),
+        ({"canvas": "64", "controls": True}, "scenes-canvas-64-controls"),
+        ({"sets": ("sample.guide=self",)}, "scenes-sample.guide=self"),
     ],
 )
 def test_what_is_asked_otherwise_has_a_name_of_its_own(given: dict[str, Any], name: str) -> None:
     assert scoring.called(Wanted(**given)) == name
+
+
+def test_names_of_results_are_short_and_never_the_same() -> None:
+    asked = [
+        ("a=[1,2]",),
+        ("a=[1-2]",),
+        *[("sample.prompts=" + sign * 300,) for sign in ("x", "y", "猫")],
+        ("sample.prompts=" + "x" * 301,),
+    ]
+    names = [scoring.called(Wanted(sets=sets)) for sets in asked]
+    assert len(set(names)) == len(names)
+    assert max(len(name.encode()) for name in names) <= 120
 
 
 def test_a_pipeline_that_nobody_here_has_written_goes_through_them_too(
@@ -106,8 +124,8 @@ def test_a_pipeline_that_nobody_here_has_written_goes_through_them_too(
 
     asked = listed(tmp_path, "a bench", "a cup")
     given = {"prompts": asked, "each": 1, "steps": 1}
-    score(foreign, tmp_path, suite="prompts", **given)
-    with Image.open(tmp_path / "prompts-steps1" / "0001-0.png") as picture:
+    drawn = score(foreign, tmp_path, suite="prompts", **given)
+    with Image.open(drawn.path.with_suffix("") / "0001-0.png") as picture:
         assert picture.size == (16, 16)
 
     rows = [{"tag": task, "prompt": f"a {task}"} for task in geneval.TASKS]
@@ -115,7 +133,7 @@ def test_a_pipeline_that_nobody_here_has_written_goes_through_them_too(
     metadata.write_text("".join(json.dumps(row) + "\n" for row in rows))
     drawn = score(foreign, tmp_path, suite="geneval", prompts=metadata, each=1, steps=1)
     assert drawn.result.pictures == 6
-    assert (tmp_path / "geneval-steps1" / "00005" / "samples" / "0000.png").is_file()
+    assert (drawn.path.with_suffix("") / "00005" / "samples" / "0000.png").is_file()
 
     for number in range(24):
         pixels = np.random.default_rng(number).integers(0, 256, (40, 48, 3), dtype=np.uint8)
@@ -236,10 +254,11 @@ def test_the_verb_says_where_the_result_is_or_what_was_wrong(foreign: Path, tmp_
     given = (foreign, "--suite", "prompts", "--prompts", asked, "--out", tmp_path / "out")
     done = evaluate(*given, "--each", 1, "--steps", 1)
     assert done.returncode == 0, done.stderr
+    name = "prompts-each1-prompts-prompts-steps1"
     assert done.stdout.splitlines() == [
         "note: no --clip was given: there is nothing to score",
-        f"pictures: {tmp_path / 'out' / 'prompts-steps1'}",
-        f"record: {tmp_path / 'out' / 'prompts-steps1.json'}",
+        f"pictures: {tmp_path / 'out' / name}",
+        f"record: {tmp_path / 'out' / name}.json",
     ]
     listed(tmp_path, "a bench", "")
     done = evaluate(*given)

@@ -16,6 +16,7 @@ Under torchrun the first process asks, judges and writes, as one process would, 
 draw: each its part of every batch of prompts (evaluate/artist).
 """
 
+import hashlib
 import platform
 import re
 import sys
@@ -53,6 +54,8 @@ from daybreak.train.parallel import World, together
 
 SUITES = ("scenes", "validation", "distribution", "prompts", "geneval", "coco30k")
 FIXED = 0  # seed of what is the same for every model, where none is given
+NAMES = {"per_task": "per-task", "number": "count"}  # of options, in that of a result
+LONGEST = 120  # bytes of it
 CONTROLS = "against gaming"  # key of the controls that draw pictures of their own
 
 
@@ -207,21 +210,27 @@ def called(wanted: Wanted) -> str:
 
     So a sweep leaves alone the score that stands there, and its results lie side by side.
     """
-    marks = [f"-{key}{value}" for key, value, usual in _options(wanted) if value != usual]
-    marks += ["-" + re.sub(r"[^\w.=-]+", "-", change)[:60] for change in wanted.sets]
-    return f"{wanted.suite}{'-best' if wanted.best else ''}{''.join(marks)}"
+    usual, marks = Wanted(), [wanted.suite]
+    for key, value in wanted._asdict().items():
+        if key not in ("suite", "results", "sets") and value != getattr(usual, key):
+            marks.append(NAMES.get(key, key) + _plain(value))
+    said = "-".join([*marks, *wanted.sets])
+    name = re.sub(r"[^\w.=+-]+", "-", said)
+    if name != said or len(name.encode()) > LONGEST:  # two might have become one
+        digest = hashlib.sha256(said.encode()).hexdigest()[:8]
+        name = f"{name.encode()[: LONGEST - 9].decode(errors='ignore')}-{digest}"
+    return name
 
 
-def _options(wanted: Wanted) -> list[tuple[str, float | None, float | None]]:
-    """Options of the command line that change a result of one suite, with what is usual."""
-    usual = Wanted()
-    return [
-        ("per-task", wanted.per_task, usual.per_task),
-        ("count", wanted.number, usual.number),
-        ("seed", wanted.seed, usual.seed),
-        ("steps", wanted.steps, usual.steps),
-        ("guidance", wanted.guidance, usual.guidance),
-    ]
+def _plain(value: object) -> str:
+    """A value as a part of a name."""
+    if isinstance(value, bool):
+        return ""
+    if isinstance(value, tuple):
+        return "-" + "+".join(Path(one).name for one in value)
+    if isinstance(value, (str, Path)):
+        return f"-{Path(value).stem}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
 
 
 def trained_on(recipe: config.Recipe | None, data: Path | None) -> list[str]:
