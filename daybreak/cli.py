@@ -406,24 +406,24 @@ def evaluate(
     from daybreak.train import scoring
 
     wanted = scoring.Wanted(
-        suite,
-        per_task,
-        count,
-        each,
-        prompts,
-        data,
-        reference,
-        results,
-        tuple(features or ()),
-        clip,
-        canvas,
-        resolution,
-        controls,
-        best,
-        seed,
-        steps,
-        guidance,
-        tuple(set_ or ()),
+        suite=suite,
+        per_task=per_task,
+        number=count,
+        each=each,
+        prompts=prompts,
+        data=data,
+        reference=reference,
+        results=results,
+        features=tuple(features or ()),
+        clip=clip,
+        canvas=canvas,
+        resolution=resolution,
+        controls=controls,
+        best=best,
+        seed=seed,
+        steps=steps,
+        guidance=guidance,
+        sets=tuple(set_ or ()),
     )
     scored = scoring.score(folder, wanted, out or folder / "evaluation", _counter)
     if scored is None:  # of several processes one speaks
@@ -567,10 +567,12 @@ def inspect(
     folder: Annotated[
         Path, typer.Argument(help="A run, or a dataset that `daybreak prepare` has written.")
     ],
-    batch: Annotated[int, typer.Option(min=1, help="Of a dataset: pictures of a batch.")] = 64,
+    batch: Annotated[
+        int | None, typer.Option(min=1, help="Of a dataset: pictures of a batch, 64 if left out.")
+    ] = None,
     world: Annotated[
-        int, typer.Option(min=1, help="Of a dataset: processes that share a batch.")
-    ] = 1,
+        int | None, typer.Option(min=1, help="Of a dataset: processes that share a batch.")
+    ] = None,
     resolution: Annotated[
         int | None,
         typer.Option(min=1, help="Of a dataset: that of a stage; its own if left out."),
@@ -592,12 +594,17 @@ def inspect(
 
     path = out or folder / "inspect.html"
     if (folder / "recipe.toml").is_file():
+        if batch or world or resolution:
+            raise BadRecipe(
+                f"{folder} is a run: leave --batch, --world and --resolution out, they are for "
+                "datasets"
+            )
         story = of_run.read(folder)
         Console().print(of_run.summary(story))
         print(f"page: {page.write(of_run.page(story), path)}")
         return
     opened = census.read(folder, _counter("bytes checked"))
-    found = census.count(opened, batch, world, resolution)
+    found = census.count(opened, batch or 64, world or 1, resolution)
     Console().print(dataset.summary(found))
     print(f"page: {page.write(dataset.page(opened, found), path)}")
     if found.problems:

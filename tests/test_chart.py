@@ -88,3 +88,11 @@ def test_axes_have_a_few_round_numbers(low: float, high: float) -> None:
 )
 def test_numbers_are_short(value: float, text: str) -> None:
     assert chart.short(value) == text
+
+
+def test_neighbouring_ticks_have_different_labels() -> None:
+    for low, high in ((0.1231, 0.1236), (2800.0, 2806.0), (0.0, 1.0), (999.0, 1001.0)):
+        said = chart.labels(chart.ticks(low, high))
+        assert len(set(said)) == len(said) >= 3
+    assert chart.labels([0.0, 0.5, 1.0]) == ["0", "0.5", "1"]
+    assert chart.short(999.7) == "1k"

@@ -3,6 +3,9 @@
 import json
 import math
 import os
+import socket
+import subprocess
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -122,9 +125,11 @@ def test_curves_and_scores_are_those_of_the_files(trained: Path) -> None:
 
 
 def test_terms_of_a_loss_are_drawn_one_by_one(begun: Path) -> None:
-    rows = [step(n, flow=0.4, lpips=0.1, loss_is=None, norm=1.0) for n in (1, 2, 3)]
+    rows = [step(n, flow=0.4, lpips=0.1, norm=1.0, skipped=1, substituted=2) for n in (1, 2, 3)]
     lines(begun / "metrics.jsonl", *rows)
-    assert [one.title for one in run._curves(run.read(begun))][:3] == ["loss", "flow", "lpips"]
+    titles = [one.title for one in run._curves(run.read(begun))]
+    assert titles[:3] == ["loss", "flow", "lpips"]
+    assert not {"skipped", "substituted"} & set(titles)
 
 
 def test_the_verb_knows_a_run_from_a_dataset(trained: Path, tmp_path: Path) -> None:
@@ -137,6 +142,9 @@ def test_the_verb_knows_a_run_from_a_dataset(trained: Path, tmp_path: Path) -> N
     assert not (trained / "inspect.html").exists()
     with pytest.raises(NoCheckpoint):
         run.read(tmp_path)
+    refused = warm.run("-m", "daybreak", "inspect", trained, "--batch", 8)
+    assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
+    assert "is a run: leave --batch" in refused.stderr
 
 
 # How it stands
@@ -151,37 +159,68 @@ def test_a_run_without_a_step_has_a_page_too(begun: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("status", "silence", "state", "sentence"),
+    ("status", "lock", "silence", "state", "sentence"),
     [
-        ({"state": "running"}, 3, "running", "It runs: step 7 of 10, 3 s ago."),
-        ({"state": "running"}, 7300, "silent", "Nothing was heard of it for 2 h 01 min: step 7"),
-        ({"state": "finished", "reason": "done"}, 9, "finished", "finished after step 7 of 10: d"),
-        ({"state": "stopped", "reason": "by Ctrl-C"}, 9, "stopped", "The same command continues"),
-        ({"state": "failed", "reason": "no disk", "code": 7}, 9, "failed", "no disk (code 7)"),
-        (None, 9, "silent", "If it was killed, the same command continues"),
+        ({"state": "running"}, "mine", 7300, "running", "step 7 of 10; last heard of 2 h 01 min"),
+        ({"state": "running"}, "dead", 3, "killed", "It was killed after step 7 of 10. The same c"),
+        ({"state": "running"}, "far", 3, "running", "step 7 of 10; last heard of 0:03 min ago."),
+        ({"state": "running"}, "far", 7300, "silent", "heard of it for 2 h 01 min: step 7 of 10."),
+        ({"state": "running"}, "", 7300, "silent", "If it was killed, the same command continues"),
+        ({"state": "finished", "reason": "all"}, "", 9, "finished", "after step 7 of 10: all."),
+        ({"state": "stopped", "reason": "Ctrl-C"}, "", 9, "stopped", "The same command continues"),
+        ({"state": "failed", "reason": "no", "code": 7}, "", 9, "failed", "7 of 10: no (code 7)"),
+        ({"state": "lost"}, "", 9, "lost", "It says of itself that it is lost: step 7 of 10."),
+        (None, "", 9, "silent", "If it was killed, the same command continues"),
     ],
 )
 def test_one_sentence_says_how_it_stands(
-    begun: Path, status: dict[str, Any] | None, silence: int, state: str, sentence: str
+    begun: Path, status: dict[str, Any] | None, lock: str, silence: int, state: str, sentence: str
 ) -> None:
     lines(begun / "metrics.jsonl", step(7))
     if status:
         lines(begun / "status.json", status)
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    host = socket.gethostname()
+    holders = {
+        "mine": f"process {os.getpid()} on {host}",
+        "dead": f"process {gone.pid} on {host}",
+        "far": f"process {gone.pid} on another-{host}",
+    }
+    (begun / "lock").write_text(holders.get(lock, ""))
     then = time.time() - silence
-    for name in ("metrics.jsonl", "status.json"):
-        if (begun / name).exists():
-            os.utime(begun / name, (then, then))
+    for file in begun.iterdir():
+        os.utime(file, (then, then))
     story = run.read(begun)
     assert story.state == state
     assert sentence in story.sentence
     assert story.sentence in Reader(run.page(story)).text
 
 
-def test_what_a_run_is_just_writing_is_left_out(begun: Path) -> None:
+def test_what_a_kill_or_a_full_disk_has_left_is_no_reason_to_fail(begun: Path) -> None:
     lines(begun / "metrics.jsonl", step(1), step(2))
-    with (begun / "metrics.jsonl").open("a") as file:
-        file.write('{"step": 3, "lo')
-    assert run.read(begun).done == 2
+    with (begun / "metrics.jsonl").open("ab") as file:
+        file.write(b"\0" * 20 + b'\n{"step": 3, "lo')
+    (begun / "incidents.jsonl").write_text('{"step": 1, "lo{"step": 2}\n')
+    (begun / "status.json").write_text("")
+    place = begun / "samples" / "step-0000002"
+    place.mkdir(parents=True)
+    (place / "prompts.json").touch()
+    (begun / "evaluation").mkdir()
+    for name, text in {
+        "list": "[1]",
+        "flat": '{"values": {"a": 1, "b": {"value": "x"}}}',
+        "half": '{"values": {"a',
+    }.items():
+        (begun / "evaluation" / f"{name}.json").write_text(text)
+    story = run.read(begun)
+    assert (story.done, story.incidents, story.status) == (2, [], {})
+    assert "step 2 of 10" in Reader(run.page(story)).text
+
+
+def test_all_that_a_run_logs_is_either_counted_or_a_part_of_the_loss(trained: Path) -> None:
+    logged = {name for line in run.read(trained).steps for name in line}
+    assert logged - run.COUNTED == {"loss", "flow"}
 
 
 def test_facts_are_those_of_the_newest_steps(begun: Path) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from daybreak.data import captions, images, sources
+from daybreak.data import captions, images, ingest, prepare, prepared, sources
 from daybreak.data.records import Columns
 from daybreak.data.sources import Captioned
 from daybreak.failure import BadData, BadRecipe
@@ -88,6 +88,33 @@ def test_without_a_choice_each_picture_has_the_captions_that_prepare_gives_it(
     for one, row in zip(found, rows, strict=True):
         prepared = captions.read(row)
         assert (one.captions, one.weights) == (prepared.texts, prepared.weights)
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [{"text": "a", "keywords": ["k"]}, {"text": "b"}],
+        [{"text": "a"}, {"caption": "b"}],
+        [{"text": "a"}, {"text": "a"}, {"text": "b"}],
+        [{"text": ["a", "b"]}, {"text": "c"}],
+        [{"text": ""}, {"text": "b"}],
+        [{"text": "a", "keywords": float("nan")}],
+    ],
+)
+def test_rows_of_one_picture_are_joined_as_prepare_joins_them(
+    rows: list[dict[str, object]], tmp_path: Path
+) -> None:
+    raw, out = tmp_path / "raw", tmp_path / "prepared"
+    raw.mkdir()
+    Image.new("RGB", (64, 64), "red").save(raw / "one.png")
+    jsonl(raw, *({"file_name": "one.png", **row} for row in rows))
+    (one,) = sources.folder(raw)
+    prepare.prepare([str(raw)], out, ingest.Config(resolution=64, unit=16), 0)
+    stored = prepared.open_dataset(out).table
+    assert list(one.captions) == stored["captions"][0].as_py()
+    weights = stored["caption_weights"][0].as_py()
+    shares = [weight / sum(weights) for weight in weights]
+    assert [weight / sum(one.weights) for weight in one.weights] == pytest.approx(shares)
 
 
 def test_several_columns_give_alternatives_with_weights(tmp_path: Path) -> None:

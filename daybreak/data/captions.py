@@ -117,7 +117,8 @@ def usual(columns: Mapping[str, object]) -> list[tuple[str, float]]:
     """The column of sentences of a picture, and that of keywords, with their weights."""
     first = next((name for name in USUAL_COLUMNS if _told(columns.get(name))), None)
     sentences = [(first, USUAL_WEIGHT)] if first else []
-    return [*sentences, (KEYWORDS, KEYWORDS_WEIGHT)] if columns.get(KEYWORDS) else sentences
+    keywords = [(KEYWORDS, KEYWORDS_WEIGHT)] if _told(columns.get(KEYWORDS)) else []
+    return sentences + keywords
 
 
 def _told(value: object) -> bool:

@@ -6,13 +6,13 @@ import os
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from functools import partial
 from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
-from daybreak.failure import BadData, BadRecipe
+from daybreak.failure import BadData, BadRecipe, BadStorage
 
 
 def sha256(path: Path) -> str:
@@ -65,6 +65,27 @@ def read_json(path: Path) -> dict[str, Any]:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise BadData(f"{path} cannot be read ({error}): remove the folder it lies in") from error
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The objects in a file of JSON lines; none if it is not there.
+
+    What is being written, or what a kill or a full disk has cut, is left out.
+
+    Errors  BadStorage if the disk does not give it.
+    """
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise BadStorage(f"cannot read {path}: {error.strerror}") from error
+    found = []
+    for line in text.split(b"\n"):
+        with suppress(ValueError):
+            if isinstance(one := json.loads(line), dict):
+                found.append(one)
+    return found
 
 
 @contextmanager

@@ -193,7 +193,8 @@ def joined(row: Row, others: Sequence[Row | Fault]) -> Row:
         found = [one.values.get(key) for one in same]
         texts = [text for one in found for text in (one if isinstance(one, list) else [one])]
         different = list(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
-        values[key] = different if len(different) > 1 else found[0]
+        told = next((one for one in found if one not in (None, "", [])), found[0])
+        values[key] = different if len(different) > 1 else told
     return row._replace(values=values)
 
 

@@ -126,9 +126,10 @@ def folder(path: Path, caption_columns: Sequence[tuple[str, float]] = ()) -> lis
 
     `caption_columns` are (name, weight); without them a picture has the usual ones, as `prepare`
     takes them (data/captions). A list of texts is as many captions, each with an equal part of the
-    weight; one of keywords is one caption, joined by commas. So are rows that name one picture. A
-    value that is missing or empty drops that caption from that picture, and the others stay. With
-    metadata, pictures it does not name are not part of the dataset.
+    weight; one of keywords is one caption, joined by commas. Rows that name one picture are joined
+    in the same way, here wherever they stand. A value that is missing or empty drops that caption
+    from that picture, and the others stay. With metadata, pictures it does not name are not part of
+    the dataset.
 
     Errors  BadData for a folder or a row that cannot be used, naming it; BadRecipe for a weight
             that is not a positive number.
@@ -186,24 +187,33 @@ def _from_metadata(file: Path, caption_columns: Sequence[tuple[str, float]]) -> 
     if not rows:
         raise BadData(f"{file}: names no pictures; write one row for each, with `file_name`.")
     _check_columns(file, rows, caption_columns)
-    captioned = dict[Path, Captioned]()
+    named: dict[Path, list[Row]] = {}
     for row in rows:
         try:
-            found = [
-                (text, weight / len(texts))
-                for name, weight in caption_columns or captions.usual(row.values)
-                for texts in [captions.several(row.values.get(name), name)]
-                for text in texts
-            ]
-            picture = folders.inside(file.parent, row)
+            named.setdefault(folders.inside(file.parent, row), []).append(row)
         except Refused as fault:
             raise BadData(f"{file}:{row.line}: {fault}") from fault
-        one = captioned.setdefault(picture, Captioned(picture, (), ()))
-        captioned[picture] = one._replace(
-            captions=(*one.captions, *(text for text, _ in found)),
-            weights=(*one.weights, *(weight for _, weight in found)),
-        )
-    return list(captioned.values())
+    return [
+        _captioned(file, picture, folders.joined(first, others), caption_columns)
+        for picture, (first, *others) in named.items()
+    ]
+
+
+def _captioned(
+    file: Path, picture: Path, row: Row, caption_columns: Sequence[tuple[str, float]]
+) -> Captioned:
+    try:
+        found = [
+            (text, weight / len(texts))
+            for name, weight in caption_columns or captions.usual(row.values)
+            for texts in [captions.several(row.values.get(name), name)]
+            for text in texts
+        ]
+    except Refused as fault:
+        raise BadData(f"{file}:{row.line}: {fault}") from fault
+    return Captioned(
+        picture, tuple(text for text, _ in found), tuple(weight for _, weight in found)
+    )
 
 
 def _side_by_side(path: Path) -> list[Captioned]:

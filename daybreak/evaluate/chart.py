@@ -100,13 +100,14 @@ def _axes(
     draw: ImageDraw.ImageDraw, frame: Frame, title: str, unit: str, across: Sequence[float]
 ) -> None:
     left, top, right, bottom = frame.box
-    for tick in ticks(*frame.y):
+    up = ticks(*frame.y)
+    for tick, text in zip(up, labels(up), strict=True):
         _, y = frame.at((0, tick))
         _line(draw, [(left, y), (right, y)], FRAME, 1)
-        _write(draw, (left - 8, y), short(tick), "rm")
-    for tick in across:
+        _write(draw, (left - 8, y), text, "rm")
+    for tick, text in zip(across, labels(across), strict=True):
         x, _ = frame.at((tick, 0))
-        _write(draw, (x, bottom + 8), short(tick), "ma")
+        _write(draw, (x, bottom + 8), text, "ma")
     _write(draw, ((left + right) / 2, bottom + 32), unit, "ma")
     _write(draw, (left, top - 18), title, "ls")
 
@@ -147,12 +148,22 @@ def ticks(low: float, high: float) -> list[float]:
     return [step * k for k in range(first, math.floor(high / step) + 1)]
 
 
-def short(value: float) -> str:
+def labels(values: Sequence[float]) -> list[str]:
+    """Round numbers, in as few signs as tell them apart."""
+    said = [short(value) for value in values]
+    digits = 3
+    while len(set(said)) < len(said) and digits < 12:
+        digits += 1
+        said = [short(value, digits) for value in values]
+    return said
+
+
+def short(value: float, digits: int = 3) -> str:
     """A number in a few signs: 12k, 0.5."""
     for size, sign in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:.3g}{sign}"
-    return f"{value:.3g}" if abs(value) > 1e-12 else "0"
+        if abs(value) >= size * (1 - 0.5 * 10.0**-digits):  # 999.7 is 1k, not 1e+03
+            return f"{value / size:.{digits}g}{sign}"
+    return f"{value:.{digits}g}" if abs(value) > 1e-12 else "0"
 
 
 def _colours(count: int) -> list[tuple[int, int, int]]:

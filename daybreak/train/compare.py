@@ -27,6 +27,7 @@ from typing import Any, NamedTuple
 import torch
 
 from daybreak.config import Recipe
+from daybreak.data import disk
 from daybreak.evaluate import scenes_suite, statistics, suite
 from daybreak.evaluate.statistics import McNemar, Paired, Race, Reached, Verdict
 from daybreak.failure import BadStorage, NotFinite
@@ -135,7 +136,7 @@ def read(run: Run, question: Question) -> Outcome:
             missing although the run did not diverge.
     """
     taken, metric = evaluations.lines(run.folder), question.metric
-    steps = _steps(run.folder)
+    steps = disk.read_lines(run.folder / "metrics.jsonl")  # none if no step was finite
     seconds = clock(run.recipe, steps)
     unit, last = question.unit, run.recipe.stage[-1].resolution
     costs = seconds if unit == "seconds" else plan.costs(run.recipe, unit)
@@ -158,15 +159,6 @@ def read(run: Run, question: Question) -> Outcome:
         float(steps[-1]["seconds"]) if steps else 0.0,
         _passed(run, metric) if done else {},
     )
-
-
-def _steps(folder: Path) -> list[dict[str, Any]]:
-    """The log of a run; empty where not even the first step was finite."""
-    try:
-        text = (folder / "metrics.jsonl").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines()]
 
 
 def _has_diverged(folder: Path) -> bool:

@@ -75,12 +75,8 @@ def missing(recipe: Recipe, run: Path, step: int) -> bool:
 
 
 def lines(run: Path) -> list[dict[str, Any]]:
-    """All evaluations of a run, in order; a line half written does not count."""
-    try:
-        text = (run / FILE).read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+    """All evaluations of a run, in order. Errors: BadStorage if they cannot be read."""
+    return disk.read_lines(run / FILE)
 
 
 def cut(run: Path, start: int) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 from PIL import Image
 
 from daybreak import config
+from daybreak.data import disk
 from daybreak.generate import draw as sampling
 from daybreak.generate import grid
 from daybreak.model.text_to_image import TextToImage
@@ -38,11 +39,9 @@ def write(run: Path, pictures: sampling.Picture, recipe: config.Recipe, step: in
             place / f"{number:02d}.png",
             facts | {"prompt": prompt, "seed": str(seed)},
         )
-    (place / "prompts.json").write_text(
-        json.dumps(
-            [{"prompt": p, "seed": s} for p, s in zip(prompts, seeds, strict=True)], indent=1
-        )
-    )
+    asked = [{"prompt": p, "seed": s} for p, s in zip(prompts, seeds, strict=True)]
+    with disk.fresh(place / "prompts.json") as staged:
+        staged.write_text(json.dumps(asked, indent=1))
     sheet = grid.grid(pictures, list(prompts), None, f"step {step}")
     grid.save(sheet, place / "grid.png", facts)
     return place / "grid.png"

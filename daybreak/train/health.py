@@ -80,7 +80,6 @@ class Guard:
         self.config, self.file, self.tell = config, file, tell
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.bad = 0  # steps in a row that were not taken
-        self.skipped = 0  # steps in all that were not, or were undone
         if file and file.is_file():
             _cut(file, start)
 
@@ -112,7 +111,6 @@ class Guard:
         if take:
             return self._taken(loss)
         self.bad += 1
-        self.skipped += 1
         if self.bad >= self.config.bad_steps:
             raise NotFinite(
                 f"step {step}: {what} ({where}), {self.bad} steps in a row that cannot be learned "
@@ -121,11 +119,11 @@ class Guard:
             )
         return Verdict(step=False, back=finite and self.config.spike == "rollback")
 
-    def return_to(self, checkpoint: int, state: Mapping[str, Any], step: int) -> None:
-        """Take the state of a checkpoint; the steps from there to `step` are undone."""
-        bad, skipped = self.bad, self.skipped
+    def return_to(self, state: Mapping[str, Any]) -> None:
+        """Take the state of a checkpoint; what was bad since then still counts."""
+        bad = self.bad
         self.restore(state)
-        self.bad, self.skipped = bad, skipped + step - 1 - checkpoint
+        self.bad = bad
 
     def new_stage(self) -> None:
         """Forget the losses so far: at another resolution they are of another size."""
@@ -134,12 +132,12 @@ class Guard:
     @property
     def state(self) -> dict[str, Any]:
         """What a checkpoint has to hold, as JSON can."""
-        return {"recent": list(self.recent), "bad": self.bad, "skipped": self.skipped}
+        return {"recent": list(self.recent), "bad": self.bad}
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the guard that had this state."""
         self.recent = deque(state["recent"], maxlen=RECENT)
-        self.bad, self.skipped = state["bad"], state["skipped"]
+        self.bad = state["bad"]
 
     def _taken(self, loss: float) -> Verdict:
         self.recent.append(loss)

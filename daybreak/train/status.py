@@ -14,6 +14,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 import socket
 import time
 from collections.abc import Callable
@@ -24,7 +25,28 @@ from typing import Any, Self, TextIO
 from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage, Failure, LostPeer
 
+HELD = re.compile(r"process (?P<process>[1-9][0-9]*) on (?P<host>.+)")  # what a lock says
 EVERY = 5.0  # seconds between two entries of the step
+
+
+def alive(run: Path) -> bool | None:
+    """Whether the process that holds the lock of a run is there.
+
+    None if it is on another machine, or the lock says nothing, as where none can be had.
+    """
+    try:
+        held = HELD.fullmatch((run / "lock").read_text(encoding="utf-8").strip())
+    except (OSError, ValueError):
+        return None
+    if held is None or held["host"] != socket.gethostname():
+        return None
+    try:
+        os.kill(int(held["process"]), 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
 
 
 class Status:

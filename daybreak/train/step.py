@@ -162,7 +162,7 @@ def _return(run: Run, step: int) -> None:
             run.log.note("there is no checkpoint to return to yet")
             return
         checkpoint.load(found, run.state, alone=run.here.mesh is None)
-        run.guard.return_to(found.step, found.facts["guard"], step)
+        run.guard.return_to(found.facts["guard"])
         if run.recipe.stage_at(found.step) != run.recipe.stage_at(step):
             run.guard.new_stage()
     run.log.note(f"returned to the weights of step {found.step}")

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from daybreak.evaluate.chart import short, ticks
+from daybreak.evaluate.chart import labels, short, ticks
 
 BINS = 240
 WIDTH, HEIGHT = 340, 170
@@ -86,11 +86,15 @@ def curve(title: str, points: Sequence[Point], stages: Sequence[int] = ()) -> Cu
         short(means[-1]),
         path(list(zip(middles, means, strict=True))),
         path(upper + lower[::-1]) if len(used) < len(steps) else "",
-        [Tick(x(step), short(step)) for step in ticks(float(steps[0]), float(steps[-1]))],
-        [Tick(y(value), short(value)) for value in _round(bottom, top, logs)],
+        _ticks(x, [step for step in ticks(float(steps[0]), float(steps[-1])) if step == int(step)]),
+        _ticks(y, _round(bottom, top, logs)),
         [x(step) for step in stages if steps[0] < step < steps[-1]],
         [(x(step), y(value)) for step, value in known] if len(known) <= BINS // 8 else [],
     )
+
+
+def _ticks(place: Callable[[float], float], values: Sequence[float]) -> list[Tick]:
+    return [Tick(place(value), text) for value, text in zip(values, labels(values), strict=True)]
 
 
 def _round(bottom: float, top: float, logs: bool) -> list[float]:
@@ -104,4 +108,4 @@ def _round(bottom: float, top: float, logs: bool) -> list[float]:
     ]
     inside = [value for value in found if bottom <= math.log10(value) <= top]
     tens = [value for value in inside if math.log10(value).is_integer()]
-    return tens if len(inside) > 7 and len(tens) > 2 else inside
+    return tens[:: len(tens) // 7 + 1] if len(inside) > 7 and len(tens) > 2 else inside

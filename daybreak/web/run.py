@@ -5,8 +5,10 @@ killed, and one that was copied from another machine; the same command makes the
 are those of the recipe's prompts: a row for each prompt, a column for each of some steps.
 """
 
+import itertools
 import json
 import math
+import shlex
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -19,8 +21,8 @@ from rich.table import Table
 from rich.text import Text
 
 from daybreak.config import Recipe
-from daybreak.failure import BadStorage
-from daybreak.train import evaluations, facts, runs
+from daybreak.data import disk
+from daybreak.train import evaluations, facts, runs, status
 from daybreak.web import page as web
 from daybreak.web.curve import Curve, curve
 
@@ -32,6 +34,7 @@ QUIET = 300.0  # seconds of silence from which on a run is no longer taken for a
 COUNTED = {  # in metrics.jsonl, but no part of the loss
     *("step", "images", "seconds", "norm", "lr", "waited", "worked", "waiting", "words", "resumed"),
     *("images_per_second", "flops_per_second", "share_of_peak", "memory_mib"),
+    *("skipped", "substituted"),
     *("dollars", "dollars_to_go"),
 }
 LINES = {  # what is drawn beside the loss
@@ -68,6 +71,7 @@ class Story(NamedTuple):
     evaluations: list[dict[str, Any]]
     incidents: list[dict[str, Any]]
     heard: float  # seconds since it last wrote something
+    alive: bool | None  # whether its process is there, if that can be known
 
     @property
     def done(self) -> int:
@@ -76,40 +80,50 @@ class Story(NamedTuple):
 
     @property
     def state(self) -> str:
-        """running, finished, stopped or failed; silent, if it says that it runs and does not."""
+        """running, finished, stopped or failed, as it says, but killed if it runs no more.
+
+        Where its process cannot be looked for it is silent, if it has been for QUIET seconds.
+        """
         state = str(self.status.get("state", "silent"))
-        return "silent" if state == "running" and self.heard > QUIET else state
+        if state == "running" and self.alive is False:
+            return "killed"
+        return "silent" if state == "running" and not self.alive and self.heard > QUIET else state
 
     @property
     def sentence(self) -> str:
         """How it stands."""
         reason, code = self.status.get("reason"), self.status.get("code")
         of = f"step {self.done:,} of {self.recipe.steps:,}"
-        return {
-            "running": f"It runs: {of}, {self.heard:.0f} s ago.",
+        said = {
+            "running": f"It runs: {of}; last heard of {_clock(self.heard)} ago.",
             "finished": f"It is finished after {of}: {reason}.",
             "stopped": f"It was stopped at {of}: {reason}. The same command continues.",
             "failed": f"It failed at {of}: {reason} (code {code})",
+            "killed": f"It was killed after {of}. The same command continues.",
             "silent": f"Nothing was heard of it for {_clock(self.heard)}: {of}. If it was killed, "
             "the same command continues.",
-        }[self.state]
+        }
+        return said.get(self.state, f"It says of itself that it is {self.state}: {of}.")
 
 
 def read(folder: Path) -> Story:
-    """Read a run's folder. Errors: NoCheckpoint if it is none, BadStorage if it cannot be read."""
+    """Read a run's folder.
+
+    Errors  NoCheckpoint if it is none; BadRecipe and BadStorage if its files cannot be read.
+    """
     recipe = runs.recorded(folder)
-    files = [folder / name for name in ("metrics.jsonl", "status.json")]
+    files = [folder / name for name in ("recipe.toml", "metrics.jsonl", "status.json")]
     written = [file.stat().st_mtime for file in files if file.exists()]
-    status = _lines(folder / "status.json")
     return Story(
         folder,
         recipe,
-        status[0] if status else {},
+        _object(folder / "status.json"),
         facts.read(folder),
-        _lines(folder / "metrics.jsonl"),
+        disk.read_lines(folder / "metrics.jsonl"),
         evaluations.lines(folder),
-        _lines(folder / "incidents.jsonl"),
-        max(0.0, time.time() - max(written, default=0.0)),
+        disk.read_lines(folder / "incidents.jsonl"),
+        max(0.0, time.time() - max(written)),
+        status.alive(folder),
     )
 
 
@@ -127,6 +141,7 @@ def page(story: Story) -> str:
         measured=list(_measured(story)),
         scores=list(_scores(story.folder)),
         incidents=list(_incidents(story)),
+        first=min(story.recipe.sample.every, story.recipe.steps),
         recipe=(story.folder / "recipe.toml").read_text(encoding="utf-8"),
         machine=_machine(story.known),
     )
@@ -134,7 +149,7 @@ def page(story: Story) -> str:
 
 def summary(story: Story) -> RenderableType:
     """The run at a glance, for a terminal."""
-    colour = {"failed": "red", "silent": "yellow"}.get(story.state, "")
+    colour = {"failed": "red", "silent": "yellow", "killed": "yellow"}.get(story.state, "")
     table = Table(box=None, show_header=False, pad_edge=False)
     table.add_column(style="dim")
     for name, said in told(story).items():
@@ -179,15 +194,17 @@ def _curves(story: Story) -> Iterator[Curve]:
     seen = {name for line in story.steps for name in line}
     parts = sorted(seen - COUNTED - {"loss"})
     names = {"loss": "loss"} | ({name: name for name in parts} if len(parts) > 1 else {})
-    ends = np.cumsum([stage.count for stage in story.recipe.stage])[:-1].tolist()
     for name, title in (names | LINES).items():
         points = [
-            (line["step"], float(line[name]))
-            for line in story.steps
-            if line.get(name) is not None and not isinstance(line[name], list)
+            (line["step"], float(line[name])) for line in story.steps if line.get(name) is not None
         ]
-        if (drawn := curve(title, points, ends)) is not None:
+        if (drawn := curve(title, points, _ends(story.recipe))) is not None:
             yield drawn
+
+
+def _ends(recipe: Recipe) -> list[int]:
+    """The last steps of all stages but the newest."""
+    return list(itertools.accumulate(stage.count for stage in recipe.stage))[:-1]
 
 
 def _measured(story: Story) -> Iterator[Curve]:
@@ -199,34 +216,34 @@ def _measured(story: Story) -> Iterator[Curve]:
             for line in story.evaluations
             if (value := line["values"].get(name, {}).get("value")) is not None
         ]
-        if (drawn := curve(name, points)) is not None:
+        if (drawn := curve(name, points, _ends(story.recipe))) is not None:
             yield drawn
 
 
 def _scores(folder: Path) -> Iterator[Score]:
-    """The results that `daybreak evaluate` has left in the folder."""
+    """The results that `daybreak evaluate` has left in the folder; other files are left out."""
     for file in sorted((folder / "evaluation").glob("*.json")):
-        found = _lines(file)
-        values = found[0].get("values") if found else None
+        values = _object(file).get("values")
         if isinstance(values, dict) and values:
-            yield Score(file.stem, [(name, *_interval(one)) for name, one in values.items()])
+            rows = [(name, *_interval(one)) for name, one in values.items() if _is_value(one)]
+            yield Score(file.stem, rows)
 
 
 def _incidents(story: Story) -> Iterator[tuple[str, ...]]:
     """Step, losses and norms by process, what was usual, samples: the newest LISTED."""
     for one in story.incidents[-LISTED:]:
-        losses, norms = (", ".join(map(_short, one[name])) for name in ("loss", "norm"))
+        losses, norms = (", ".join(map(_number, one[name])) for name in ("loss", "norm"))
         samples = f"{one['samples'][0]} to {one['samples'][-1]}"
-        yield f"{one['step']:,}", losses, norms, _short(one["usual"]), samples
+        yield f"{one['step']:,}", losses, norms, _number(one["usual"]), samples
 
 
 def _drawn(folder: Path) -> list[tuple[int, Path]]:
     """Some of the steps that pictures were drawn at: the first, the newest, others between."""
-    found = [
+    found = sorted(
         (int(place.name.removeprefix("step-")), place)
-        for place in sorted((folder / "samples").glob("step-*"))
+        for place in (folder / "samples").glob("step-[0-9]*")
         if (place / "prompts.json").is_file()
-    ]
+    )
     if not found:
         return []
     spread = np.linspace(0, len(found) - 1, min(len(found), COLUMNS)).astype(int)
@@ -245,9 +262,12 @@ def _shown(drawn: Sequence[tuple[int, Path]]) -> Iterator[Shown]:
 
 
 def _prompts(place: Path) -> dict[tuple[str, int], int]:
-    """Which picture of a folder is of which prompt and seed."""
-    rows = json.loads((place / "prompts.json").read_text(encoding="utf-8"))
-    return {(row["prompt"], row["seed"]): number for number, row in enumerate(rows)}
+    """Which picture of a folder is of which prompt and seed; none if that is not told."""
+    try:
+        rows = json.loads((place / "prompts.json").read_bytes())
+        return {(row["prompt"], row["seed"]): number for number, row in enumerate(rows)}
+    except (OSError, ValueError, TypeError, KeyError):
+        return {}
 
 
 def _picture(file: Path) -> str:
@@ -266,27 +286,18 @@ def _machine(known: Mapping[str, Any]) -> dict[str, str]:
     found = {**known.get("machine", {}), "precision": known.get("precision")}
     found |= {**known.get("versions", {}), "code": known.get("revision")}
     arguments = known.get("arguments")
-    found["command"] = " ".join(["daybreak", *arguments]) if arguments else None
+    found["command"] = shlex.join(["daybreak", *arguments]) if arguments else None
     found["changed"] = "; ".join(known.get("changed", ()))
     return {name: str(value) for name, value in found.items() if value not in (None, "")}
 
 
-def _lines(file: Path) -> list[dict[str, Any]]:
-    """The JSON in a file, whole or line by line; none if it is not there.
-
-    What a run is just writing, or a kill has cut, is left out.
-
-    Errors  BadStorage if the file cannot be read.
-    """
+def _object(file: Path) -> dict[str, Any]:
+    """The object in a file of JSON; none if it is not there, or is something else."""
     try:
-        text = file.read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise BadStorage(f"cannot read {file}: {error.strerror}") from error
-    if file.suffix == ".json":
-        return [json.loads(text)] if text.strip() else []
-    return [json.loads(line) for line in text.splitlines() if line.endswith("}")]
+        found = json.loads(file.read_bytes())
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
 
 
 def _interval(one: Mapping[str, Any]) -> tuple[str, str]:
@@ -299,7 +310,12 @@ def _value(one: Mapping[str, Any]) -> str:
     return "-" if one.get("value") is None else f"{one['value']:.4g}"
 
 
-def _short(number: object) -> str:
+def _is_value(one: object) -> bool:
+    """Whether it is a value with its interval, as `daybreak evaluate` writes them."""
+    return isinstance(one, dict) and isinstance(one.get("value"), (int, float, type(None)))
+
+
+def _number(number: object) -> str:
     return f"{number:.4g}" if isinstance(number, float) else str(number)
 
 
