@@ -15,6 +15,8 @@ export HF_HUB_OFFLINE="${HF_HUB_OFFLINE:-1}"
 # Compiled kernels outlive a container beside the run, each node's in a folder of its own.
 kernels=$(dirname "$(realpath -m "$RUN")")/kernels/$(hostname)
 export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$kernels}"
+# Each of a node's processes compiles in as many of its own; torch's 32 would be in each other's way.
+export TORCHINDUCTOR_COMPILE_THREADS="${TORCHINDUCTOR_COMPILE_THREADS:-8}"
 export PYTORCH_ALLOC_CONF="${PYTORCH_ALLOC_CONF:-expandable_segments:True}"
 
 version() { stat -c %i-%y "$RUN/status.json" 2>/dev/null; }

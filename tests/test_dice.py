@@ -38,14 +38,16 @@ def test_the_global_generator_is_left_alone() -> None:
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5, 0.25, 0.3, 0.07])
 def test_a_share_is_exact_and_does_not_depend_on_the_cut(fraction: float) -> None:
-    whole = Dice(0, 1, 0, 200).share(fraction).tolist()
+    samples = torch.arange(200)
+    whole = samples[Dice(0, 1, 0, 200).share(fraction)]
     assert len(whole) == round(200 * fraction)
-    cut = [
-        first + row
-        for first in range(0, 200, 10)
-        for row in Dice(0, 1, first, 10).share(fraction).tolist()
-    ]
-    assert cut == whole
+    cut = [part[Dice(0, 1, int(part[0]), 10).share(fraction)] for part in samples.split(10)]
+    assert torch.equal(torch.cat(cut), whole)
+
+
+def test_a_whole_share_copies_nothing() -> None:
+    samples = torch.arange(4)
+    assert samples[Dice(0, 1, 0, 4).share(1.0)].data_ptr() == samples.data_ptr()
 
 
 def test_no_two_lists_of_parts_are_one_text() -> None:

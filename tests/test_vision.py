@@ -123,6 +123,21 @@ def test_gradient_passes_to_the_picture_and_stops_there(toys: dict[str, Path]) -
     assert not vision.Teacher(teacher.network.train()).network.training
 
 
+@pytest.mark.slow  # the compiler is asked
+@pytest.mark.parametrize("kind", ["dinov2", "dinov3"])
+def test_compiled_it_sees_the_same_at_any_size(toys: dict[str, Path], kind: str) -> None:
+    plain, compiled = (vision.load(str(toys[kind]), "dino.teacher") for _ in range(2))
+    compiled.compile()
+    torch._dynamo.utils.counters.clear()
+    for rows, columns in ((2, 2), (3, 4), (5, 3)):
+        image = torch.rand(2, 3, 32, 48).mul(2).sub(1).requires_grad_()
+        seen, wanted = (teacher(image, rows, columns) for teacher in (compiled, plain))
+        torch.testing.assert_close(seen, wanted, atol=1e-5, rtol=1e-5)
+        ours, theirs = (torch.autograd.grad(y.square().sum(), image)[0] for y in (seen, wanted))
+        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-4)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2, "layers share their code"
+
+
 def test_whoever_holds_a_teacher_does_not_own_its_weights(toys: dict[str, Path]) -> None:
     holder = nn.Linear(1, 1)
     holder.teacher = vision.load(str(toys["dinov2"]), "dino.teacher")  # type: ignore[assignment]

@@ -90,6 +90,12 @@ class Teacher:
         patches: Tensor = seen.last_hidden_state[:, -rows * columns :]
         return patches.float()
 
+    def compile(self) -> None:
+        """Compile its layers, which share their code, one for any number of patches."""
+        stacks = [m for m in self.network.modules() if isinstance(m, torch.nn.ModuleList)]
+        for layer in max(stacks, key=len):
+            layer.compile(dynamic=True, fullgraph=True)
+
 
 def load(
     source: str,

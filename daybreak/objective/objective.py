@@ -80,6 +80,13 @@ class Objective:
                 self.repa = repa.Repa(repa_config, width, teacher.width if teacher else width)
         self.learned = nn.ModuleDict({"repa": self.repa} if self.repa else {}).to(device)
 
+    def compile(self) -> None:
+        """Compile the networks that judge. The same numbers, to rounding."""
+        if self.vgg:
+            self.vgg = lpips.compiled(self.vgg)
+        for teacher in self.teachers.values():
+            teacher.compile()
+
     def __call__(
         self,
         model: TextToImage,

@@ -16,7 +16,6 @@ from daybreak.data import batches
 from daybreak.failure import BadRecipe, Failure
 from daybreak.model import text, text_to_image
 from daybreak.model.text_to_image import TextToImage
-from daybreak.objective import lpips
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.optim.ema import Ema
@@ -55,9 +54,9 @@ def build(
     twin = text_to_image.build(*of, shared).to(here.device)
     follows = parallel.Config(reshard_after_forward=True)
     compiled = compiles(recipe, here.device, tell)
-    if compiled and objective.vgg and here.device.type == "cuda":
-        # On a processor convolutions are nearly all of it, and compiling saves less than it takes.
-        objective.vgg = lpips.compiled(objective.vgg)
+    if compiled and here.device.type == "cuda":
+        # On a processor products are nearly all of it, and compiling saves less than it takes.
+        objective.compile()
     parallel.prepare(model.dit, model.dit.blocks, here, recipe.parallel, dtype, compiled)
     parallel.prepare(twin.dit, twin.dit.blocks, here, follows, dtype)
     if model.text.trained:

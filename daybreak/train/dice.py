@@ -62,12 +62,16 @@ class Dice:
             row.uniform_(generator=generator)
         return rows
 
-    def share(self, fraction: float) -> Tensor:
+    def share(self, fraction: float) -> Tensor | slice:
         """Choose rows (k,) so that this share of all samples is chosen, however they are cut.
+
+        All of them are a slice: rows by number would be copied, forth and back.
 
         Sample g is chosen if an integer lies between g fraction and (g + 1) fraction. No number is
         drawn: which picture comes to which place is chance already.
         """
+        if fraction == 1:
+            return slice(None)
         count = len(self.generators)
         passed = [math.floor((self.first + row) * fraction) for row in range(count + 1)]
         rows = [row for row in range(count) if passed[row] < passed[row + 1]]

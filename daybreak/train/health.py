@@ -176,6 +176,8 @@ def compare(here: World, tensors: Mapping[str, Tensor]) -> None:
     replicas = here.mesh.mesh.T.tolist() if here.mesh.ndim == 2 else []
     for (name, tensor), by_rank in zip(tensors.items(), sums, strict=True):
         for equal in replicas if isinstance(tensor, DTensor) else [range(here.size)]:
+            if len({by_rank[rank] for rank in equal}) == 1:
+                continue
             usual, votes = Counter(by_rank[rank] for rank in equal).most_common(1)[0]
             odd = [rank for rank in equal if by_rank[rank] != usual or 2 * votes <= len(equal)]
             if odd:

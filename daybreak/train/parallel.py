@@ -19,6 +19,7 @@ Letters  r ranks.
 Source   FSDP2: docs.pytorch.org, torch.distributed.fsdp.fully_shard; HSDP: arXiv 2304.11277.
 """
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -201,7 +202,7 @@ def prepare(
     if here.mesh is None:
         return
 
-    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
     narrow = None if compute == torch.float32 else compute
     policy = MixedPrecisionPolicy(narrow, torch.float32, cast_forward_inputs=False)
@@ -213,6 +214,10 @@ def prepare(
             reshard_after_forward=config.reshard_after_forward,
             mp_policy=precision,
         )
+    if not config.reshard_after_forward:  # the next block's weights travel before its host is there
+        for block, following in itertools.pairwise(blocks):
+            if isinstance(block, FSDPModule) and isinstance(following, FSDPModule):
+                block.set_modules_to_forward_prefetch([following])
 
 
 def accumulate(modules: Iterable[nn.Module], config: Config, last: bool) -> None:
