@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
 import typer
 
 from daybreak import host
-from daybreak.failure import BadRecipe, BadStorage, Failure
+from daybreak.failure import BadData, BadRecipe, BadStorage, Failure
 
 if TYPE_CHECKING:
     from daybreak.data.shards import Progress
@@ -210,7 +210,7 @@ def prepare(
         }
         settings, cores = work.settings(given), processes or host.cores()
         if (out / "manifest.json").is_file():
-            print(f"{out} is there already: nothing to do if sources and settings are the same")
+            print(f"{out} is there already: it is compared with sources and settings")
         try:
             manifest = work.prepare(source, out, settings, cores, salvage, _remaining())
         except KeyboardInterrupt:
@@ -593,6 +593,10 @@ def inspect(
     from daybreak.web import run as of_run
 
     path = out or folder / "inspect.html"
+    if (folder / "recipe.toml").is_file() and (folder / "manifest.json").is_file():
+        raise BadRecipe(f"{folder} is a checkpoint: give its run, {folder.resolve().parent}")
+    if not folder.is_dir():
+        raise BadData(f"{folder} is no folder: give a run, or a dataset that is prepared")
     if (folder / "recipe.toml").is_file():
         if batch or world or resolution:
             raise BadRecipe(

@@ -59,7 +59,11 @@ def test_bytes_are_utf_8() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        ({}, "has no caption; write one into a file beside it, of the same name but for .txt."),
+        (
+            {},
+            "has no caption; write one into its row of the metadata, or without metadata "
+            "into a file beside it, of the same name but for .txt.",
+        ),
         ({"n": 1}, "has no caption; there is no `text`, `caption`, `prompt` or `keywords`."),
         ({"text": ""}, "has no caption; its `text` is empty."),
         ({"text": "  \n ", "keywords": []}, "has no caption; its `text` and `keywords` are empty."),

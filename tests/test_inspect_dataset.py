@@ -214,4 +214,4 @@ def test_the_verb_ends_as_training_would(prepared: Prepare, tmp_path: Path) -> N
     assert done.stderr.count("\n") == 1
     done = daybreak(tmp_path / "nothing")
     assert done.returncode == 3
-    assert "is no prepared dataset" in done.stderr
+    assert "is no folder: give a run" in done.stderr

@@ -120,7 +120,8 @@ def test_curves_and_scores_are_those_of_the_files(trained: Path) -> None:
         trained / "evaluation" / "scenes-steps20.json",
         {"values": {"exact": {"value": 0.75, "low": 0.7, "high": 0.8}, "odd": {"value": None}}},
     )
-    (score,) = run._scores(trained)
+    way, score = run._scores(story)
+    assert way.name == "on the way, step 10"
     assert score == ("scenes-steps20", [("exact", "0.75", "0.7 to 0.8"), ("odd", "-", "")])
 
 
@@ -142,6 +143,10 @@ def test_the_verb_knows_a_run_from_a_dataset(trained: Path, tmp_path: Path) -> N
     assert not (trained / "inspect.html").exists()
     with pytest.raises(NoCheckpoint):
         run.read(tmp_path)
+    refused = warm.run("-m", "daybreak", "inspect", trained / "latest")
+    assert refused.returncode == 2
+    assert f"latest is a checkpoint: give its run, {trained}" in refused.stderr
+    assert not (trained / "latest" / "inspect.html").exists()
     refused = warm.run("-m", "daybreak", "inspect", trained, "--batch", 8)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
     assert "is a run: leave --batch" in refused.stderr
@@ -154,7 +159,7 @@ def test_a_run_without_a_step_has_a_page_too(begun: Path) -> None:
     story = run.read(begun)
     assert run.told(story) == {"steps": "none of 10"}
     text = Reader(run.page(story)).text
-    assert "the first come after" in text
+    assert "None were drawn." in text
     assert "less than two steps" in text
 
 
@@ -163,7 +168,7 @@ def test_a_run_without_a_step_has_a_page_too(begun: Path) -> None:
     [
         ({"state": "running"}, "mine", 7300, "running", "step 7 of 10; last heard of 2 h 01 min"),
         ({"state": "running"}, "dead", 3, "killed", "It was killed after step 7 of 10. The same c"),
-        ({"state": "running"}, "far", 3, "running", "step 7 of 10; last heard of 0:03 min ago."),
+        ({"state": "running"}, "far", 3, "running", "step 7 of 10; last heard of 3 s ago."),
         ({"state": "running"}, "far", 7300, "silent", "heard of it for 2 h 01 min: step 7 of 10."),
         ({"state": "running"}, "", 7300, "silent", "If it was killed, the same command continues"),
         ({"state": "finished", "reason": "all"}, "", 9, "finished", "after step 7 of 10: all."),
@@ -233,10 +238,10 @@ def test_facts_are_those_of_the_newest_steps(begun: Path) -> None:
     lines(begun / "incidents.jsonl", {"step": 5, **incident})
     story = run.read(begun)
     told = run.told(story)
-    assert told["loss"] == "0.2500"
+    assert told["loss, last 99 steps"] == "0.2500"
     assert told["trained for"] == "1 h 01 min"
     assert (told["paid"], told["to go"], told["of the peak"]) == ("$12.35", "$3.00", "42 %")
-    assert (told["newest checkpoint"], told["incidents"]) == ("50", "1 (step 5)")
+    assert (told["newest checkpoint"], told["incidents"]) == ("50", "1, last at 5")
     assert list(run._incidents(story)) == [("5", "3.142, 1", "nan, 2", "0.1235", "8 to 9")]
     console = Console(record=True, width=100)
     console.print(run.summary(story))
@@ -246,7 +251,7 @@ def test_facts_are_those_of_the_newest_steps(begun: Path) -> None:
 def test_a_loss_that_was_never_finite_is_called_so(begun: Path) -> None:
     lines(begun / "metrics.jsonl", step(1, loss=None), step(2, loss=None))
     story = run.read(begun)
-    assert run.told(story)["loss"] == "not finite"
+    assert run.told(story)["loss, last 0 steps"] == "not finite"
     assert "loss" not in [one.title for one in run._curves(story)]
 
 
@@ -259,7 +264,7 @@ def points(text: str) -> list[tuple[float, float]]:
 
 
 def drawn(values: list[float], stages: tuple[int, ...] = ()) -> Curve:
-    found = curve("loss", list(enumerate(values, start=1)), stages)
+    found = curve("loss", list(enumerate(values, start=1)), stages, falls=True)
     assert found is not None
     return found
 
@@ -286,6 +291,9 @@ def test_what_falls_by_orders_of_magnitude_is_drawn_in_logarithms() -> None:
     line = points(drawn([1.0, 0.1, 0.01]).line)
     assert line[1][1] - line[0][1] == pytest.approx(line[2][1] - line[1][1], abs=0.11)
     assert {tick.text for tick in drawn([1.0, 0.1, 0.01]).up} >= {"1", "0.1", "0.01"}
+    plain = curve("lr", [(1, 1.0), (2, 0.1), (3, 0.01)])
+    assert plain is not None
+    assert not plain.logs
     flat = points(drawn([1.0, 0.5, 0.0]).line)  # nought has no logarithm
     assert flat[1][1] - flat[0][1] == pytest.approx(flat[2][1] - flat[1][1], abs=0.11)
 

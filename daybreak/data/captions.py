@@ -153,7 +153,10 @@ def _nothing(columns: Mapping[str, object], asked: Sequence[tuple[str, float]]) 
     names = [name for name, _ in asked] or [*USUAL_COLUMNS, KEYWORDS]
     there = [name for name in names if name in columns]
     if not columns:
-        return "has no caption; write one into a file beside it, of the same name but for .txt."
+        return (
+            "has no caption; write one into its row of the metadata, or without metadata into a "
+            "file beside it, of the same name but for .txt."
+        )
     if there:
         return f"has no caption; its {_listed(there)} {'is' if len(there) == 1 else 'are'} empty."
     return f"has no caption; there is no {_listed(names, 'or')}."

@@ -159,7 +159,8 @@ def _check_size(height: int, width: int, config: Config) -> None:
     if lost > config.max_crop:
         raise Refused(
             f"{size}; its nearest bucket, {fills}, would cut away {lost:.0%} of it, and "
-            f"--max-crop allows {config.max_crop:.0%}.",
+            f"--max-crop allows {config.max_crop:.0%}. A smaller --unit or a larger --resolution "
+            "makes finer shapes.",
             "aspect",
         )
     if scale > config.max_upscale:

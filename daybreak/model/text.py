@@ -215,7 +215,7 @@ class TextEncoder(nn.Module):
 
     def length(self, caption: str) -> int:
         """Tokens of a caption, however many are read."""
-        return len(self.tokenizer(clean(caption))["input_ids"])
+        return len(self.tokenizer(clean(caption), verbose=False)["input_ids"])
 
     def forward(self, captions: Sequence[str]) -> Text:
         """Encode captions on the device of the weights."""

@@ -167,7 +167,7 @@ def parse(text: str) -> Budget:
     # A comma or underscore parts thousands, and nothing else: 1,5h would be ten times 1.5h.
     plain = re.sub(r"(?<=[0-9])[,_](?=[0-9]{3}(?![0-9]))", "", text.strip().lower())
     plain = f"{plain[1:]}usd" if plain.startswith("$") else plain
-    found = re.fullmatch(r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*([a-z-]+)", plain)
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*-?([a-z-]+)", plain)
     unit = SPELT.get(found[2], found[2]) if found else ""
     kind, size = UNITS.get(unit, ("seconds", 0))
     amount = float(found[1]) * size if found else 0

@@ -1,8 +1,7 @@
 """A quantity against the steps of a run, as lines of SVG: many steps in few points.
 
 Steps are gathered into at most BINS bins of equal length. The line goes through their means, the
-band from the least to the most that was seen in each; what is rare is cut at the edge. What falls
-by orders of magnitude is drawn in logarithms.
+band from the least to the most that was seen in each; what is rare is cut at the edge.
 
 Units  pixels of the drawing, y downwards; values as they come.
 """
@@ -42,12 +41,16 @@ class Curve(NamedTuple):
     up: list[Tick]
     stages: list[float]  # where another stage begins
     dots: list[Point]  # each measurement, where they are few
+    logs: bool
 
 
-def curve(title: str, points: Sequence[Point], stages: Sequence[int] = ()) -> Curve | None:
+def curve(
+    title: str, points: Sequence[Point], stages: Sequence[int] = (), falls: bool = False
+) -> Curve | None:
     """Draw what is finite; None if that is less than two steps.
 
-    `stages` are the last steps of all stages but the newest.
+    `stages` are the last steps of all stages but the newest. What `falls` by orders of magnitude is
+    drawn in logarithms.
     """
     known = [(step, value) for step, value in points if math.isfinite(value)]
     if len({step for step, _ in known}) < 2:
@@ -63,7 +66,7 @@ def curve(title: str, points: Sequence[Point], stages: Sequence[int] = ()) -> Cu
 
     usual = np.quantile(values, (RARE, 1 - RARE)).tolist()
     low, high = min(*means, usual[0]), max(*means, usual[1])
-    logs = low > 0 and high > WIDE * low
+    logs = falls and low > 0 and high > WIDE * low
     scale: Callable[[float], float] = math.log10 if logs else float
     bottom, top = scale(low), scale(high)
     room = 0.06 * (top - bottom) or 0.1 * abs(top) or 1.0
@@ -90,6 +93,7 @@ def curve(title: str, points: Sequence[Point], stages: Sequence[int] = ()) -> Cu
         _ticks(y, _round(bottom, top, logs)),
         [x(step) for step in stages if steps[0] < step < steps[-1]],
         [(x(step), y(value)) for step, value in known] if len(known) <= BINS // 8 else [],
+        logs,
     )
 
 

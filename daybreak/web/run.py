@@ -28,7 +28,7 @@ from daybreak.web.curve import Curve, curve
 
 SIDE = 256  # pixels along a picture in the page, at most
 COLUMNS, ROWS = 6, 24  # steps and prompts that are shown
-LISTED = 50  # incidents
+LISTED, SAID = 50, 3  # incidents on the page; values of a score in a terminal
 LATE = 100  # steps whose mean is the loss that is told
 QUIET = 300.0  # seconds of silence from which on a run is no longer taken for a living one
 COUNTED = {  # in metrics.jsonl, but no part of the loss
@@ -41,9 +41,10 @@ LINES = {  # what is drawn beside the loss
     "norm": "norm of the gradient",
     "lr": "learning rate",
     "images_per_second": "pictures a second",
-    "share_of_peak": "share of the peak",
-    "waiting": "share of time without pictures",
+    "share_of_peak": "of the peak, %",
+    "waiting": "waits for pictures, % of the time",
 }
+FALLING = {"loss", "norm"}
 
 
 class Shown(NamedTuple):
@@ -139,7 +140,7 @@ def page(story: Story) -> str:
         shown=list(_shown(drawn)),
         curves=list(_curves(story)),
         measured=list(_measured(story)),
-        scores=list(_scores(story.folder)),
+        scores=list(_scores(story)),
         incidents=list(_incidents(story)),
         first=min(story.recipe.sample.every, story.recipe.steps),
         recipe=(story.folder / "recipe.toml").read_text(encoding="utf-8"),
@@ -154,9 +155,11 @@ def summary(story: Story) -> RenderableType:
     table.add_column(style="dim")
     for name, said in told(story).items():
         table.add_row(name, Text(said))
-    for line in story.evaluations[-1:]:
-        values = ", ".join(f"{name} {_value(one)}" for name, one in line["values"].items())
-        table.add_row(f"evaluated at {line['step']:,}", Text(values))
+    for score in _scores(story):
+        values = ", ".join(f"{name} {value}" for name, value, _ in score.rows[:SAID])
+        table.add_row(score.name, Text(values + ", ..." * (len(score.rows) > SAID)))
+    if story.state not in ("running", "finished"):
+        table.add_row("the command", Text(_machine(story.known).get("command", "")))
     return Group(Text(story.sentence, style=colour), table)
 
 
@@ -171,7 +174,7 @@ def told(story: Story) -> dict[str, str]:
         "steps": f"{story.done:,} of {recipe.steps:,}",
         "pictures": f"{last['images']:,}",
         "stage": f"{stage + 1} of {len(recipe.stage)}, {recipe.stage[stage].resolution} px",
-        "loss": f"{math.fsum(late) / len(late):.4f}" if late else "not finite",
+        f"loss, last {len(late)} steps": _loss(late),
         "pictures a second": f"{last['images_per_second']:,.1f}",
         "trained for": _clock(float(last["seconds"])),
         "memory": web.size(2**20 * last["memory_mib"]),
@@ -183,10 +186,17 @@ def told(story: Story) -> dict[str, str]:
         found["to go"] = f"${last['dollars_to_go']:,.2f}"
     if story.incidents:
         newest = story.incidents[-1]["step"]
-        found["incidents"] = f"{len(story.incidents):,} (step {newest:,})"
+        found["incidents"] = f"{len(story.incidents):,}, last at {newest:,}"
     if (checkpoint := story.status.get("checkpoint")) is not None:
         found["newest checkpoint"] = f"{checkpoint:,}"
+    if (best := _object(story.folder / "best" / "manifest.json").get("step")) is not None:
+        found["best checkpoint"] = f"{best:,}"
     return found
+
+
+def _loss(late: Sequence[float]) -> str:
+    mean = math.fsum(late) / len(late) if late else math.nan
+    return "not finite" if math.isnan(mean) else f"{mean:.4f}" if mean < 1000 else f"{mean:.3g}"
 
 
 def _curves(story: Story) -> Iterator[Curve]:
@@ -196,9 +206,12 @@ def _curves(story: Story) -> Iterator[Curve]:
     names = {"loss": "loss"} | ({name: name for name in parts} if len(parts) > 1 else {})
     for name, title in (names | LINES).items():
         points = [
-            (line["step"], float(line[name])) for line in story.steps if line.get(name) is not None
+            (line["step"], float(line[name]) * (100 if "%" in title else 1))
+            for line in story.steps
+            if line.get(name) is not None
         ]
-        if (drawn := curve(title, points, _ends(story.recipe))) is not None:
+        falls = name in FALLING or name in parts
+        if (drawn := curve(title, points, _ends(story.recipe), falls)) is not None:
             yield drawn
 
 
@@ -216,17 +229,19 @@ def _measured(story: Story) -> Iterator[Curve]:
             for line in story.evaluations
             if (value := line["values"].get(name, {}).get("value")) is not None
         ]
-        if (drawn := curve(name, points, _ends(story.recipe))) is not None:
+        falls = name.endswith("loss")
+        if (drawn := curve(name, points, _ends(story.recipe), falls)) is not None:
             yield drawn
 
 
-def _scores(folder: Path) -> Iterator[Score]:
-    """The results that `daybreak evaluate` has left in the folder; other files are left out."""
-    for file in sorted((folder / "evaluation").glob("*.json")):
-        values = _object(file).get("values")
+def _scores(story: Story) -> Iterator[Score]:
+    """The newest evaluation on the way, and what `daybreak evaluate` has left in the folder."""
+    files = sorted((story.folder / "evaluation").glob("*.json"))
+    found = [(f"on the way, step {line['step']:,}", line) for line in story.evaluations[-1:]]
+    for name, line in [*found, *((file.stem, _object(file)) for file in files)]:
+        values = line.get("values")
         if isinstance(values, dict) and values:
-            rows = [(name, *_interval(one)) for name, one in values.items() if _is_value(one)]
-            yield Score(file.stem, rows)
+            yield Score(name, [(key, *_interval(v)) for key, v in values.items() if _is_value(v)])
 
 
 def _incidents(story: Story) -> Iterator[tuple[str, ...]]:
@@ -322,4 +337,6 @@ def _number(number: object) -> str:
 def _clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
-    return f"{hours:,} h {minutes:02d} min" if hours else f"{minutes}:{rest:02d} min"
+    if hours:
+        return f"{hours:,} h {minutes:02d} min"
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
