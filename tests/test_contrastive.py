@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from daybreak.objective import contrastive
 
@@ -42,3 +43,9 @@ def test_however_the_batch_is_cut_the_pairs_are_the_same() -> None:
 def test_an_odd_batch_has_no_pairs() -> None:
     with pytest.raises(RuntimeError):
         contrastive.term(*velocities(3), torch.ones(3, dtype=torch.bool))
+
+
+def test_a_weight_that_leaves_the_loss_without_a_lower_bound_is_refused() -> None:
+    assert contrastive.Config(weight=0.99).weight == 0.99
+    with pytest.raises(ValidationError, match="less than 1"):
+        contrastive.Config(weight=1.0)

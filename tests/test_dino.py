@@ -57,3 +57,8 @@ def test_the_grid_is_that_of_the_tokens_unless_it_is_too_fine(
     tokens: tuple[int, int], seen: tuple[int, int]
 ) -> None:
     assert dino.grid(dino.Config(), *tokens) == seen
+
+
+def test_the_narrowest_strip_is_a_patch_across() -> None:
+    assert dino.grid(dino.Config(patches=4), 1, 40) == (1, 13)
+    assert dino.grid(dino.Config(patches=4), 40, 1) == (13, 1)

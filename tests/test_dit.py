@@ -64,6 +64,42 @@ def test_before_training_the_guess_is_grey() -> None:
     assert dit.DiT(SMALL, 20)(x_t, t, text).x.abs().max() == 0
 
 
+def test_before_training_blocks_change_nothing_and_time_has_no_say() -> None:
+    x_t, t, text = inputs()
+    model = dit.DiT(SMALL, 20)
+    torch.nn.init.normal_(model.final_layer.linear.weight)
+    guess = model(x_t, t, text, taps=(0, 2))
+    first, last = guess.tapped
+    assert torch.equal(first.tokens, last.tokens)
+    assert guess.x.abs().max() > 0
+    assert torch.equal(guess.x, model(x_t, 1 - t, text).x)
+
+
+def test_an_inner_width_that_is_no_whole_number_is_cut_as_diffusers_cuts_it() -> None:
+    from diffusers import PRXTransformer2DModel
+
+    config = dit.Config(patch=4, bottleneck=0, width=36, depth=1, heads=3, mlp=2.6)  # 93.6
+    theirs = PRXTransformer2DModel(
+        in_channels=3,
+        patch_size=4,
+        context_in_dim=20,
+        hidden_size=36,
+        mlp_ratio=2.6,
+        num_heads=3,
+        depth=1,
+        axes_dim=[6, 6],
+    )
+    theirs.load_state_dict(dit.DiT(config, 20).state_dict(), strict=True)
+
+
+def test_only_sprint_adds_weights_to_those_that_diffusers_knows() -> None:
+    plain = dit.DiT(SMALL, 20).state_dict().keys()
+    for kind, more in (("tread", set()), ("deferred", set()), ("sprint", {"fuse"})):
+        config = tread.Config.model_validate({"kind": kind, "stop": 3})
+        names = dit.DiT(SMALL, 20, route=config).state_dict().keys()
+        assert {name.split(".")[0] for name in names - plain} == more
+
+
 def test_padding_words_are_inert() -> None:
     model = randomised(SMALL)
     x_t, t, text = inputs()
@@ -120,7 +156,8 @@ def test_half_precision_blocks_stay_close_to_full_precision() -> None:
     full, half = randomised(SMALL), randomised(SMALL)
     half.compute = torch.bfloat16
     x_t, t, text = inputs()
-    guess = half(x_t, t, text).x
+    guess, tapped = half(x_t, t, text, taps=(0, 2))
+    assert {tap.tokens.dtype for tap in tapped} == {torch.bfloat16}
     assert guess.dtype == torch.float32
     reference = full(x_t, t, text).x
     assert (guess - reference).norm() / reference.norm() < 0.03
@@ -191,8 +228,8 @@ def test_a_rotary_table_is_made_once_for_a_resolution_and_serves_training_after_
 
 def test_only_pictures_smaller_than_native_are_stretched_and_all_shapes_of_a_size_alike() -> None:
     size = dit.Config(patch=4, width=32, heads=2, native=64)
-    sides = [(64, 64), (48, 84), (128, 128), (32, 32), (24, 44), (16, 16)]
-    assert [size.stretch(*side) for side in sides] == [1, 1, 1, 2, 2, 4]
+    sides = [(64, 64), (48, 84), (128, 128), (32, 32), (24, 44), (16, 64), (64, 16), (16, 16)]
+    assert [size.stretch(*side) for side in sides] == [1, 1, 1, 2, 2, 2, 2, 4]
     assert dit.Config(patch=4, width=32, heads=2).stretch(16, 16) == 1
 
 

@@ -2,6 +2,7 @@
 
 import importlib
 import re
+import sys
 from pathlib import Path
 
 import pytest
@@ -191,6 +192,62 @@ def test_the_size_that_is_named_is_that_of_vgg_16() -> None:
 def test_missing_heads_say_how_to_get_them(config: lpips.Config, tmp_path: Path) -> None:
     with pytest.raises(BadRecipe, match=r"pip install --no-deps lpips .*--set lpips\.heads=FILE"):
         lpips.load(config.model_copy(update={"heads": str(tmp_path / "nowhere.pth")}))
+
+
+def test_without_a_place_named_both_files_are_where_their_publishers_put_them(
+    toys: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("TORCH_HOME", raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.delitem(sys.modules, "lpips", raising=False)
+    package = tmp_path / "site" / "lpips"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("raise ImportError('it needs torchvision')")
+    monkeypatch.syspath_prepend(package.parent)
+    assert lpips.files(lpips.Config()) == (
+        tmp_path / ".cache" / "torch" / "hub" / "checkpoints" / "vgg16-397923af.pth",
+        package / "weights" / "v0.1" / "vgg.pth",
+    )
+
+    monkeypatch.setattr(sys, "path", [str(tmp_path)])  # nor is the package installed
+    with pytest.raises(BadRecipe, match=r"lpips\.heads: the package lpips does not exist"):
+        lpips.load(lpips.Config(vgg=str(toys["vgg"])))
+
+
+def test_activations_are_compared_in_float32_whatever_they_come_in(config: lpips.Config) -> None:
+    guess, truth = torch.rand(2, 3, 20, 8, generator=torch.Generator().manual_seed(0)).bfloat16()
+    exact = lpips.apart(torch.ones(8), guess.float(), truth.float())
+    assert torch.equal(lpips.apart(torch.ones(8), guess, truth), exact)
+    half, full = lpips.load(config, torch.bfloat16), lpips.load(config)
+    assert {t.dtype for depth in half.depths for pair in depth for t in pair} == {torch.bfloat16}
+    for one, other in zip(half.heads, full.heads, strict=True):
+        assert torch.equal(one, other)
+
+
+class Harm:
+    """What a file of weights must not be able to do: here, to make another file."""
+
+    def __init__(self, place: Path) -> None:
+        self.place = place
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return Path.touch, (self.place,)
+
+
+def test_a_file_of_weights_is_read_as_data_and_never_run(
+    config: lpips.Config, tmp_path: Path
+) -> None:
+    torch.save({"features.0.weight": Harm(tmp_path / "harm")}, tmp_path / "vgg16.pth")
+    with pytest.raises(BadRecipe, match="cannot be read as weights"):
+        lpips.load(config.model_copy(update={"vgg": str(tmp_path / "vgg16.pth")}))
+    assert not (tmp_path / "harm").exists()
+
+
+def test_a_damaged_file_of_safetensors_is_refused_too(config: lpips.Config, tmp_path: Path) -> None:
+    page = tmp_path / "vgg16.safetensors"
+    page.write_text("<html>404</html>")
+    with pytest.raises(BadRecipe, match=r"lpips\.vgg: .*cannot be read as weights"):
+        lpips.load(config.model_copy(update={"vgg": str(page)}))
 
 
 def test_files_of_another_kind_are_refused(config: lpips.Config, tmp_path: Path) -> None:

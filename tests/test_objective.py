@@ -292,15 +292,20 @@ def test_a_share_of_nobody_costs_nothing(setting: Setting, sections: dict[str, A
     assert torch.equal(loss, setting.run(Objective(CONFIG))[0])
 
 
-def test_above_the_gate_a_guess_is_not_judged(setting: Setting, sections: dict[str, Any]) -> None:
+@pytest.mark.parametrize("name", ["lpips", "dino"])
+def test_above_the_gate_a_guess_is_not_judged(
+    setting: Setting, sections: dict[str, Any], name: str
+) -> None:
     t = flow.draw_time(CONFIG, Dice(0, 1, 0, 6))
     gate = float(t.sort().values[2:4].mean())
-    sections["lpips_config"] = sections["lpips_config"].model_copy(update={"below": gate})
-    _, gated = setting.run(only(sections, "lpips"))
+    key = f"{name}_config"
+    sections[key] = sections[key].model_copy(update={"below": gate})
+    objective = only(sections, name)
+    _, gated = setting.run(objective)
     below = torch.tensor([float(t[row]) < gate for row in range(6)])
-    each = [setting.run(only(sections, "lpips"), row, row + 1)[1]["lpips"] for row in range(6)]
+    each = [setting.run(objective, row, row + 1)[1][name] for row in range(6)]
     assert [float(value) > 0 for value in each] == below.tolist()
-    torch.testing.assert_close(gated["lpips"], torch.stack(each).mean())
+    torch.testing.assert_close(gated[name], torch.stack(each).mean())
 
 
 def test_what_is_deferred_is_neither_guessed_nor_judged(
@@ -321,6 +326,117 @@ def test_what_is_deferred_is_neither_guessed_nor_judged(
     expected = lpips.distance(vgg, pasted, setting.image, 0.5).mean()
     torch.testing.assert_close(parts["lpips"], expected, rtol=1e-4, atol=1e-6)
     assert torch.isfinite(loss)
+
+
+def test_a_teacher_too_sees_the_truth_where_nothing_was_guessed(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    sections["tread_config"] = tread.Config(kind="deferred", start=1, stop=4, carried=0.5)
+    sections["dino_config"] = sections["dino_config"].model_copy(update={"pooled": True})
+    objective = only(sections, "tread", "dino")
+    _, parts = setting.run(objective)
+    dice = Dice(0, 1, 0, 6)
+    t = flow.draw_time(CONFIG, dice)
+    noisy = flow.corrupt(setting.image, t, flow.draw_noise(CONFIG, setting.image, dice))
+    route = tread.draw(sections["tread_config"], setting.image, 8, dice)
+    guess = setting.model.dit(noisy.x_t, t, setting.model.text(CAPTIONS), route).x
+    pasted = torch.where(tread.walked(route, setting.image, 8), guess, setting.image)
+    (teacher,) = objective.teachers.values()
+    one, other = (teacher(image, 4, 4).mean(1) for image in (pasted, setting.image))
+    expected = 1 - torch.nn.functional.cosine_similarity(one, other).mean()
+    torch.testing.assert_close(parts["dino"], expected, rtol=1e-4, atol=1e-6)
+
+
+def test_a_guess_that_has_a_caption_keeps_away_from_its_neighbours_truth(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    _, parts = setting.run(only(sections, "contrastive"))
+    dice = Dice(0, 1, 0, 6)
+    t = flow.draw_time(CONFIG, dice)
+    noisy = flow.corrupt(setting.image, t, flow.draw_noise(CONFIG, setting.image, dice))
+    guess = setting.model.dit(noisy.x_t, t, setting.model.text(CAPTIONS)).x
+    said, true = (flow.velocity(noisy.x_t, x, t) for x in (guess, setting.image))
+    apart = [(said[i] - true[i ^ 1]).square().mean() for i in range(6) if CAPTIONS[i]]
+    assert len(apart) == 5
+    torch.testing.assert_close(parts["contrastive"], -sum(apart) / 6, rtol=1e-4, atol=1e-6)
+
+
+def test_deferred_guesses_are_repelled_as_much_as_if_they_were_the_whole_picture(
+    setting: Setting, sections: dict[str, Any]
+) -> None:
+    sections["tread_config"] = tread.Config(kind="deferred", start=1, stop=4, carried=0.5)
+    objective = only(sections, "tread", "contrastive")
+    with_it, without = (
+        setting.run(objective, without=names)[0] for names in ((), ("contrastive",))
+    )
+    dice = Dice(0, 1, 0, 6)
+    t = flow.draw_time(CONFIG, dice)
+    noisy = flow.corrupt(setting.image, t, flow.draw_noise(CONFIG, setting.image, dice))
+    route = tread.draw(sections["tread_config"], setting.image, 8, dice)
+    guess = setting.model.dit(noisy.x_t, t, setting.model.text(CAPTIONS), route).x
+    shown = tread.walked(route, setting.image, 8).expand_as(guess)
+    said, true = (flow.velocity(noisy.x_t, x, t) for x in (guess, setting.image))
+    captioned = torch.tensor([caption != "" for caption in CAPTIONS]).view(-1, 1, 1, 1)
+    apart = (said - true[[1, 0, 3, 2, 5, 4]]).square() * captioned
+    weight = setting.model.dit.final_layer.linear.weight
+    (pull,) = torch.autograd.grad(with_it - without, weight)
+    (expected,) = torch.autograd.grad(-0.05 * apart[shown].mean(), weight)
+    torch.testing.assert_close(pull, expected, rtol=1e-3, atol=1e-5)
+
+
+def test_the_average_is_never_asked_about_less_noise_than_any_training_sees(
+    setting: Setting,
+) -> None:
+    quiet = flow.Config(mean=-20.0, uniform=0.0)
+    objective = Objective(
+        quiet, None, repa.Config(teacher="self", blocks=(1,), target=3), width=DIT.width
+    )
+    asked: list[torch.Tensor] = []
+    setting.average.dit.register_forward_pre_hook(lambda _, given: asked.append(given[1]))
+    setting.run(objective)
+    assert torch.equal(asked[0], torch.full((6,), 1e-3))
+
+
+def test_the_shift_of_a_stage_is_that_of_its_noise(setting: Setting) -> None:
+    given = (setting.model, setting.average, setting.image, CAPTIONS)
+    staged, _ = Objective(CONFIG)(*given, Dice(0, 1, 0, 6), shift=7.0)
+    other = CONFIG.model_copy(update={"shift": 7.0})
+    assert torch.equal(staged, Objective(other)(*given, Dice(0, 1, 0, 6))[0])
+    assert not torch.equal(staged, setting.run(Objective(CONFIG))[0])
+
+
+def test_to_make_an_objective_draws_none_of_the_numbers_that_others_draw(
+    sections: dict[str, Any],
+) -> None:
+    before = torch.get_rng_state()
+    Objective(CONFIG, **sections)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_projectors_do_not_begin_with_the_numbers_of_the_denoiser(
+    sections: dict[str, Any],
+) -> None:
+    tokenizer = text.learn_tokenizer(CAPTIONS, TEXT)
+    first = build(DIT, TEXT, tokenizer, 5).dit.img_in.weight.flatten()[: 32 * 32]
+    learned = Objective(CONFIG, **sections, seed=5).learned.state_dict()
+    other = learned["repa.projectors.1.layers.0.weight"].flatten()
+    assert abs(float(torch.corrcoef(torch.stack((first, other)))[0, 1])) < 0.2
+
+
+def test_projectors_lead_from_the_width_of_the_denoiser_to_that_of_the_teacher(
+    sections: dict[str, Any],
+) -> None:
+    learned = Objective(CONFIG, **sections | {"width": 48}).learned.state_dict()
+    shapes = [tuple(learned[f"repa.projectors.1.layers.{i}.weight"].shape) for i in range(3)]
+    assert shapes == [(32, 48), (32, 32), (32, 32)]
+
+
+def test_teachers_are_kept_in_the_precision_of_the_blocks(sections: dict[str, Any]) -> None:
+    half = Objective(CONFIG, **sections, compute=torch.bfloat16)
+    (teacher,) = half.teachers.values()
+    assert teacher.network.dtype == torch.bfloat16
+    assert half.vgg is not None
+    assert half.vgg.depths[0][0][0].dtype == torch.bfloat16
 
 
 def test_teachers_stay_as_they_were_read(setting: Setting, sections: dict[str, Any]) -> None:

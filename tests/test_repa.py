@@ -64,6 +64,24 @@ def test_spatial_normalisation_takes_away_what_all_patches_share() -> None:
     torch.testing.assert_close(term(tapped, target, 3), term(tapped, 7 * target - 2, 3))
 
 
+def test_spatial_normalisation_with_nothing_taken_away_still_evens_out() -> None:
+    target, said = random(2, 12, 8) * torch.linspace(0.1, 9, 8), random(2, 12, 8, seed=3)
+    term = repa.Repa(repa.Config(blocks=(0,), spatial_norm=0.0), 8, 8)
+    even = target / target.std(1, keepdim=True)
+    expected = repa.disagreement(term.projectors["0"](said, 3), even, None)
+    torch.testing.assert_close(term((Tapped(0, said, None),), target, 3), expected)
+
+
+def test_what_is_the_same_everywhere_in_a_picture_is_no_reason_for_nan() -> None:
+    assert torch.equal(repa.normalised(torch.ones(2, 12, 8), 1.0), torch.zeros(2, 12, 8))
+
+
+def test_tokens_in_half_precision_are_compared_in_full() -> None:
+    said, target = random(2, 12, 8).bfloat16(), random(2, 12, 8, seed=1)
+    exact = repa.disagreement(said.float(), target, None)
+    assert torch.equal(repa.disagreement(said, target, None), exact)
+
+
 def test_a_convolution_looks_at_a_token_and_its_eight_neighbours() -> None:
     tokens = random(1, 4 * 5, 6).requires_grad_()
     said = repa.Conv(6, 3)(tokens, rows=4)
@@ -109,3 +127,5 @@ def test_blocks_must_exist_and_a_convolution_needs_every_token() -> None:
         repa.Config(teacher="self", target=9).check(8, range(0))
     with pytest.raises(ValueError, match=r"conv.*block 6 lies on the route .*\(1 to 7, exclusive"):
         repa.Config(blocks=(0, 6), projector="conv").check(8, range(1, 7))
+    with pytest.raises(ValueError, match=r"conv.*block 3 lies on the route"):
+        repa.Config(blocks=(3, 7), projector="conv").check(8, range(1, 7))
