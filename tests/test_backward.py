@@ -86,6 +86,43 @@ def test_value_and_gradients_are_those_of_the_equation(name: str, dtype: torch.d
         torch.testing.assert_close(tensor.grad.float(), wanted.grad, atol=atol, rtol=rtol)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", CASES)
+def test_compiled_they_are_the_same_functions(name: str, dtype: torch.dtype) -> None:
+    case = CASES[name]
+    torch.manual_seed(0)
+    given = [torch.randn(shape).to(dtype) for shape in case.shapes]
+    if "norm" in name and name != "modulated norm":
+        given[1] = given[1].float()  # the scale of a head is a weight
+    again = [tensor.clone() for tensor in given]
+    for tensor in (*given, *again):
+        tensor.requires_grad_()
+    mine = case.by_hand(*given, *case.rest)
+    compiled = torch.compile(case.by_hand, fullgraph=True, backend="aot_eager")(*again, *case.rest)
+    assert compiled.dtype == dtype
+    direction = torch.randn(mine.shape).to(dtype)
+    mine.backward(direction)
+    compiled.backward(direction)
+    atol, rtol = (1e-5, 1e-5) if dtype == torch.float32 else (0.1, 0.02)
+    torch.testing.assert_close(compiled, mine, atol=atol, rtol=rtol)
+    for one, other in zip(again, given, strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=atol, rtol=rtol)
+
+
+@pytest.mark.parametrize("name", ["norm", "modulated norm"])
+@pytest.mark.parametrize("compiled", [False, True])
+def test_a_row_that_is_almost_nothing_is_made_as_large_as_the_floor_allows(
+    name: str, compiled: bool
+) -> None:
+    case = CASES[name]
+    torch._dynamo.reset()
+    function = torch.compile(case.by_hand, backend="eager") if compiled else case.by_hand
+    x = 1e-3 * torch.randn(case.shapes[0], generator=torch.Generator().manual_seed(0))
+    rest = [torch.ones(shape) for shape in case.shapes[1:]]
+    exact = case.written_out(x, *rest, *case.rest)
+    torch.testing.assert_close(function(x, *rest, *case.rest), exact, atol=1e-5, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_what_is_kept_is_what_came_in_and_a_little_for_each_row(name: str) -> None:
     case = CASES[name]
@@ -105,9 +142,11 @@ def test_what_is_kept_is_what_came_in_and_a_little_for_each_row(name: str) -> No
     assert sum(kept) == a_little.get(name, b * 3 * n)
 
 
-def test_a_second_derivative_is_refused() -> None:
-    x = torch.randn(1, 2, 4, 16, requires_grad=True)
-    u = backward.head_norm(x, torch.ones(16), None)
+@pytest.mark.parametrize("name", CASES)
+def test_a_second_derivative_is_refused(name: str) -> None:
+    case = CASES[name]
+    x, *others = (torch.randn(shape, requires_grad=True) for shape in case.shapes)
+    u = case.by_hand(x, *others, *case.rest)
     (gradient,) = torch.autograd.grad(u.square().sum(), x, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()

@@ -328,6 +328,23 @@ def test_what_is_deferred_is_neither_guessed_nor_judged(
     assert torch.isfinite(loss)
 
 
+@pytest.mark.parametrize("kind", ["tread", "sprint"])
+def test_on_any_other_route_the_whole_picture_is_guessed_and_judged(
+    setting: Setting, kind: str
+) -> None:
+    config = tread.Config.model_validate({"kind": kind, "start": 1, "stop": 3})
+    model = build(DIT, TEXT, setting.model.text.tokenizer, 0, route=config)
+    torch.nn.init.normal_(model.dit.final_layer.linear.weight, std=0.1)
+    _, parts = setting._replace(model=model).run(Objective(CONFIG, config))
+    dice = Dice(0, 1, 0, 6)
+    t = flow.draw_time(CONFIG, dice)
+    noisy = flow.corrupt(setting.image, t, flow.draw_noise(CONFIG, setting.image, dice))
+    route = tread.draw(config, setting.image, 8, dice)
+    guess = model.dit(noisy.x_t, t, model.text(CAPTIONS), route).x
+    miss = (guess - setting.image) / t.clamp(min=0.05).view(-1, 1, 1, 1)
+    torch.testing.assert_close(parts["flow"], miss.square().mean(), rtol=1e-4, atol=1e-6)
+
+
 def test_a_teacher_too_sees_the_truth_where_nothing_was_guessed(
     setting: Setting, sections: dict[str, Any]
 ) -> None:
@@ -417,7 +434,7 @@ def test_projectors_do_not_begin_with_the_numbers_of_the_denoiser(
     sections: dict[str, Any],
 ) -> None:
     tokenizer = text.learn_tokenizer(CAPTIONS, TEXT)
-    first = build(DIT, TEXT, tokenizer, 5).dit.img_in.weight.flatten()[: 32 * 32]
+    first = build(DIT, TEXT, tokenizer, 5).state_dict()["dit.img_in.weight"].flatten()[: 32 * 32]
     learned = Objective(CONFIG, **sections, seed=5).learned.state_dict()
     other = learned["repa.projectors.1.layers.0.weight"].flatten()
     assert abs(float(torch.corrcoef(torch.stack((first, other)))[0, 1])) < 0.2

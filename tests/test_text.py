@@ -48,6 +48,33 @@ def test_what_can_be_broken_in_a_caption_is_mended(caption: str) -> None:
     assert text.clean(caption) == mended
 
 
+def test_a_word_is_the_same_token_wherever_it_stands_and_however_it_is_typed() -> None:
+    tokenizer = text.learn_tokenizer(["a red circle", "a café"] * 20, CONFIG)
+    article, red, circle, end = tokenizer("a red circle")["input_ids"]
+    assert tokenizer("red circle")["input_ids"] == [red, circle, end]
+    assert tokenizer("A RED circle")["input_ids"] == [article, red, circle, end]
+    assert tokenizer("a cafe\u0301")["input_ids"] == tokenizer("a caf\u00e9")["input_ids"]
+    assert len(tokenizer("a cafe\u0301")["input_ids"]) == 3
+
+
+def test_a_tokenizer_is_as_large_as_was_asked_for_and_knows_its_limit() -> None:
+    words = [f"{one}{two}{three}" for one in "bcdfgh" for two in "aeiouy" for three in "jklmn"]
+    tokenizer = text.learn_tokenizer(words, CONFIG)
+    assert len(tokenizer) == CONFIG.vocabulary
+    assert tokenizer.model_max_length == CONFIG.max_tokens
+
+
+def test_captions_are_mended_before_they_are_learned_from_read_or_measured() -> None:
+    broken, whole = "  a red &amp; a blue circle ", "a red & a blue circle"
+    one, other = (text.learn_tokenizer([caption] * 9, CONFIG) for caption in (broken, whole))
+    assert one.get_vocab() == other.get_vocab()
+    encoder = scratch()
+    assert torch.equal(encoder.tokenize([broken])[0], encoder.tokenize([whole])[0])
+    assert (
+        encoder.length(broken) == encoder.length(whole) == int(encoder.tokenize([whole])[1].sum())
+    )
+
+
 def test_the_empty_prompt_is_one_token() -> None:
     _, mask = scratch().tokenize(["", "a red circle"])
     assert mask.sum(1).tolist() == [1, 4]
@@ -99,6 +126,32 @@ def test_a_word_knows_the_words_before_it_from_the_first_step() -> None:
     assert unlike[circle] > 0.1
     assert unlike[left] > 0.1
     assert unlike[0] == 0  # nothing stands before it
+
+
+def test_a_convolution_sees_five_words_back_and_no_further() -> None:
+    config = CONFIG.model_copy(update={"depth": 1})  # a convolution and no attention
+    torch.manual_seed(0)
+    encoder = text.scratch(config, text.learn_tokenizer(CAPTIONS, config))
+    one, other = encoder(
+        [f"{colour} circle circle circle circle circle circle" for colour in ("red", "blue")]
+    ).tokens
+    told = (one - other).norm(dim=-1) > 1e-6
+    assert told.tolist() == [True] * 6 + [False] * 2
+
+
+def test_an_encoder_from_nothing_has_the_heads_and_the_spread_of_words_that_are_asked_for() -> None:
+    encoder: Any = scratch().encoder
+    assert encoder.config.num_attention_heads == CONFIG.heads
+    assert float(encoder.embed_tokens.weight.detach().std()) == pytest.approx(0.5, rel=0.03)
+    with pytest.raises(ValidationError, match="heads = 3 does not divide width = 32"):
+        text.Config(width=32, heads=3)
+
+
+def test_where_no_gradient_is_asked_for_an_encoder_keeps_none() -> None:
+    encoder = scratch()
+    assert encoder(["a red circle"]).tokens.requires_grad
+    with torch.no_grad():
+        assert not encoder(["a red circle"]).tokens.requires_grad
 
 
 def test_an_encoder_from_nothing_learns_and_computes_in_the_precision_asked_for() -> None:
@@ -289,6 +342,48 @@ def test_a_template_stands_around_every_caption_and_is_never_cut(tmp_path: Path)
     assert exported.padding_side == "right"
 
 
+def test_a_template_comes_after_what_begins_and_before_what_ends_each_text(tmp_path: Path) -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer = text.learn_tokenizer(CAPTIONS, CONFIG)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<pad> $A </s>", special_tokens=[("<pad>", 0), ("</s>", 1)]
+    )
+    before, caption, after = (
+        tokenizer(words, add_special_tokens=False)["input_ids"]
+        for words in ("two ", CAPTION, " left of")
+    )
+    config = text.Config(encoder="any", max_tokens=16, template="two {} left of")
+    framed = text.framed(tokenizer, config)
+    assert framed(CAPTION)["input_ids"] == [0, *before, *caption, *after, 1]
+    assert framed.model_max_length == 16  # what an exported pipeline cuts at
+
+
+def test_a_template_that_leaves_no_token_for_a_caption_is_refused() -> None:
+    tokenizer = text.learn_tokenizer(CAPTIONS, CONFIG)
+    fits = text.Config(encoder="any", max_tokens=8, template="red " * 5 + "{}")  # a space, an end
+    assert len(text.framed(tokenizer, fits)("")["input_ids"]) == 7
+    full = fits.model_copy(update={"template": "red " * 6 + "{}"})
+    with pytest.raises(BadRecipe, match=r"takes 8 tokens, .*text\.max_tokens = 8"):
+        text.framed(text.learn_tokenizer(CAPTIONS, CONFIG), full)
+
+
+def test_a_tokenizer_that_pads_with_nothing_pads_with_its_end() -> None:
+    tokenizer = text.learn_tokenizer(CAPTIONS, CONFIG)
+    tokenizer.pad_token = None  # as GPT-2's
+    framed = text.framed(tokenizer, text.Config(encoder="any", max_tokens=16))
+    padded = framed(["a red circle", ""], padding="longest")
+    assert padded["input_ids"][1] == [1, 1, 1, 1]
+    assert padded["attention_mask"][1] == [1, 0, 0, 0]
+
+
+def test_a_tokenizer_without_a_file_of_its_own_is_refused() -> None:
+    from transformers import ByT5Tokenizer
+
+    with pytest.raises(BadRecipe, match=r"text\.encoder = 'byt5' has no tokenizer\.json"):
+        text.framed(ByT5Tokenizer(), text.Config(encoder="byt5"))
+
+
 @pytest.mark.parametrize("tower", PUBLISHED)
 def test_the_empty_prompt_is_a_word_where_the_tokenizer_adds_none(
     tmp_path: Path, tower: Tower
@@ -339,6 +434,28 @@ def test_an_encoder_without_all_its_weights_is_refused(tmp_path: Path) -> None:
     save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(BadRecipe, match=r"lacks weights \(layers\.1\.mlp\.up_proj\.weight"):
         text.pretrained(named(tmp_path))
+
+
+def test_an_encoder_needs_no_pooler(tmp_path: Path) -> None:
+    saved(bert, tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    kept = {name: tensor for name, tensor in weights.items() if "pooler" not in name}
+    assert len(kept) < len(weights)
+    save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert text.pretrained(named(tmp_path))([CAPTION]).tokens.isfinite().all()
+
+
+def test_loading_an_encoder_leaves_transformers_as_talkative_as_it_was(tmp_path: Path) -> None:
+    from transformers.utils import logging
+
+    saved(qwen3, tmp_path)
+    before = logging.get_verbosity()
+    try:
+        logging.set_verbosity_info()
+        text.pretrained(named(tmp_path))([CAPTION])
+        assert logging.get_verbosity() == logging.INFO
+    finally:
+        logging.set_verbosity(before)
 
 
 def test_a_missing_or_damaged_encoder_is_one_clear_sentence(tmp_path: Path) -> None:

@@ -247,6 +247,17 @@ def test_sprint_fuses_without_a_route_too() -> None:
     assert not torch.equal(model(x_t, t, text).x, dense)
 
 
+def test_sprint_computes_in_the_precision_of_the_blocks() -> None:
+    config = tread.Config(kind="sprint", start=1, stop=3, carried=0.5)
+    full, half = randomised(config), randomised(config)
+    half.compute = torch.bfloat16
+    x_t, t, text = inputs()
+    guess, tapped = half(x_t, t, text, drawn(config, x_t), TAPS)
+    assert {tap.tokens.dtype for tap in tapped} == {torch.bfloat16}
+    reference = full(x_t, t, text, drawn(config, x_t)).x
+    assert (guess - reference).norm() / reference.norm() < 0.05
+
+
 @pytest.mark.parametrize("kind", ["tread", "sprint"])
 def test_every_weight_learns_on_a_route(kind: str) -> None:
     config = tread.Config(kind=kind, start=1, stop=3, carried=0.5)
