@@ -61,6 +61,16 @@ def test_a_small_scale_is_not_rounded_away_in_half_precision() -> None:
     assert not torch.equal(backward.modulate(x, 0 * scale, shift), exact)
 
 
+def test_a_small_scale_is_not_rounded_away_on_the_way_back_either() -> None:
+    x, du = torch.randn(2, 2, 12, 32, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale, shift = torch.full((2, 1, 32), 0.0035).bfloat16(), torch.zeros(2, 1, 32).bfloat16()
+    exact, x = x.float().requires_grad_(), x.requires_grad_()
+    modulated(exact, scale.float(), shift.float()).backward(du.float())
+    backward.modulate(x, scale, shift).backward(du)
+    assert x.grad is not None
+    torch.testing.assert_close(x.grad.float(), exact.grad, rtol=0.0025, atol=1e-5)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", CASES)
 def test_value_and_gradients_are_those_of_the_equation(name: str, dtype: torch.dtype) -> None:
