@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from einops import rearrange
 from pydantic import ValidationError
 
 from daybreak.model import backward, dit, tread
@@ -161,6 +162,25 @@ def test_half_precision_blocks_stay_close_to_full_precision() -> None:
     assert guess.dtype == torch.float32
     reference = full(x_t, t, text).x
     assert (guess - reference).norm() / reference.norm() < 0.03
+
+
+def test_in_half_precision_too_pixels_are_made_in_full_from_time_in_full() -> None:
+    half = randomised(SMALL)
+    half.compute = torch.bfloat16
+    x_t, t, text = inputs()
+    guess, (last,) = half(x_t, t, text, taps=(2,))
+    time = half.time_in(dit.sinusoids(1000 * t, dit.FEATURES))
+    pixels = half.final_layer(last.tokens.float(), time)
+    expected = rearrange(pixels, "b (y x) (c p q) -> b c (y p) (x q)", y=4, p=4, q=4)
+    assert torch.equal(guess, expected)
+
+
+def test_sides_that_half_precision_cannot_tell_apart_are_told_apart() -> None:
+    torch.manual_seed(0)
+    told = dit.ResolutionEmbedder(32)
+    one, other = (told(torch.empty(1, 3, 16, side).bfloat16()) for side in (1024, 1025))
+    assert one.dtype == torch.float32
+    assert not torch.allclose(one, other, atol=1e-3)
 
 
 def test_blocks_compile_without_graph_breaks() -> None:

@@ -122,6 +122,14 @@ def test_tokens_on_the_route_see_only_one_another_and_keep_their_positions() -> 
     torch.testing.assert_close(second.tokens[:1], alone, atol=1e-5, rtol=1e-5)
 
 
+def test_padding_words_are_inert_on_a_route() -> None:
+    model, (x_t, t, text) = randomised(), inputs()
+    route = drawn(HALF, x_t)
+    garbage = Text(text.tokens.masked_fill(~text.mask[..., None], 1e3), text.mask)
+    expected = model(x_t, t, text, route).x
+    torch.testing.assert_close(model(x_t, t, garbage, route).x, expected, atol=1e-5, rtol=1e-5)
+
+
 def test_taps_say_which_tokens_they_hold() -> None:
     model, (x_t, t, text) = randomised(), inputs()
     route = drawn(HALF, x_t)
@@ -242,6 +250,7 @@ def test_sprint_fuses_without_a_route_too() -> None:
     model, (x_t, t, text) = randomised(config), inputs()
     dense = model(x_t, t, text).x
     assert torch.equal(model(x_t, t, text, drawn(config, x_t)).x, dense)
+    assert torch.equal(model.eval()(x_t, t, text).x, dense)  # as the averaged model draws
     assert model.fuse is not None
     torch.nn.init.zeros_(model.fuse.join.weight)
     assert not torch.equal(model(x_t, t, text).x, dense)
