@@ -133,6 +133,10 @@ def test_the_last_step_of_repa_moves_with_the_budget(tiny: Path) -> None:
     short = arms.fit(recipe, budget.parse("40images"), [8.0])
     assert short.repa is not None
     assert (short.steps, short.repa.until) == (5, 4)
+    first = config.load(tiny, ("repa={teacher='self', target=1, blocks=[0], until=1}",))
+    short = arms.fit(first, budget.parse("16images"), [8.0])
+    assert short.repa is not None
+    assert (short.steps, short.repa.until) == (2, 1), "of nought it would know nothing"
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Batches: the same pictures at the same places, whoever asks and however many help."""
 
+import math
 import os
 import re
 import signal
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from daybreak.data import batches, scenes
 from daybreak.data.plan import Slot
@@ -77,8 +79,6 @@ def test_the_order_of_a_folder_is_the_recorded_one(pictures: Path) -> None:
 
 
 def test_captions_are_chosen_by_weight_and_dropped_by_share(tmp_path: Path) -> None:
-    from PIL import Image
-
     Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     (tmp_path / "metadata.jsonl").write_text(
         '{"file_name": "a.png", "text": "x", "tags": ["y", "z"]}'
@@ -259,6 +259,7 @@ def test_pictures_are_mirrored_by_their_share() -> None:
         ({"source": "scenes", "mirrored": 0.5}, "tell left from right"),
         ({"source": []}, "empty list"),
         ({"source": [["a", 0.5], ["b", -1.0]]}, "'b' has weight -1"),
+        ({"source": [["a", 0.5], ["b", math.inf]]}, "'b' has weight inf"),
         ({"source": "a", "mirrored": 1.5}, "less than or equal to 1"),
     ],
 )
@@ -364,3 +365,126 @@ def test_bytes_become_the_same_floats_with_numpy_as_with_torch() -> None:
     assert torch.equal(floats, pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1))
     assert floats.is_contiguous()
     assert (float(floats.min()), float(floats.max())) == (-1, 1)
+
+
+def test_a_worker_is_patient_with_a_step_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(batches, "PATIENCE", 0.2)
+    arriving = batches._arriving(Loader(None, SILENT, None))
+    next(arriving)
+    time.sleep(0.3)  # in the step; the silence begins when the next batch is asked for
+    next(arriving)
+
+
+def test_what_is_no_fault_of_a_worker_is_not_laid_at_its_door() -> None:
+    with pytest.raises(RuntimeError, match="out of memory"):
+        next(batches._arriving(Loader(RuntimeError("CUDA error: out of memory"))))
+
+
+def test_a_folder_is_opened_with_the_caption_columns_of_the_recipe(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x", "tags": "y"}')
+    config = batches.Config(source=str(tmp_path), caption_columns=(("tags", 1.0),))
+    assert list(batches.pictures(config, None, 0, patch=8).captions()) == ["y"]
+
+
+def test_a_folder_whose_captions_have_other_shares_is_another(tmp_path: Path) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "text": "x", "tags": "y"}')
+    known = [
+        batches.Folder(tmp_path, 0, (("text", text), ("tags", 1.0))).files for text in (1.0, 2.0)
+    ]
+    assert known[0] != known[1]
+    assert known[0] == batches.Folder(tmp_path, 0, (("text", 3.0), ("tags", 3.0))).files
+    (tmp_path / "a.png").write_bytes((tmp_path / "a.png").read_bytes() + b"more")
+    assert known[0] != batches.Folder(tmp_path, 0, (("text", 1.0), ("tags", 1.0))).files
+
+
+def test_a_worker_keeps_no_more_decoded_pictures_than_it_may(
+    pictures: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(batches, "CACHE_BYTES", 3 * 3 * 16**2)
+    source = batches.Folder(pictures, seed=1)
+    for _ in range(2):
+        assert all(isinstance(one, Sample) for one in source.samples(source.plan(16, 8, 0)(0)))
+    assert sum(picture.nbytes for picture in source.kept.values()) == batches.CACHE_BYTES
+
+
+def test_a_picture_that_is_kept_is_not_read_again(pictures: Path) -> None:
+    source = batches.Folder(pictures, seed=1)
+    slots = source.plan(16, batch=8, first=0)(0)
+    before = [sample for sample in source.samples(slots) if isinstance(sample, Sample)]
+    for file in pictures.glob("*.png"):
+        file.unlink()
+    again = [sample for sample in source.samples(slots) if isinstance(sample, Sample)]
+    assert len(before) == len(again) == 8
+    for one, other in zip(before, again, strict=True):
+        np.testing.assert_array_equal(one.picture, other.picture)
+    larger = source.samples(source.plan(24, batch=8, first=0)(0))
+    assert all(isinstance(sample, BadData) for sample in larger), "of another size they are not"
+
+
+@pytest.mark.parametrize(
+    ("torn", "done", "fine"),
+    [
+        (range(11), 0, True),  # ten are spare, and one in a hundred
+        (range(12), 0, False),
+        (range(1000, 1012), 10, False),  # what was read before an interruption makes up for nothing
+    ],
+)
+def test_ten_pictures_and_one_in_a_hundred_may_fail(torn: range, done: int, fine: bool) -> None:
+    class Torn(batches.Scenes):
+        """Some cannot be read, and others stand in for them."""
+
+        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+            said = ["torn" if slot.sample in torn else "" for slot in slots]
+            return [Sample(np.zeros((8, 8, 3), np.uint8), "", complaint) for complaint in said]
+
+    config = batches.Config(source="scenes", workers=0)
+    stream = batches.stream(Torn(SCENES, 5), config, 5, 8, 100, first=0, count=1, done=done)
+    if fine:
+        (batch,) = stream
+        assert (batch.substituted, batch.complaints) == (len(torn), ("torn",))
+    else:
+        with pytest.raises(BadData, match="12 of 100 samples could not be read"):
+            list(stream)
+
+
+def test_more_pictures_may_fail_as_more_are_read() -> None:
+    class Rare(batches.Scenes):
+        """One in every hundred cannot be read."""
+
+        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+            torn = ["torn" if slot.sample % 100 == 99 else "" for slot in slots]
+            return [Sample(np.zeros((8, 8, 3), np.uint8), "", said) for said in torn]
+
+    config = batches.Config(source="scenes", workers=0)
+    stream = batches.stream(Rare(SCENES, 5), config, 5, 8, batch=100, first=0, count=30)
+    assert sum(batch.substituted for batch in stream) == 30
+
+
+def test_whether_a_picture_is_mirrored_says_nothing_about_its_caption() -> None:
+    class Half(batches.Scenes):
+        """Dark on the left, bright on the right."""
+
+        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+            picture = np.zeros((8, 8, 3), np.uint8)
+            picture[:, 4:] = 255
+            return [Sample(picture, "half")] * len(slots)
+
+    config = batches.Config(source="folder", workers=0, mirrored=0.5, empty_captions=0.5)
+    stream = batches.stream(Half(SCENES, 5), config, 5, 8, batch=100, first=0, count=20)
+    both = sum(
+        int(image[0, 0, 0] > 0) and not caption
+        for batch in stream
+        for image, caption in zip(batch.image, batch.captions, strict=True)
+    )
+    assert abs(both / 2000 - 0.25) < 0.04
+
+
+def test_captions_are_told_before_their_batch_comes() -> None:
+    heard: list[list[str]] = []
+    config = batches.Config(source="scenes", workers=0)
+    source = batches.Scenes(SCENES, 5)
+    stream = batches.stream(source, config, 5, 32, 4, first=0, count=3, expect=heard.append)
+    came = [batch.captions for batch in stream]
+    assert heard == came

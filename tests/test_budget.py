@@ -651,3 +651,110 @@ def test_nothing_is_measured_that_does_not_fit_or_cannot_be_written(
     with pytest.raises(BadRecipe, match="GB"):
         cli.plan(str(tiny), measure=True, set_=large)
     assert "20 steps" not in capsys.readouterr().out
+
+
+def small(tiny: Path, *batches: int) -> config.Recipe:
+    stages = ",".join(f"{{resolution=32,steps=9,batch={batch},lr=1e-3}}" for batch in batches)
+    return config.load(tiny, (f"stage=[{stages}]",))
+
+
+def just(recipe: config.Recipe, pictures: int) -> Cluster:
+    """A device that holds passes of so many pictures and no more."""
+    held = budget.held(recipe, recipe.stage[0], Mesh(1, 1), pictures, torch.bfloat16, "H200")
+    return Cluster(1, H200._replace(memory=sum(held.values()) / budget.FILL + 1))
+
+
+@pytest.mark.parametrize("pictures", [1, 2, 3, 4, 6, 9, 12, 18, 36])
+def test_every_pass_that_cuts_a_batch_evenly_is_found(tiny: Path, pictures: int) -> None:
+    recipe = config.load(tiny, ("stage.0.batch=36", "precision=auto"))
+    assert fitting.largest_pass(recipe, just(recipe, pictures)) == pictures
+
+
+@pytest.mark.parametrize(("room", "pictures"), [(36, 36), (18, 12), (9, 6), (4, 4)])
+def test_a_pass_cuts_the_batches_of_all_stages_evenly(tiny: Path, room: int, pictures: int) -> None:
+    recipe = small(tiny, 36, 24).model_copy(update={"precision": "auto"})
+    assert fitting.largest_pass(recipe, just(recipe, room)) == pictures
+
+
+def test_more_processors_are_no_remedy_and_more_devices_share_evenly(tiny: Path) -> None:
+    recipe = small(tiny, 12, 18)
+    own = hardware.Device("cpu", 1e12, 1e6, 1e9, None, None)
+    assert {place.device.name for place in fitting.clusters(recipe, Cluster(1, own))} == {
+        *("cpu", *hardware.DEVICES)
+    }
+    assert [
+        place.number
+        for place in fitting.clusters(recipe, Cluster(1, own))
+        if place.device.name == "cpu"
+    ] == [1]
+    largest = max(hardware.DEVICES.values(), key=lambda device: device.memory)
+    numbers = [place.number for place in fitting.clusters(recipe, Cluster(1, largest))]
+    assert numbers == [1, 2, 3, 6]
+
+
+def test_a_pass_is_never_larger_than_a_share(published: config.Recipe) -> None:
+    first, second = published.stage
+    for count, passes, rounds in ((8, 32, 4), (32, 32, 1), (64, 16, 1)):
+        assert budget.passes(published, first, count) == passes
+        assert budget.rounds(published, first, count) == rounds
+    assert budget.passes(published, second, 32) == 16
+
+
+def test_muons_matrices_travel_in_bfloat16_and_back(published: config.Recipe) -> None:
+    plain = config.parse({k: v for k, v in PUBLISHED.items() if k != "muon"}, "plain")
+    matrices = sum(shape.numel() for shape, by in flops.learned(published) if by == "muon")
+    more = budget.traffic(published, Mesh(1, 8))[0] - budget.traffic(plain, Mesh(1, 8))[0]
+    assert more == pytest.approx(2 * 2 * matrices / 8 * 7 / 8)
+
+
+def test_weights_that_are_let_go_are_gathered_in_every_pass() -> None:
+    mesh = {"dp_replicate": 4, "reshard_after_forward": True}
+    again = config.parse(PUBLISHED | {"parallel": mesh}, "again")
+    once, four = (budget.traffic(again, Mesh(1, 8), passes)[0] for passes in (1, 4))
+    weights = sum(shape.numel() for shape, _ in flops.learned(again))
+    assert four - once == pytest.approx(3 * 4 * weights * 7 / 8)
+    eight = budget.plan(again, Cluster(8, H200)).stages[0]
+    assert eight.seconds["communication"] == pytest.approx(
+        budget.communication(again, Mesh(4, 2), H200.link, 4)
+    )
+
+
+def test_what_goes_to_another_node_goes_no_faster_than_out_of_the_device(
+    published: config.Recipe,
+) -> None:
+    inside, across = budget.traffic(published, Mesh(4, 8))
+    slow, fast = hardware.DEVICES["L4"].link, H200.link
+    assert slow < hardware.NETWORK < fast
+    assert budget.communication(published, Mesh(4, 8), slow) == pytest.approx(
+        (inside + across) / slow
+    )
+    assert budget.communication(published, Mesh(4, 8), fast) == pytest.approx(
+        inside / fast + across / hardware.NETWORK
+    )
+
+
+def test_energy_is_that_of_all_devices_and_unknown_of_a_processor(
+    published: config.Recipe,
+) -> None:
+    made = budget.plan(published, Cluster(32, H200))
+    assert made.energy == pytest.approx(32 * 0.7 * made.seconds / 3600)
+    cpu = hardware.Device("cpu", 1e12, 1e12, 1e9, None, None)
+    assert made._replace(cluster=Cluster(1, cpu)).energy is None
+
+
+def test_a_plan_is_refused_by_the_stage_that_needs_most(published: config.Recipe) -> None:
+    made = budget.plan(published, Cluster(32, H200))
+    needs = [sum(stage.memory.values()) for stage in made.stages]
+    assert made.needed == max(needs) > min(needs)
+    for fill, fits in ((0.949, True), (0.951, False)):
+        device = H200._replace(memory=made.needed / fill)
+        assert made._replace(cluster=Cluster(32, device)).fits == fits
+
+
+def test_an_hour_costs_what_is_given_else_what_the_recipe_says_else_what_is_usual() -> None:
+    spends = config.parse(PUBLISHED | {"budget": {"seconds": 9, "price": 2.5}}, "spends")
+    plain = config.parse(PUBLISHED, "plain")
+    cluster = Cluster(32, H200)
+    assert budget.plan(spends, cluster, price=7.0).price == 7.0
+    assert budget.plan(spends, cluster).price == 2.5
+    assert budget.plan(plain, cluster).price == H200.price

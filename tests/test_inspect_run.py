@@ -1,5 +1,7 @@
 """What is shown of a run: its state in one sentence, its pictures, its curves, and nothing else."""
 
+import base64
+import io
 import json
 import math
 import os
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from daybreak import config
@@ -152,6 +155,38 @@ def test_the_verb_knows_a_run_from_a_dataset(trained: Path, tmp_path: Path) -> N
     assert "is a run: leave --batch" in refused.stderr
 
 
+def test_what_is_counted_is_no_part_of_the_loss(begun: Path) -> None:
+    paid = [step(n, flow=0.5, dollars=0.1 * n, dollars_to_go=9.0 - n) for n in (1, 2, 3)]
+    lines(begun / "metrics.jsonl", *paid)
+    assert [one.title for one in run._curves(run.read(begun))] == ["loss", "pictures a second"]
+
+
+def test_a_run_is_heard_of_by_the_newest_of_its_files(begun: Path) -> None:
+    lines(begun / "metrics.jsonl", step(7))
+    lines(begun / "status.json", {"state": "running"})  # an evaluation takes long
+    then = time.time() - 7300
+    os.utime(begun / "metrics.jsonl", (then, then))
+    assert run.read(begun).state == "running"
+
+
+def test_what_is_still_drawn_or_measured_is_left_out(tmp_path: Path) -> None:
+    done, begun = (tmp_path / "samples" / f"step-000000{number}" for number in (4, 8))
+    for place in (done, begun):
+        place.mkdir(parents=True)
+    (done / "prompts.json").write_text("[]")
+    assert run._drawn(tmp_path) == [(4, done)]
+
+
+@pytest.mark.parametrize(("size", "shown"), [((64, 512), (32, 256)), ((40, 30), (40, 30))])
+def test_large_pictures_are_shown_smaller_and_small_ones_as_they_are(
+    tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]
+) -> None:
+    Image.new("RGB", size, "red").save(tmp_path / "00.png")
+    data = base64.b64decode(run._picture(tmp_path / "00.png").partition(",")[2])
+    with Image.open(io.BytesIO(data)) as picture:
+        assert picture.size == shown
+
+
 # How it stands
 
 
@@ -169,6 +204,8 @@ def test_a_run_without_a_step_has_a_page_too(begun: Path) -> None:
         ({"state": "running"}, "mine", 7300, "running", "step 7 of 10; last heard of 2 h 01 min"),
         ({"state": "running"}, "dead", 3, "killed", "It was killed after step 7 of 10. The same c"),
         ({"state": "running"}, "far", 3, "running", "step 7 of 10; last heard of 3 s ago."),
+        ({"state": "running"}, "far", 297, "running", "step 7 of 10; last heard of 4 min 57 s"),
+        ({"state": "running"}, "far", 302, "silent", "Nothing was heard of it for 5 min 02 s"),
         ({"state": "running"}, "far", 7300, "silent", "heard of it for 2 h 01 min: step 7 of 10."),
         ({"state": "running"}, "", 7300, "silent", "If it was killed, the same command continues"),
         ({"state": "finished", "reason": "all"}, "", 9, "finished", "after step 7 of 10: all."),
@@ -255,6 +292,40 @@ def test_a_loss_that_was_never_finite_is_called_so(begun: Path) -> None:
     assert "loss" not in [one.title for one in run._curves(story)]
 
 
+def test_of_many_incidents_the_newest_are_listed(begun: Path) -> None:
+    one = {"loss": [9.0], "norm": [1.0], "usual": 0.5, "samples": [8, 9]}
+    numbers = range(1, run.LISTED + 6)
+    lines(begun / "incidents.jsonl", *({"step": number, **one} for number in numbers))
+    listed = [step for step, *_ in run._incidents(run.read(begun))]
+    assert listed == [str(number) for number in numbers[5:]]
+
+
+def test_a_terminal_is_told_of_the_newest_evaluation(begun: Path) -> None:
+    lines(begun / "metrics.jsonl", step(1), step(2))
+    rows = [{"step": n, "values": {"exact": {"value": n / 16}}} for n in (1, 2)]
+    (begun / "evaluation").mkdir()
+    lines(begun / "evaluation" / "steps.jsonl", *rows)
+    console = Console(record=True, width=100)
+    console.print(run.summary(run.read(begun)))
+    said = console.export_text()
+    assert "evaluated at 2" in said
+    assert "exact 0.125" in said
+    assert "evaluated at 1" not in said
+
+
+def test_a_curve_says_where_the_next_stage_begins_and_of_which_stage_a_run_is(
+    begun: Path, tiny: Path
+) -> None:
+    two = "stage=[{resolution=16,steps=4,batch=8,lr=1e-3},{resolution=32,steps=6,batch=8,lr=1e-3}]"
+    (begun / "recipe.toml").write_text(config.dump(config.load(tiny, (two,))))
+    lines(begun / "metrics.jsonl", *(step(number) for number in range(1, 10)))
+    story = run.read(begun)
+    loss = next(run._curves(story))
+    assert loss.stages == [LEFT + (WIDTH - LEFT - RIGHT) * 3 / 8]
+    told = run.told(story)
+    assert (told["stage"], told["memory"]) == ("2 of 2, 32 px", "100 MiB")
+
+
 # Curves
 
 
@@ -316,3 +387,36 @@ def test_stages_begin_within_the_drawing_and_few_values_are_dots() -> None:
     assert found.stages == [(LEFT + WIDTH - RIGHT) / 2]
     assert len(found.dots) == 3
     assert drawn([1.0, 2.0] * 100).dots == []
+
+
+def test_what_was_measured_twice_at_one_step_is_no_curve() -> None:
+    assert curve("exact", [(3, 0.5), (3, 0.6)]) is None
+
+
+def test_a_band_goes_there_above_and_back_below() -> None:
+    band = points(drawn([1.0 + 0.5 * (-1) ** n for n in range(10_000)]).band)
+    half = len(band) // 2
+    across = [x for x, _ in band]
+    assert across[:half] == sorted(across[:half]) == across[half:][::-1]
+    for (_, above), (_, below) in zip(band[:half], band[half:][::-1], strict=True):
+        assert above < below
+
+
+def test_what_is_usual_lies_within_the_drawing() -> None:
+    band = points(drawn([1 + n % 100 / 100 for n in range(10_000)]).band)
+    assert all(TOP < y < HEIGHT - BOTTOM for _, y in band)
+
+
+def test_a_single_nought_does_not_keep_a_curve_from_its_logarithms() -> None:
+    values = [100.0 * 0.999**n for n in range(9600)]
+    values[5000] = 0.0
+    found = drawn(values)
+    assert max(y for _, y in points(found.band)) == HEIGHT - BOTTOM
+    assert {tick.text for tick in found.up} >= {"100", "1", "0.01"}
+
+
+def test_over_many_orders_of_magnitude_only_powers_of_ten_are_marked() -> None:
+    ticks = [tick.text for tick in drawn([10.0**-n for n in range(5)]).up]
+    assert ticks == ["0.0001", "0.001", "0.01", "0.1", "1"]
+    few = [tick.text for tick in drawn([1.0, 10.0]).up]
+    assert few == ["1", "2", "5", "10"]

@@ -310,3 +310,62 @@ def test_what_lies_between_two_steps_is_none_of_the_next_ones_time(file: Path, p
 def test_seconds_of_a_run_that_had_no_price_are_paid_at_todays(file: Path) -> None:
     file.write_text(json.dumps({"ledger": {"seconds": 1800.0}}))
     assert Ledger(file, Config(dollars=9, price=4), Clock(), rate=4.0).paid == 2.0
+
+
+def test_where_a_disk_is_slow_entries_are_rare(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, None, clock)
+    kept.entering = 1.0
+    for clock.now, there in ((50.0, False), (199.0, False), (200.0, True)):
+        kept.step(1e9, 1e9)
+        assert ("ledger" in json.loads(file.read_text())) == there
+
+
+def test_what_the_next_step_takes_is_known_after_an_interruption(file: Path) -> None:
+    kept = Ledger(file, Config(flops=10), Clock())
+    kept.step(4, 4)
+    kept.step(4, 4)
+    kept.write()
+    assert Ledger(file, Config(flops=10), Clock()).full
+
+
+def test_what_compiling_takes_is_the_most_that_it_took(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=1000), clock)
+    for seconds, compiles in ((20.0, True), (5.0, False), (60.0, False)):
+        clock.now += seconds  # the last one is slow, as the first of a stage, and compiles nothing
+        kept.step(1e9, 1e9, new=True, compiles=compiles)
+    assert kept.compiling == 20.0
+
+
+def test_a_budget_that_was_overspent_has_nothing_left(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=90), clock)
+    clock.now = 95.0
+    assert kept.left == 0
+
+
+def test_a_budget_that_dearer_devices_have_spent_names_one_that_does_for_these(file: Path) -> None:
+    file.write_text(json.dumps({"ledger": {"seconds": 40.0, "dollars": 400.0}}))
+    clock = Clock()
+    clock.now = 9.0
+    config = Config(dollars=400, price=3600)
+    with pytest.raises(BadRecipe, match=r"with 40 s of earlier starts.*--budget 463\.00usd"):
+        Ledger(file, config, clock, rate=3600).check(1)  # 400, and 63 s more
+    Ledger(file, Config(dollars=463, price=3600), clock, rate=3600).check(1)
+
+
+def test_what_is_usual_is_so_of_the_stage_that_goes_on(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=1e6), clock)
+    for seconds in [1.0] * 100 + [4.0] * 16:
+        clock.now += seconds
+        kept.step(1e9, 1e9)
+    assert kept.usual == 4.0
+
+
+def test_flops_of_earlier_starts_stay_spent(file: Path) -> None:
+    file.write_text(json.dumps({"ledger": {"flops": 95}}))
+    with pytest.raises(BadRecipe, match=r"give at least --budget 1\.06e\+02flop"):
+        Ledger(file, Config(flops=100), Clock()).check(10)
+    Ledger(file, Config(flops=106), Clock()).check(10)

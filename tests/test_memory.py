@@ -213,3 +213,109 @@ def test_frozen_networks_are_counted_in_the_precision_they_compute_in(
     paper = memory.parts(recipe, recipe.stage[0], Mesh(1, 1), 8, torch.float32, "cpu")
     assert paper["teachers"] == pytest.approx(held, rel=0.15)  # positions are not counted
     assert flops.teachers(recipe, recipe.stage[0]).keys() == {"repa", "dino"}
+
+
+BARE = config.parse(SMALL, "small")
+
+
+def held(mesh: Mesh, pictures: int, recipe: config.Recipe = BARE) -> dict[str, float]:
+    return memory.parts(recipe, recipe.stage[0], mesh, pictures, torch.bfloat16, "cuda")
+
+
+@pytest.mark.parametrize(
+    ("count", "mesh"),
+    [(1, (1, 1)), (6, (1, 6)), (8, (1, 8)), (9, (9, 1)), (12, (3, 4)), (32, (4, 8))],
+)
+def test_weights_are_cut_within_a_node_and_evenly(count: int, mesh: tuple[int, int]) -> None:
+    assert memory.mesh_for(count) == mesh
+
+
+def test_gradients_do_not_wait_where_a_step_is_one_pass_or_nothing_is_cut() -> None:
+    assert held(Mesh(1, 4), 2)["gradients"] == held(Mesh(1, 4), 2)["weights"]
+    assert held(Mesh(1, 4), 1)["gradients"] > held(Mesh(1, 4), 2)["gradients"]
+    assert held(Mesh(1, 1), 1)["gradients"] == held(Mesh(1, 1), 1)["weights"]
+
+
+def test_what_a_pass_holds_grows_with_its_pictures() -> None:
+    one, three = held(Mesh(1, 1), 1), held(Mesh(1, 1), 3)
+    growing = {"activations", "pictures", "workspace"}
+    assert {part: three[part] / one[part] for part in growing} == dict.fromkeys(growing, 3)
+    assert one["pictures"] == 4 * 4 * 3 * 32**2
+    assert {name: size for name, size in one.items() if name not in growing} == {
+        name: size for name, size in three.items() if name not in growing
+    }
+
+
+def test_weights_that_were_gathered_are_whole_unless_they_are_let_go_again() -> None:
+    once, again = (
+        config.parse(
+            SMALL | {"compile": True, "parallel": {"reshard_after_forward": reshard}}, "cut"
+        )
+        for reshard in (False, True)
+    )
+    whole = held(Mesh(1, 1), 1, once)
+    cut, twice = (held(Mesh(1, 4), 1, recipe)["copies"] for recipe in (once, again))
+    assert cut == whole["weights"] / 2
+    assert twice == cut / 2, "two of four blocks"
+    assert whole["copies"] < twice, "one device gathers nothing"
+
+
+def test_terms_that_rest_in_a_stage_keep_nothing_but_their_networks(toys: dict[str, Path]) -> None:
+    (stage,) = SMALL["stage"]
+    names = ["repa", "lpips", "dino"]
+    some = {name: ingredients(toys)[name][name] for name in names}
+    recipe = config.parse(SMALL | some | {"stage": [stage | {"without": names}, stage]}, "rests")
+    rests, works = (
+        memory.parts(recipe, one, Mesh(1, 1), 1, torch.bfloat16, "cpu") for one in recipe.stage
+    )
+    alone = memory.parts(BARE, BARE.stage[0], Mesh(1, 1), 1, torch.bfloat16, "cpu")
+    assert rests["activations"] == alone["activations"] < works["activations"]
+    assert rests["teachers"] == works["teachers"] > alone["teachers"] == 0
+
+
+@pytest.mark.parametrize("which", ["lpips", "dino"])
+def test_a_term_keeps_what_it_looks_at(toys: dict[str, Path], which: str) -> None:
+    """A half of the pictures; and LPIPS of a picture that is half as wide a quarter."""
+    table = SMALL | {
+        "scenes": {"canvas": "128"},
+        "stage": [SMALL["stage"][0] | {"resolution": 128}],
+    }
+    term = ingredients(toys)[which][which]
+
+    def kept_by(**more: float) -> float:
+        bare, recipe = (
+            config.parse(table, "bare"),
+            config.parse(table | {which: term | more}, "term"),
+        )
+        each = [
+            memory.activations(r, r.stage[0], torch.float32, "cpu").each for r in (bare, recipe)
+        ]
+        return each[1] - each[0]
+
+    assert kept_by(fraction=0.5) == pytest.approx(kept_by() / 2)
+    if which == "lpips":
+        assert kept_by(resize=0.5) == pytest.approx(kept_by(resize=1.0) / 4)
+
+
+def test_what_is_compiled_keeps_what_compiled_code_keeps(toys: dict[str, Path]) -> None:
+    def kept_by(kind: str, **more: Any) -> float:
+        recipe = config.parse(SMALL | more, "small")
+        return memory.activations(recipe, recipe.stage[0], torch.bfloat16, kind).each
+
+    args = BARE.dit, 64, BARE.text.max_tokens, torch.bfloat16, "cpu"
+    saves = 4 * (memory.asked(*args).each - memory.compiled(*args).each)
+    assert kept_by("cpu") - kept_by("cpu", compile=True) == pytest.approx(saves)
+    lpips = ingredients(toys)["lpips"] | {"compile": True}
+    pays = [kept_by(kind, **lpips) - kept_by(kind, compile=True) for kind in ("cuda", "cpu")]
+    assert pays[0] < pays[1], "the comparison is only compiled on a GPU"
+
+
+def test_a_frozen_encoder_is_held_and_keeps_nothing() -> None:
+    words = {"encoder": "google/t5gemma-2b-2b-ul2", "max_tokens": 16}
+    recipe = config.parse(SMALL | {"text": words}, "frozen")
+    assert memory.asleep(recipe) == flops.text_encoder(recipe).weights > 2e9
+    found = memory.activations(recipe, recipe.stage[0], torch.float32, "cpu")
+    width = flops.text_encoder(recipe).width
+    outside = memory.outside(recipe.dit, 64, 16, width, 4) + 4 * 3 * 32**2
+    blocks = memory.asked(recipe.dit, 64, 16, torch.float32, "cpu").times(4)
+    assert found.each == pytest.approx(blocks.each + outside)

@@ -1,5 +1,6 @@
 """The exported folder is a diffusers pipeline, and it draws what our sampler draws."""
 
+import ast
 import json
 import runpy
 from pathlib import Path
@@ -11,7 +12,7 @@ import torch
 from PIL import Image
 
 from daybreak import config
-from daybreak.failure import BadRecipe
+from daybreak.failure import BadRecipe, BadStorage
 from daybreak.generate import draw, guidance, pipeline, sampler
 from daybreak.model import dit, flow, text, tread
 from daybreak.model.text_to_image import TextToImage, build
@@ -427,3 +428,57 @@ def test_an_mlp_of_another_width_is_exported_too(tmp_path: Path) -> None:
     folder = exported(model, tmp_path / "pipeline")
     theirs = PRXTransformer2DModel.from_pretrained(folder / "transformer")
     assert theirs.blocks[0].gate_proj.weight.shape == (64, 32)
+
+
+def test_others_may_read_what_was_exported(model: TextToImage, tmp_path: Path) -> None:
+    folder = exported(model, tmp_path / "pipeline")
+    assert folder.stat().st_mode & 0o777 == 0o755
+
+
+def test_an_export_that_fails_leaves_nothing_and_keeps_what_was_there(
+    model: TextToImage, tmp_path: Path
+) -> None:
+    card = CARD._replace(data="\udcff")  # no text that could be written
+    with pytest.raises(UnicodeEncodeError):
+        pipeline.export(model, tmp_path / "pipeline", 32, HOW, FLOW, card)
+    assert list(tmp_path.iterdir()) == []
+    folder = exported(model, tmp_path / "pipeline")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    with pytest.raises(UnicodeEncodeError):
+        pipeline.export(model, folder, 64, HOW, FLOW, card)
+    assert {file: file.read_bytes() for file in tmp_path.rglob("*") if file.is_file()} == before
+
+
+def test_a_place_that_holds_no_folder_is_a_storage_failure(
+    model: TextToImage, tmp_path: Path
+) -> None:
+    (tmp_path / "file").write_text("mine")
+    with pytest.raises(BadStorage, match="cannot write"):
+        exported(model, tmp_path / "file" / "pipeline")
+
+
+def test_another_pipeline_of_diffusers_is_not_replaced(model: TextToImage, tmp_path: Path) -> None:
+    theirs = tmp_path / "theirs"
+    (theirs / "unet").mkdir(parents=True)
+    for name in ("model_index.json", "pipeline.py"):
+        (theirs / name).write_text("theirs")
+    with pytest.raises(BadRecipe, match="something else than an exported pipeline"):
+        exported(model, theirs)
+    assert (theirs / "model_index.json").read_text() == "theirs"
+
+
+def test_a_prompt_of_any_signs_is_quoted_in_code_and_card(
+    model: TextToImage, tmp_path: Path
+) -> None:
+    prompt = 'a "red": circle\n\\ ünd'
+    for code in (
+        pipeline.snippet("x", prompt, 64, HOW, 1.0),
+        pipeline.custom_snippet("x", prompt),
+    ):
+        said = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
+        assert prompt in said
+    assert "height=64,\n    width=64,\n" in pipeline.snippet("x", prompt, 64, HOW, 1.0)
+    card = CARD._replace(prompt=prompt)
+    folder = pipeline.export(model, tmp_path / "pipeline", 32, HOW, FLOW, card)
+    front = (folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]
+    assert f"- text: {json.dumps(prompt, ensure_ascii=False)}\n" in front

@@ -19,7 +19,7 @@ from daybreak.data import scenes
 from daybreak.data.scenes import CANVASES, PALETTE, Config, Demand, Scene, Thing
 from daybreak.data.scenes_captions import COLOURS, OPPOSITE, SHAPES, Specification, Wanted, parse
 from daybreak.evaluate import scenes_checker, scenes_diagnosis
-from daybreak.evaluate.scenes_checker import check, detect, judge
+from daybreak.evaluate.scenes_checker import Detection, Found, check, detect, judge
 
 Picture = npt.NDArray[np.uint8]
 Rng = np.random.Generator
@@ -446,6 +446,68 @@ def test_what_cannot_be_explained_is_undetermined() -> None:
     picture = np.full((32, 32, 3), 90, dtype=np.uint8)
     picture[8:24, 8:24] = np.random.default_rng(0).integers(0, 256, (16, 16, 3))
     verdict = check(picture, parse("a circle"), "32")
+    assert verdict.undetermined
+    assert not verdict.passed
+
+
+def test_specks_beside_what_was_asked_for_fail() -> None:
+    picture = scenes.render(two_on_32())
+    wanted = parse("a red star above a blue circle")
+    assert check(picture, wanted, "32").passed
+    for corner in (4, 25):
+        picture[corner : corner + 3, 4:7] = (0, 160, 60)
+    verdict = check(picture, wanted, "32")
+    assert verdict.leftover > 12
+    assert not verdict.undetermined
+    assert not verdict.passed
+
+
+def found(shape: str, colour: str, x: float, y: float) -> Found:
+    """Twice as high as wide."""
+    return Found(Thing(shape, colour, None, x, y, 5.0), True, 6, 12, 1.0, 1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("canvas", "leftover", "passed"),
+    [("32", 12, True), ("32", 13, False), ("64-large", 48, True), ("64-large", 49, False)],
+)
+def test_a_few_specks_are_allowed_and_more_on_a_larger_canvas(
+    canvas: str, leftover: int, passed: bool
+) -> None:
+    seen = Detection((found("star", "red", 16.0, 16.0),), leftover, 90.0)
+    assert judge(seen, parse("a red star"), canvas).passed == passed
+
+
+@pytest.mark.parametrize(
+    ("relation", "x", "y", "passed"),
+    [
+        ("right of", 1.1, 0.0, False),
+        ("right of", 1.3, 0.0, True),
+        ("below", 0.0, 2.3, False),
+        ("below", 0.0, 2.5, True),
+        ("right of", 5.0, 5.1, False),
+        ("below", 5.0, 5.1, True),
+    ],
+)
+def test_a_relation_holds_from_a_tenth_of_both_extents(
+    relation: str, x: float, y: float, passed: bool
+) -> None:
+    things = found("star", "red", 9.0 + x, 9.0 + y), found("circle", "blue", 9.0, 9.0)
+    wanted = parse(f"a red star {relation} a blue circle")
+    verdict = judge(Detection(things, 0, 90.0), wanted, "32")
+    assert (verdict.passed, verdict.marks.relation) == (passed, passed)
+
+
+def test_a_relation_between_two_alike_does_not_hold_both_ways() -> None:
+    things = found("star", "red", 9.0, 9.0), found("star", "red", 24.0, 9.0)
+    wanted = parse("a red star left of a blue circle")
+    assert judge(Detection(things, 0, 90.0), wanted, "32").marks.relation is False
+
+
+def test_what_is_mostly_background_is_undetermined() -> None:
+    picture = np.full((32, 32, 3), 90, dtype=np.uint8)
+    picture[8:24, 8:24:3] = (255, 0, 0)
+    verdict = check(picture, parse("a red square"), "32")
     assert verdict.undetermined
     assert not verdict.passed
 

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import pytest
 import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from daybreak.failure import BadData, Failure, LostPeer
 from daybreak.train import parallel, watchdog
@@ -161,3 +163,17 @@ def test_who_still_takes_steps_notices_by_itself(tmp_path: Path) -> None:
     assert [process.returncode for process in started] == [LostPeer.code, BadData.code]
     assert "lost the others (rank 1: tooth.png is not a picture)" in said[0]
     assert not (tmp_path / "rank-0").exists()
+
+
+def test_ten_usual_steps_are_waited_for_and_what_needs_more_patience(tmp_path: Path) -> None:
+    here = parallel.World(0, 1, torch.device("cpu"), None, HashStore())
+    dog = watchdog.Watchdog(here, LIMIT, (tmp_path / "reason").write_text)
+    assert dog.allowed == 5 * LIMIT, "the first step compiles"
+    for step, seconds, allowed in ((1, 100.0, LIMIT), (2, 3.0, 30.0), (3, 0.0, 15.0), (4, 3, 30.0)):
+        dog.last = time.monotonic() - seconds
+        dog.beat(step)
+        assert dog.allowed == pytest.approx(allowed, rel=0.2), "the first one is not usual"
+    for seconds, allowed in ((5.0, 30.0), (600.0, 600.0)):
+        with dog.patience(seconds):
+            assert dog.allowed == pytest.approx(allowed, rel=0.2)
+        assert dog.allowed == pytest.approx(30.0, rel=0.2)
