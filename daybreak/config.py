@@ -20,7 +20,7 @@ from daybreak.data.batches import Config as Data
 from daybreak.data.scenes import CANVASES
 from daybreak.data.scenes import Config as Scenes
 from daybreak.evaluate.interim import Config as Evaluate
-from daybreak.failure import BadRecipe
+from daybreak.failure import BadRecipe, told
 from daybreak.generate.sampler import Config as Sample
 from daybreak.model.dit import Config as DiT
 from daybreak.model.flow import Config as Flow
@@ -249,7 +249,7 @@ def load(source: str | Path, sets: tuple[str, ...] = (), without: tuple[str, ...
     try:
         table = tomllib.loads(path.read_text(encoding="utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        raise BadRecipe(f"{path} is not valid TOML: {str(error).splitlines()[0]}") from error
+        raise BadRecipe(f"{path} is not valid TOML: {told(error)}") from error
     except OSError as error:
         raise BadRecipe(f"cannot read the recipe {path}: {error.strerror}") from error
     sections = [key for key, value in table.items() if isinstance(value, dict)]

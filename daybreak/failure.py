@@ -57,3 +57,8 @@ class BadStorage(Failure):
     """The disk is full, read-only or failing."""
 
     code = 7
+
+
+def told(error: BaseException) -> str:
+    """The first line of what an error of another library says; its kind, if it says nothing."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0]

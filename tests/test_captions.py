@@ -9,6 +9,11 @@ from hypothesis import strategies as st
 from daybreak.data import captions
 from daybreak.data.records import Refused
 
+IN_A_FILE = (
+    "has no caption; write one into its row of the metadata, or without metadata into a "
+    "file beside it, of the same name but for .txt."
+)
+
 
 @pytest.mark.parametrize(
     ("written", "clean"),
@@ -59,11 +64,7 @@ def test_bytes_are_utf_8() -> None:
 @pytest.mark.parametrize(
     ("row", "reason"),
     [
-        (
-            {},
-            "has no caption; write one into its row of the metadata, or without metadata "
-            "into a file beside it, of the same name but for .txt.",
-        ),
+        ({}, IN_A_FILE),
         ({"n": 1}, "has no caption; there is no `text`, `caption`, `prompt` or `keywords`."),
         ({"text": ""}, "has no caption; its `text` is empty."),
         ({"text": "  \n ", "keywords": []}, "has no caption; its `text` and `keywords` are empty."),

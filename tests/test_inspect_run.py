@@ -212,7 +212,7 @@ def test_a_run_without_a_step_has_a_page_too(begun: Path) -> None:
         ({"state": "stopped", "reason": "Ctrl-C"}, "", 9, "stopped", "The same command continues"),
         ({"state": "failed", "reason": "no", "code": 7}, "", 9, "failed", "7 of 10: no (code 7)"),
         ({"state": "lost"}, "", 9, "lost", "It says of itself that it is lost: step 7 of 10."),
-        (None, "", 9, "silent", "If it was killed, the same command continues"),
+        (None, "", 9, "unknown", "It does not say how it stands: step 7 of 10."),
     ],
 )
 def test_one_sentence_says_how_it_stands(
@@ -308,7 +308,7 @@ def test_a_terminal_is_told_of_the_newest_evaluation(begun: Path) -> None:
     console = Console(record=True, width=100)
     console.print(run.summary(run.read(begun)))
     said = console.export_text()
-    assert "evaluated at 2" in said
+    assert "on the way, step 2" in said
     assert "exact 0.125" in said
     assert "evaluated at 1" not in said
 

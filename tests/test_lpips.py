@@ -256,6 +256,9 @@ def test_files_of_another_kind_are_refused(config: lpips.Config, tmp_path: Path)
     with pytest.raises(BadRecipe, match=r"lpips\.vgg: .*cannot be read as weights") as caught:
         lpips.load(config.model_copy(update={"vgg": str(page)}))
     assert "\n" not in str(caught.value)
+    page.write_bytes(b"")
+    with pytest.raises(BadRecipe, match=r"as weights \(EOFError\)"):
+        lpips.load(config.model_copy(update={"vgg": str(page)}))
     page.write_bytes(Path(str(config.vgg)).read_bytes()[:1000])
     with pytest.raises(BadRecipe, match="cannot be read as weights"):
         lpips.load(config.model_copy(update={"vgg": str(page)}))

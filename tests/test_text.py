@@ -7,6 +7,7 @@ from typing import Any
 
 import ftfy
 import pytest
+import tokenizers
 import torch
 from hypothesis import example, given
 from hypothesis import strategies as st
@@ -467,6 +468,31 @@ def test_a_missing_or_damaged_encoder_is_one_clear_sentence(tmp_path: Path) -> N
     with pytest.raises(BadRecipe, match=r"text\.encoder = .* a local folder") as caught:
         text.pretrained(named(tmp_path))
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"<html>404</html>", None])
+def test_damaged_weights_of_the_older_kind_are_one_clear_sentence(
+    content: bytes | None, tmp_path: Path
+) -> None:
+    saved(bert, tmp_path)
+    old, new = tmp_path / "pytorch_model.bin", tmp_path / "model.safetensors"
+    torch.save(load_file(new), old)
+    new.unlink()
+    whole = old.read_bytes()
+    old.write_bytes(whole[: len(whole) // 2] if content is None else content)
+    with pytest.raises(BadRecipe, match=r"text\.encoder = .* a local folder") as caught:
+        text.pretrained(named(tmp_path))
+    assert "\n" not in str(caught.value)
+
+
+def test_padding_that_a_tokenizer_stores_is_not_a_part_of_the_caption(tmp_path: Path) -> None:
+    saved(bert, tmp_path)
+    wanted = text.pretrained(named(tmp_path)).tokenize([CAPTION, ""])
+    stored = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+    stored.enable_padding(length=12, pad_id=0, pad_token="<pad>")
+    stored.save(str(tmp_path / "tokenizer.json"))
+    found = text.pretrained(named(tmp_path)).tokenize([CAPTION, ""])
+    assert all(torch.equal(ours, theirs) for ours, theirs in zip(found, wanted, strict=True))
 
 
 def test_cleaning_mends_text_and_keeps_its_meaning() -> None:

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 from daybreak.data import records
 from daybreak.data.captions import KEYWORDS, USUAL_COLUMNS
 from daybreak.data.records import CONTAINER, LICENCES, Columns, Fault, Record, printable
-from daybreak.failure import BadData
+from daybreak.failure import BadData, told
 
 ROWS = 16  # of a parquet file that are held at a time
 
@@ -262,4 +262,4 @@ def _cell(scalar: Any) -> Any:
 
 
 def _short(error: Exception) -> str:
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(". ")
+    return told(error)[:120].rstrip(". ")

@@ -30,7 +30,7 @@ from PIL import Image
 from safetensors import SafetensorError
 
 from daybreak.data import disk
-from daybreak.failure import BadRecipe
+from daybreak.failure import BadRecipe, told
 from daybreak.generate import draw as sampling
 from daybreak.generate import sampler
 from daybreak.model import flow, tread
@@ -205,7 +205,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         )
     except (OSError, ValueError, AttributeError, ImportError, SafetensorError) as error:
         raise BadRecipe(
-            f"{folder} cannot be loaded as a pipeline of diffusers ({str(error).splitlines()[0]})"
+            f"{folder} cannot be loaded as a pipeline of diffusers ({told(error)})"
         ) from error
 
 

@@ -35,7 +35,7 @@ from torch import Tensor, nn
 
 from daybreak.data import disk, images
 from daybreak.evaluate import scenes_features
-from daybreak.failure import BadData, BadRecipe, BadStorage
+from daybreak.failure import BadData, BadRecipe, BadStorage, told
 
 Pictures = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
@@ -179,7 +179,7 @@ def inception(weights: Path, device: torch.device | str = "cpu") -> Extractor:
     except (ImportError, RuntimeError) as error:  # torchvision of another torch is no ImportError
         raise BadRecipe(
             'the features of inception need torch-fidelity: pip install "daybreak[eval]" '
-            f"({str(error).splitlines()[0]})"
+            f"({told(error)})"
         ) from error
     if not weights.is_file():
         raise BadRecipe(
@@ -228,7 +228,7 @@ def from_hub(source: str) -> tuple[Any, Any]:
         named = f"{hub} ({KNOWN[source][1]})" if source in KNOWN else hub
         raise BadRecipe(
             f"the features of {source} need the model {named}, which is neither a local folder nor "
-            f"can be loaded from the hub ({str(error).splitlines()[0]}): connect once, or give the "
+            f"can be loaded from the hub ({told(error)}): connect once, or give the "
             "path of a folder with config.json, model.safetensors and preprocessor_config.json"
         ) from error
     absent = [name for name in report["missing_keys"] if not name.endswith("mask_token")]

@@ -4,9 +4,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import torch
 from safetensors import SafetensorError
 
-from daybreak.failure import BadRecipe
+from daybreak.failure import BadRecipe, told
+
+Unpickling = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]
 
 
 def described(source: str) -> Path | None:
@@ -45,8 +48,11 @@ def loading(key: str, source: str, remedy: str) -> Iterator[None]:
     """
     try:
         yield
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, EOFError, RuntimeError, Unpickling) as error:
         from huggingface_hub.errors import GatedRepoError
+
+        if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
+            raise  # of a device, not of what was loaded
 
         if isinstance(error.__cause__, GatedRepoError):
             raise BadRecipe(
@@ -55,5 +61,5 @@ def loading(key: str, source: str, remedy: str) -> Iterator[None]:
             ) from error
         raise BadRecipe(
             f"{key} = {source!r} is neither a local folder nor a model that can be loaded from the "
-            f"hub ({str(error).splitlines()[0]}): {remedy}"
+            f"hub ({told(error)}): {remedy}"
         ) from error

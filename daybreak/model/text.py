@@ -318,6 +318,7 @@ def framed(tokenizer: Any, config: Config) -> Any:
             "newest transformers, or name another encoder"
         )
     backend = tokenizer.backend_tokenizer
+    backend.no_padding()  # which some store
     before, after = (
         tokenizer(side, add_special_tokens=False)["input_ids"] if side else []
         for side in config.template.split("{}")

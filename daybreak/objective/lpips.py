@@ -25,14 +25,13 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-from daybreak.failure import BadRecipe
-from daybreak.model import vision
+from daybreak.failure import BadRecipe, told
+from daybreak.model import hub, vision
 
 # The numbers of the convolutions in torchvision's `vgg16().features`; between rows, a halving.
 CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
 LAYOUT = torch.channels_last  # in which convolutions are fastest
 SMALLEST = 2 ** (len(CONVOLUTIONS) - 1)  # side of a picture that survives the halvings
-Unpickling = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-defined]
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
@@ -181,8 +180,7 @@ def _read(path: Path, key: str) -> dict[str, Tensor]:
             return load_file(path)
         named: dict[str, Tensor] = torch.load(path, map_location="cpu", weights_only=True)
         return named
-    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, Unpickling) as error:
+    except (OSError, EOFError, RuntimeError, ValueError, SafetensorError, hub.Unpickling) as error:
         raise BadRecipe(
-            f"{key}: {path} cannot be read as weights ({str(error).splitlines()[0]}): download it "
-            "anew"
+            f"{key}: {path} cannot be read as weights ({told(error)}): download it anew"
         ) from error

@@ -13,7 +13,7 @@ import torch
 
 from daybreak import config, doctor
 from daybreak.data import batches
-from daybreak.failure import BadRecipe, Failure
+from daybreak.failure import BadRecipe, Failure, told
 from daybreak.model import text, text_to_image
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
@@ -84,7 +84,7 @@ def room(recipe: config.Recipe) -> Iterator[None]:
         sides = ", ".join(str(stage.resolution) for stage in recipe.stage)
         shares = ", ".join(str(stage.batch) for stage in recipe.stage)
         raise Failure(
-            f"out of memory ({str(error).splitlines()[0] if str(error) else 'MemoryError'}) with "
+            f"out of memory ({told(error)}) with "
             f"micro = {recipe.micro or 'off'} of stage.batch = {shares} at {sides} px: set micro "
             "to fewer pictures at once, parallel.recompute = true, or start more processes"
         ) from error

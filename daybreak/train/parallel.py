@@ -40,7 +40,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, though 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
-from daybreak.failure import BadRecipe, Failure, LostPeer
+from daybreak.failure import BadRecipe, Failure, LostPeer, told
 from daybreak.train import accelerator, rendezvous
 
 # Sharded tensors take a second to import, and a recipe names only Config: they are imported where
@@ -142,7 +142,7 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
         gone = [] if known else rendezvous.absent(store, rank, size)
         silent = f"{', '.join(f'rank {number}' for number in gone)} does not answer" if gone else ""
         raise LostPeer(
-            rendezvous.lost(rank, known or silent or str(error).splitlines()[0]),
+            rendezvous.lost(rank, known or silent or told(error)),
             gone[0] if gone else None,
         ) from error
     rendezvous.farewell(store, rank, size)

@@ -26,7 +26,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, though 
     TCPStore,
 )
 
-from daybreak.failure import LostPeer
+from daybreak.failure import LostPeer, told
 
 GOODBYE = timedelta(seconds=20)
 ROLL_CALL = 3.0  # seconds in which who is still there says so
@@ -60,7 +60,7 @@ def meet(rank: int, size: int, seconds: float) -> Store:
             "logs, and start all of them again"
             if missing
             else f"{names[rank]} cannot meet the others at {host}:{port} "
-            f"({str(error).splitlines()[0]}): check MASTER_ADDR and MASTER_PORT"
+            f"({told(error)}): check MASTER_ADDR and MASTER_PORT"
         ) from error
     return store
 
@@ -120,7 +120,7 @@ def is_broken(error: Exception) -> bool:
 def broken(device: torch.device, rank: int, error: Exception) -> LostPeer:
     """What this rank says of its device, and leaves as its note."""
     return LostPeer(
-        f"{device} on {socket.gethostname()} failed ({str(error).splitlines()[0]}): the same "
+        f"{device} on {socket.gethostname()} failed ({told(error)}): the same "
         "command continues from the last checkpoint; if it fails again, without it",
         rank,
     )

@@ -85,7 +85,7 @@ class Story(NamedTuple):
 
         Where its process cannot be looked for it is silent, if it has been for QUIET seconds.
         """
-        state = str(self.status.get("state", "silent"))
+        state = str(self.status.get("state", "unknown"))
         if state == "running" and self.alive is False:
             return "killed"
         return "silent" if state == "running" and not self.alive and self.heard > QUIET else state
@@ -100,6 +100,7 @@ class Story(NamedTuple):
             "finished": f"It is finished after {of}: {reason}.",
             "stopped": f"It was stopped at {of}: {reason}. The same command continues.",
             "failed": f"It failed at {of}: {reason} (code {code})",
+            "unknown": f"It does not say how it stands: {of}.",
             "killed": f"It was killed after {of}. The same command continues.",
             "silent": f"Nothing was heard of it for {_clock(self.heard)}: {of}. If it was killed, "
             "the same command continues.",
@@ -158,8 +159,9 @@ def summary(story: Story) -> RenderableType:
     for score in _scores(story):
         values = ", ".join(f"{name} {value}" for name, value, _ in score.rows[:SAID])
         table.add_row(score.name, Text(values + ", ..." * (len(score.rows) > SAID)))
-    if story.state not in ("running", "finished"):
-        table.add_row("the command", Text(_machine(story.known).get("command", "")))
+    command = _machine(story.known).get("command")
+    if command and story.state not in ("running", "finished"):
+        table.add_row("the command", Text(command))
     return Group(Text(story.sentence, style=colour), table)
 
 
