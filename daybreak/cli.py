@@ -247,7 +247,7 @@ def train(
         typer.Option("--without", metavar="SECTION", help="Leave a section out: --without muon"),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="End in time: 90s, 24h, 4e20flop. Counts over restarts.")
+        str | None, typer.Option(help="End in time: 90s, 24h, 1500usd, 4e20flop; over restarts.")
     ] = None,
     changed: Annotated[
         bool, typer.Option("--changed", help="Continue although recipe or data have changed.")

@@ -20,7 +20,7 @@ from daybreak import config
 from daybreak.failure import NoCheckpoint
 from daybreak.train import loop
 from daybreak.web import run
-from daybreak.web.curve import BOTTOM, HEIGHT, LEFT, RIGHT, TOP, WIDTH, Curve, curve
+from daybreak.web.curve import FRAME, Curve, curve
 from tests import warm
 from tests.pages import EVIL, Reader
 
@@ -321,7 +321,7 @@ def test_a_curve_says_where_the_next_stage_begins_and_of_which_stage_a_run_is(
     lines(begun / "metrics.jsonl", *(step(number) for number in range(1, 10)))
     story = run.read(begun)
     loss = next(run._curves(story))
-    assert loss.stages == [LEFT + (WIDTH - LEFT - RIGHT) * 3 / 8]
+    assert loss.stages == [FRAME.left + (FRAME.right - FRAME.left) * 3 / 8]
     told = run.told(story)
     assert (told["stage"], told["memory"]) == ("2 of 2, 32 px", "100 MiB")
 
@@ -342,7 +342,7 @@ def drawn(values: list[float], stages: tuple[int, ...] = ()) -> Curve:
 
 def test_a_line_goes_from_edge_to_edge_and_up_is_more() -> None:
     line = points(drawn([1.0, 2.0, 3.0]).line)
-    assert [x for x, _ in line] == [LEFT, (LEFT + WIDTH - RIGHT) / 2, WIDTH - RIGHT]
+    assert [x for x, _ in line] == [FRAME.left, (FRAME.left + FRAME.right) / 2, FRAME.right]
     assert line[0][1] > line[1][1] > line[2][1]
     assert line[0][1] - line[1][1] == pytest.approx(line[1][1] - line[2][1], abs=0.11)
 
@@ -354,7 +354,7 @@ def test_many_steps_are_means_and_the_band_holds_them_all() -> None:
     assert len(band) == 2 * len(line)
     assert max(y for _, y in line) - min(y for _, y in line) < 10
     assert max(y for _, y in band) - min(y for _, y in band) > 100
-    assert all(TOP <= y <= HEIGHT - BOTTOM and LEFT <= x <= WIDTH - RIGHT for x, y in band)
+    assert all(FRAME.top <= y <= FRAME.bottom and FRAME.left <= x <= FRAME.right for x, y in band)
     assert float(found.last) == pytest.approx(1.0, abs=0.02)
 
 
@@ -379,12 +379,12 @@ def test_a_constant_is_a_line_in_the_middle() -> None:
     for value in (0.0, 5.0, -5.0):
         heights = {y for _, y in points(drawn([value] * 4).line)}
         assert len(heights) == 1
-        assert TOP < heights.pop() < HEIGHT - BOTTOM
+        assert FRAME.top < heights.pop() < FRAME.bottom
 
 
 def test_stages_begin_within_the_drawing_and_few_values_are_dots() -> None:
     found = drawn([1.0, 2.0, 3.0], (2, 3, 9))
-    assert found.stages == [(LEFT + WIDTH - RIGHT) / 2]
+    assert found.stages == [(FRAME.left + FRAME.right) / 2]
     assert len(found.dots) == 3
     assert drawn([1.0, 2.0] * 100).dots == []
 
@@ -404,14 +404,14 @@ def test_a_band_goes_there_above_and_back_below() -> None:
 
 def test_what_is_usual_lies_within_the_drawing() -> None:
     band = points(drawn([1 + n % 100 / 100 for n in range(10_000)]).band)
-    assert all(TOP < y < HEIGHT - BOTTOM for _, y in band)
+    assert all(FRAME.top < y < FRAME.bottom for _, y in band)
 
 
 def test_a_single_nought_does_not_keep_a_curve_from_its_logarithms() -> None:
     values = [100.0 * 0.999**n for n in range(9600)]
     values[5000] = 0.0
     found = drawn(values)
-    assert max(y for _, y in points(found.band)) == HEIGHT - BOTTOM
+    assert max(y for _, y in points(found.band)) == FRAME.bottom
     assert {tick.text for tick in found.up} >= {"100", "1", "0.01"}
 
 

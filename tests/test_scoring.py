@@ -171,6 +171,8 @@ def test_the_results_of_geneval_are_read_without_a_model(tmp_path: Path) -> None
         ({"suite": "prompts", "prompts": "one", "resolution": 100}, BadRecipe, "divisible by 8"),
         ({"suite": "geneval", "prompts": "one"}, BadData, r"evaluation_metadata\.jsonl"),
         ({"suite": "geneval", "results": Path("no")}, BadData, "cannot read GenEval's results"),
+        ({"suite": "validation", "steps": 4}, BadRecipe, "draws nothing: leave --steps"),
+        ({"suite": "validation", "guidance": 0.0}, BadRecipe, "draws nothing: leave --steps"),
         ({"suite": "coco30k", "prompts": "one"}, BadRecipe, "give --reference"),
         (
             {

@@ -165,6 +165,8 @@ def _score(
         result = geneval.read(wanted.results)
         suite.write(path, {"suite": "geneval", **suite.plain(result), **about()})
         return Scored(path, result, (_table(result),))
+    if wanted.suite == "validation" and (wanted.steps or wanted.guidance is not None):
+        raise BadRecipe("the suite validation draws nothing: leave --steps and --guidance out")
     asked = _asked(wanted)
     clip = None if wanted.clip is None else clip_score.load(wanted.clip, accelerator.choose())
     chosen = None if artist.is_pipeline(folder) else _chosen(folder, wanted)

@@ -15,12 +15,24 @@ import numpy as np
 from daybreak.evaluate.chart import labels, short, ticks
 
 BINS = 240
-WIDTH, HEIGHT = 340, 170
-LEFT, RIGHT, TOP, BOTTOM = 46, 8, 8, 22  # margins
 RARE = 0.02  # share of the steps, above and below, that may lie outside of the drawing
 WIDE = 8.0  # most by least from which on logarithms are drawn
 
 Point = tuple[float, float]  # step and value
+
+
+class Frame(NamedTuple):
+    """The size of a drawing, and the edges of what is drawn in it."""
+
+    width: int = 340
+    height: int = 170
+    left: int = 46
+    right: int = 332
+    top: int = 8
+    bottom: int = 148
+
+
+FRAME = Frame()
 
 
 class Tick(NamedTuple):
@@ -73,11 +85,13 @@ def curve(
     bottom, top = bottom - room, top + room
 
     def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * (step - steps[0]) / (steps[-1] - steps[0])
+        along = (step - steps[0]) / (steps[-1] - steps[0])
+        return FRAME.left + (FRAME.right - FRAME.left) * along
 
     def y(value: float) -> float:
         up = (scale(max(value, low / WIDE)) if logs else value) - bottom
-        return HEIGHT - BOTTOM - (HEIGHT - TOP - BOTTOM) * min(max(up / (top - bottom), 0.0), 1.0)
+        along = min(max(up / (top - bottom), 0.0), 1.0)
+        return FRAME.bottom - (FRAME.bottom - FRAME.top) * along
 
     def path(pairs: Sequence[Point]) -> str:
         return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in pairs)

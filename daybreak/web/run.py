@@ -24,7 +24,7 @@ from daybreak.config import Recipe
 from daybreak.data import disk
 from daybreak.train import evaluations, facts, runs, status
 from daybreak.web import page as web
-from daybreak.web.curve import Curve, curve
+from daybreak.web.curve import FRAME, Curve, curve
 
 SIDE = 256  # pixels along a picture in the page, at most
 COLUMNS, ROWS = 6, 24  # steps and prompts that are shown
@@ -139,6 +139,7 @@ def page(story: Story) -> str:
         facts=told(story),
         drawn=[step for step, _ in drawn],
         shown=list(_shown(drawn)),
+        frame=FRAME,
         curves=list(_curves(story)),
         measured=list(_measured(story)),
         scores=list(_scores(story)),
