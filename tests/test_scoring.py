@@ -162,7 +162,7 @@ def test_the_results_of_geneval_are_read_without_a_model(tmp_path: Path) -> None
         ({"canvas": "33"}, BadRecipe, "there are 32, 64, 64-large, 128"),
         ({"canvas": "64"}, BadRecipe, "are 64 px and the model draws 16 px"),
         ({"canvas": "32", "resolution": 32, "controls": True}, BadRecipe, "are for run folders"),
-        ({"suite": "validation", "number": 32}, BadRecipe, "whose loss is not known"),
+        ({"suite": "validation", "steps": None}, BadRecipe, "whose loss is not known"),
         ({"suite": "distribution"}, BadRecipe, "with --data"),
         ({"suite": "distribution", "data": Path("no")}, BadData, "is no prepared dataset"),
         ({"suite": "prompts"}, BadRecipe, "with --prompts"),
