@@ -801,7 +801,8 @@ def test_a_list_of_texts_is_as_many_captions_and_one_of_keywords_is_one(tmp_path
     assert texts == ["a dog, running", "a dog", "dog, run"]
     assert weights == pytest.approx([0.45, 0.45, 0.1])
     (one,) = sources.folder(inside)
-    assert one.captions == ("a dog, running", "a dog")
+    assert list(one.captions) == texts
+    assert one.weights == pytest.approx(weights)
 
 
 def test_what_is_no_longer_whole_is_not_called_done(tmp_path: Path) -> None:

@@ -258,9 +258,10 @@ def _incidents(story: Story) -> Iterator[tuple[str, ...]]:
 def _drawn(folder: Path) -> list[tuple[int, Path]]:
     """Some of the steps that pictures were drawn at: the first, the newest, others between."""
     found = sorted(
-        (int(place.name.removeprefix("step-")), place)
-        for place in (folder / "samples").glob("step-[0-9]*")
-        if (place / "prompts.json").is_file()
+        (int(number), place)
+        for place in (folder / "samples").glob("step-*")
+        if (number := place.name.removeprefix("step-")).isdigit()
+        and (place / "prompts.json").is_file()
     )
     if not found:
         return []
