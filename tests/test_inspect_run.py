@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from PIL import Image
 from rich.console import Console
@@ -181,10 +182,12 @@ def test_what_is_still_drawn_or_measured_is_left_out(tmp_path: Path) -> None:
 def test_large_pictures_are_shown_smaller_and_small_ones_as_they_are(
     tmp_path: Path, size: tuple[int, int], shown: tuple[int, int]
 ) -> None:
-    Image.new("RGB", size, "red").save(tmp_path / "00.png")
+    pixels = np.random.default_rng(0).integers(0, 256, (*size[::-1], 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "00.png")
     data = base64.b64decode(run._picture(tmp_path / "00.png").partition(",")[2])
     with Image.open(io.BytesIO(data)) as picture:
         assert picture.size == shown
+        assert size != shown or np.array_equal(np.asarray(picture), pixels)
 
 
 # How it stands

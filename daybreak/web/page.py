@@ -18,6 +18,7 @@ from daybreak.data import disk
 from daybreak.failure import BadStorage
 
 LETTERS = 240  # of a caption, a name or a reason
+SMALL = 64  # pixels along the longer side
 
 
 def render(template: str, **values: object) -> str:
@@ -43,9 +44,10 @@ def write(text: str, path: Path) -> Path:
 
 
 def uri(pixels: npt.NDArray[np.uint8]) -> str:
-    """A picture as text, which a page holds."""
+    """A picture as text, which a page holds. A small one loses nothing: its pixels will be seen."""
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "WEBP", quality=80)
+    small = max(pixels.shape[:2]) <= SMALL
+    Image.fromarray(pixels).save(file, "WEBP", lossless=small, quality=80)
     return f"data:image/webp;base64,{base64.b64encode(file.getvalue()).decode()}"
 
 
