@@ -35,7 +35,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, tiny_text: str) -> Path:
     sets = (
         "sample.every=4",
         f"sample.prompts={json.dumps(['a red circle', EVIL])}",
-        "evaluate={every=4, pictures=32, suites=['validation']}",
+        "evaluate={every=4, pictures=32, suites=['validation'], best='validation.loss'}",
     )
     loop.train(config.load(recipe, sets), lambda line: None)
     return folder / "run"
@@ -127,6 +127,12 @@ def test_curves_and_scores_are_those_of_the_files(trained: Path) -> None:
     way, score = run._scores(story)
     assert way.name == "on the way, step 10"
     assert score == ("scenes-steps20", [("exact", "0.75", "0.7 to 0.8"), ("odd", "-", "")])
+
+
+def test_the_best_checkpoint_is_told(trained: Path) -> None:
+    story = run.read(trained)
+    taken = {line["values"]["validation.loss"]["value"]: line["step"] for line in story.evaluations}
+    assert run.told(story)["best checkpoint"] == str(taken[min(taken)])
 
 
 def test_terms_of_a_loss_are_drawn_one_by_one(begun: Path) -> None:

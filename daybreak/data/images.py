@@ -22,6 +22,7 @@ import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from daybreak.data.records import Refused
+from daybreak.failure import told
 
 try:
     import simplejpeg
@@ -241,4 +242,4 @@ def _is_text_bomb(error: Exception) -> bool:
 
 def _why(error: Exception) -> str:
     """What the decoder said, short enough for one sentence."""
-    return (str(error).strip() or type(error).__name__).splitlines()[0][:120].rstrip(". ")
+    return told(error)[:120].rstrip(". ")
