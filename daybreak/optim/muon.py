@@ -68,16 +68,18 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Take one step. All that can be on its way at once is."""
+        """Take one step. All that can be on its way at once is; what need not travel waits."""
         for number, group in enumerate(self.param_groups):
             stacks = self._stacks(number, [p for p in group["params"] if p.grad is not None])
-            coming = [stack.gather(self._updates(stack, group["momentum"])) for stack in stacks]
-            going = [
-                stack.scatter(orthogonal(stack.whole(rows.open()), self.rounds))
-                for stack, rows in zip(stacks, coming, strict=True)
-            ]
-            for stack, rows in zip(stacks, going, strict=True):
-                stack.move(rows.open(), group["lr"], group["weight_decay"])
+            alone = all(stack.group is None for stack in stacks)
+            for some in [[stack] for stack in stacks] if alone else [stacks]:
+                coming = [stack.gather(self._updates(stack, group["momentum"])) for stack in some]
+                going = [
+                    stack.scatter(orthogonal(stack.whole(rows.open()), self.rounds))
+                    for stack, rows in zip(some, coming, strict=True)
+                ]
+                for stack, rows in zip(some, going, strict=True):
+                    stack.move(rows.open(), group["lr"], group["weight_decay"])
 
     def _stacks(self, number: int, weights: list[nn.Parameter]) -> list["Stack"]:
         """Deal out the matrices of a group, or return what the last step dealt if they are those.

@@ -1,11 +1,17 @@
-"""What lies in the memory of one device when a step is at its fullest: the end of the forward pass.
+"""What lies in the memory of one device when a step is at its fullest.
 
     weights, gradients, optimiser, average      float32, cut into as many parts as the mesh says
     copies       of the weights in the precision of the blocks; the backward pass wants them again
     activations  what else it wants again, for each picture of a pass
     pictures     image, noise, their mixture, the guess
     teachers     networks that are frozen
-    workspace    the gradients of one block's activations, while the pass goes back through it
+    workspace    of what is under way
+
+That is one of two moments. Where the backward pass begins, activations are complete, and there are
+gradients if an earlier pass of the step has left them; the workspace is the gradients of one
+block's activations. As it goes back the first become fewer and the second more. Then, in the
+optimisers' step, gradients are complete and nothing is left of the pass; the workspace is what
+makes matrices orthogonal.
 
 A compiled block keeps what goes into a product and what comes out of one, and computes the rest
 again: `compiled`. What one keeps that is not compiled, autograd itself is asked: `asked`.
@@ -15,8 +21,10 @@ Units    bytes, on one device.
 """
 
 import math
+from collections import Counter
 from collections.abc import Iterable
 from functools import lru_cache
+from operator import add
 from typing import NamedTuple
 
 import torch
@@ -28,6 +36,7 @@ from daybreak.config import Recipe, Stage
 from daybreak.model import dit
 from daybreak.model.text import Text
 from daybreak.objective import lpips
+from daybreak.optim.polar_express import pairing
 from daybreak.train import flops
 from daybreak.train.hardware import PER_NODE
 from daybreak.train.networks import CHANNELS, Network
@@ -73,27 +82,53 @@ def mesh_for(count: int) -> Mesh:
 def parts(
     recipe: Recipe, stage: Stage, mesh: Mesh, pictures: int, dtype: torch.dtype, kind: str
 ) -> dict[str, float]:
-    """Bytes by part, for passes of so many pictures on a `cpu` or a `cuda` device."""
-    learned = [(shape.numel(), learner) for shape, learner in flops.learned(recipe)]
-    weights = sum(count for count, _ in learned)
-    state = sum(count * (1 if learner == "muon" else 2) for count, learner in learned)
+    """Bytes by part, for passes of so many pictures on a `cpu` or a `cuda` device.
+
+    Of the two moments it is the one at which they are more.
+    """
+    learned = flops.learned(recipe)
+    weights = FULL * sum(shape.numel() for shape, _ in learned)
+    matrices = [shape for shape, learner in learned if learner == "muon"]
+    state = 2 * weights - FULL * sum(shape.numel() for shape in matrices)
     saved = activations(recipe, stage, dtype, kind)
-    # Between the passes of one step gradients wait whole, and are cut when the last is done.
-    waiting = mesh.shard > 1 and stage.batch // mesh.devices > pictures
-    gathered = float(dtype.itemsize * weights)
+    gathered = dtype.itemsize / FULL * weights
     if recipe.parallel.reshard_after_forward:  # one block at work, and the next on its way
         gathered = min(gathered, 2 * gathered / recipe.dit.depth)
-    return {
-        "weights": FULL * weights / mesh.shard,
-        "gradients": FULL * weights * (1 / mesh.shard + waiting),
-        "optimiser": FULL * state / mesh.shard,
-        "average": FULL * weights / mesh.shard,
+    several = stage.batch // mesh.devices > pictures  # passes of a step: the gradients wait whole
+    always = {
+        "weights": weights / mesh.shard,
+        "optimiser": state / mesh.shard,
+        "average": weights / mesh.shard,
+        "teachers": dtype.itemsize * asleep(recipe),
+    }
+    back = {
+        "gradients": weights if several else 0.0,
         "copies": max(saved.once, gathered if mesh.shard > 1 else 0),
         "activations": pictures * saved.each,
         "pictures": pictures * PICTURES * FULL * CHANNELS * stage.resolution**2,
-        "teachers": dtype.itemsize * asleep(recipe),
         "workspace": pictures * _widest(recipe, stage, dtype, kind),
     }
+    step = dict.fromkeys(back, 0.0) | {
+        "gradients": weights / mesh.shard,
+        "workspace": orthogonalising(matrices, mesh, dtype),
+    }
+    return always | max(back, step, key=lambda moment: sum(moment.values()))
+
+
+def orthogonalising(matrices: Iterable[torch.Size], mesh: Mesh, dtype: torch.dtype) -> float:
+    """What Muon's step needs beside its state.
+
+    One device takes the matrices of one shape after those of another: where they point, brought to
+    length one, what a round makes of them, and two or three of their products with themselves.
+    Several have all of them on their way at once: as they go, as they come, and come home.
+    """
+    sizes, work = [0], [0]
+    for shape, count in Counter(matrices).items():
+        squares = (3 if pairing(shape)[0] else 2) * count * min(shape) ** 2
+        sizes.append(count * shape.numel())
+        work.append(2 * sizes[-1] + squares)
+    held = max(map(add, sizes, work)) if mesh.shard == 1 else 3 * sum(sizes) + max(work)
+    return dtype.itemsize * held / mesh.shard
 
 
 def asleep(recipe: Recipe) -> float:
@@ -116,6 +151,7 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
     route, n = flops.route(recipe, stage), flops.tokens(recipe, stage)
     text = flops.text_encoder(recipe)
     routed = route.stop - route.start if route else 0
+    terms = Saved(0, 0)
     total = Saved(outside(size, n, l, text.width, c) + FULL * CHANNELS * stage.resolution**2, 0)
     at_work = Saved(0, 0)
     for tokens, count in ((n, size.depth - routed), (flops.visible(route, n), routed)):
@@ -126,23 +162,23 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
                 at_work = max(at_work, whole, key=lambda block: block.each)
             else:
                 total += whole.times(count)
-    total += at_work
     if route:
         total += Saved(c * n * size.width, 0)  # the tokens, put back together
     if recipe.text.encoder is None:
         total += scratch_encoder(text, l, dtype)
     if recipe.repa and flops.active(recipe, stage, "repa"):
         compared = sum(flops.walking(recipe, stage, block) for block in recipe.repa.blocks)
-        total += Saved(compared * flops.target(recipe) * (5 * c + 2 * FULL), 0)
+        terms += Saved(compared * flops.target(recipe) * (5 * c + 2 * FULL), 0)
     if recipe.lpips and flops.active(recipe, stage, "lpips"):
         side = max(lpips.SMALLEST, round(stage.resolution * recipe.lpips.resize))
         fused = recipe.compile and kind == "cuda"
         kept = perceived(flops.vgg_depths(recipe.lpips), side, c, fused)
-        total += Saved(recipe.lpips.fraction * kept, 0)
+        terms += Saved(recipe.lpips.fraction * kept, 0)
     if recipe.dino and flops.active(recipe, stage, "dino"):
         view = flops.teachers(recipe, stage)["dino"]
-        total += Saved(recipe.dino.fraction * looked(view, c), 0)
-    return total
+        terms += Saved(recipe.dino.fraction * looked(view, c), 0)
+    # The way back has left the terms behind when it comes to a block that is computed again.
+    return total + max(terms, at_work, key=lambda part: part.each)
 
 
 def outside(size: dit.Config, n: int, l: int, context: int, c: int) -> float:  # noqa: E741
