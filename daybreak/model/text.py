@@ -222,8 +222,8 @@ class TextEncoder(nn.Module):
         device = next(self.encoder.parameters()).device
         known = self.known(captions) if self.known else None
         if known is not None:
-            return Text(*(_sent(tensor, device) for tensor in known))
-        ids, mask = (_sent(tensor, device) for tensor in self.tokenize(captions))
+            return Text(*(sent(tensor, device) for tensor in known))
+        ids, mask = (sent(tensor, device) for tensor in self.tokenize(captions))
         weights = {name: value.to(self.compute) for name, value in self.encoder.named_parameters()}
         quiet = contextlib.nullcontext() if self._asked else _quietly()  # then it has spoken
         self._asked = True
@@ -234,7 +234,7 @@ class TextEncoder(nn.Module):
         return Text(output["last_hidden_state"], mask)
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+def sent(tensor: Tensor, device: torch.device) -> Tensor:
     """Copy to a device; to a GPU from pinned memory, so that nobody waits for it."""
     if device.type != "cuda":
         return tensor.to(device)

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from daybreak.model import flow, tread, vision
-from daybreak.model.text import Text
+from daybreak.model.text import Text, sent
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective import contrastive, dino, lpips, repa
 from daybreak.train.dice import Dice, key
@@ -144,8 +144,7 @@ class Objective:
             miss = dino.distance(self._see(view, x_hat[some]), truth, self.dino.pooled)
             parts["dino"] = mean(miss, t[some], self.dino, len(image))
         if "contrastive" in active:
-            captioned = torch.tensor([caption != "" for caption in captions])
-            captioned = captioned.to(image.device, non_blocking=True)
+            captioned = sent(torch.tensor([caption != "" for caption in captions]), image.device)
             parts["contrastive"] = contrastive.term(v_hat, v, captioned) / share
 
         loss = parts["flow"] + sum(self.weights[name] * parts[name] for name in active)

@@ -34,6 +34,7 @@ class Ema(Generic[Model]):
     def __init__(self, twin: Model, config: Config) -> None:
         self.model: Model = twin.eval().requires_grad_(False)
         self.config = config
+        self._followed: tuple[nn.Module, list[Tensor], list[Tensor]] | None = None
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
@@ -46,9 +47,16 @@ class Ema(Generic[Model]):
             decay = min(decay, (1 + count) / (10 + count))
         elif count == 1:
             decay = 0.0
-        mine, theirs = list[Tensor](), list[Tensor]()
-        for here, there in zip(self.model.parameters(), model.parameters(), strict=True):
-            if there.requires_grad:  # what is frozen is the same in both
-                mine.append(here)
-                theirs.append(there.detach())
+        mine, theirs = self._pairs(model)
         torch._foreach_lerp_(mine, theirs, 1 - decay)
+
+    def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
+        """List the weights that move, and those that they follow.
+
+        Once for a model: to walk through all modules takes longer than to move the weights.
+        """
+        if self._followed is None or self._followed[0] is not model:
+            both = zip(self.model.parameters(), model.parameters(), strict=True)
+            pairs = [pair for pair in both if pair[1].requires_grad]  # the rest is the same in both
+            self._followed = model, [mine for mine, _ in pairs], [theirs for _, theirs in pairs]
+        return self._followed[1:]

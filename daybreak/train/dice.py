@@ -75,4 +75,5 @@ class Dice:
         count = len(self.generators)
         passed = [math.floor((self.first + row) * fraction) for row in range(count + 1)]
         rows = [row for row in range(count) if passed[row] < passed[row + 1]]
-        return torch.tensor(rows, dtype=torch.long).to(self.device, non_blocking=True)
+        chosen = torch.tensor(rows, dtype=torch.long, pin_memory=self.device.type == "cuda")
+        return chosen.to(self.device, non_blocking=True)

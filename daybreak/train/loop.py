@@ -174,6 +174,7 @@ def _train(
             source=source,
             objective=objective,
             state=state,
+            trained=[*model.parameters(), *objective.learned.parameters()],
             ema=ema,
             guard=guard,
             pace=health.Pace(here.device),

@@ -46,6 +46,7 @@ class Run(NamedTuple):
     source: batches.Pictures
     objective: Objective
     state: State
+    trained: list[nn.Parameter]
     ema: Ema[TextToImage]
     guard: health.Guard
     pace: health.Pace
@@ -82,8 +83,7 @@ def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) ->
         if compiling and run.stop.code and here.mesh is None:
             raise BrokenOff from error
         raise
-    trained = [*run.state.model.parameters(), *run.objective.learned.parameters()]
-    norm = parallel.clip(here, trained, run.recipe.clip)
+    norm = parallel.clip(here, run.trained, run.recipe.clip)
     counts = [norm.new_full((), count) for count in (batch.substituted, run.stop.code)]  # no copy
     parts = [sums[name] for name in sums if name != "loss"]
     table = parallel.gather(here, torch.stack([sums["loss"], norm, *parts, *counts])).cpu()
