@@ -1,7 +1,7 @@
 """Where the time of a recipe's step goes, and how much of the machine it reaches.
 
     python benchmarks/recipe.py [quickstart] [--set KEY=VALUE] [--batch N] [--cached-text] [--plain]
-                                [--json FILE]
+                                [--mesh 4x8] [--json FILE]
 
 Real steps of each stage, taken apart: pictures, words, denoiser, what the other terms of the loss
 ask of their teachers, the way back, each optimiser, the average. Between two parts the device is
@@ -9,8 +9,11 @@ waited for, which a run does not do. FLOPs are counted from shapes as `daybreak 
 as many words as there were, for all networks and for the denoiser alone; the peak is the
 datasheet's, or on a processor that of a large product. Pictures that are not here are replaced by
 noise, networks by random ones of their size. Captions that a dataset holds encoded are read, and
-with `--cached-text` noise stands in their place. One device has all matrices of Muon to itself: of
-a mesh it would make one share of them.
+with `--cached-text` noise stands in their place.
+
+With `--mesh 4x8` this device is one of 32, with weights cut over 8 and repeated 4 times, and the
+only one there: what they would send one another is packed and unpacked, and never sent. Without, it
+has all matrices of Muon to itself.
 
 With `--plain` the same code takes the plain path: eager blocks in float32, products as torch makes
 them, threads and memory as torch and the C library have them by themselves.
@@ -34,7 +37,9 @@ if PLAIN not in sys.argv:
     host.settle()
 
 import torch
+import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
 from turns import now, write
 
 from daybreak import config
@@ -44,9 +49,20 @@ from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.optim.ema import Ema
-from daybreak.train import building, encoded, flops, hardware, measure, parallel, runs
+from daybreak.train import (
+    accelerator,
+    building,
+    encoded,
+    flops,
+    hardware,
+    measure,
+    memory,
+    parallel,
+    runs,
+)
 from daybreak.train.checkpoint import State
 from daybreak.train.dice import Dice
+from daybreak.train.memory import Mesh
 from daybreak.train.parallel import World
 
 SETTLE = 4  # steps of a stage that do not count: they compile
@@ -82,6 +98,20 @@ class Clock:
         return taken
 
 
+@contextmanager
+def alone_among(mesh: Mesh) -> Iterator[World]:
+    """Be one rank of a mesh whose others are not there: collectives do nothing."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.devices)
+    kind = "cuda" if torch.cuda.is_available() else "cpu"
+    names = ("dp_replicate", "dp_shard")
+    whole = init_device_mesh(kind, (mesh.replicate, mesh.shard), mesh_dim_names=names)
+    cut = whole if mesh.replicate > 1 else whole["dp_shard"]
+    yield World(0, mesh.devices, accelerator.choose(), cut, dist.HashStore())  # type: ignore[attr-defined]
+    dist.destroy_process_group()
+
+
 def step(
     here: World,
     recipe: config.Recipe,
@@ -95,6 +125,8 @@ def step(
 ) -> Parts:
     """Take one step as the loop does; returns the seconds of its parts."""
     model, began = state.model, now()
+    words = [model.text] if model.text.trained else []
+    networks = [model.dit, *words, *objective.learned.children()]
     with clock.part("pictures"):
         batch = next(stream)
     count = len(batch.image)
@@ -102,6 +134,7 @@ def step(
     for first in range(0, count, size):
         image, captions = batch.image[first : first + size], batch.captions[first : first + size]
         dice = Dice(recipe.seed, number, batch.first + first, len(image), image.device)
+        parallel.accumulate(networks, recipe.parallel, first + size >= count)
         with clock.part("forward"):
             loss, _ = objective(
                 model, state.average, image, captions, dice, stage.without, stage.shift
@@ -132,6 +165,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument(PLAIN, action="store_true", help="eager, float32, as torch is by itself")
     parser.add_argument("--cached-text", action="store_true", help="captions encoded beforehand")
+    parser.add_argument("--mesh", type=_mesh, metavar="4x8", help="be one of so many devices")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()
 
@@ -140,15 +174,25 @@ def main() -> None:
     recipe = config.load(arguments.recipe, (*plain, *arguments.set))
     with tempfile.TemporaryDirectory(prefix="daybreak-benchmark-") as folder:
         recipe = measure.shortened(recipe, 1, Path(folder))
-        rows = measured(recipe, arguments.batch, arguments.steps, arguments.cached_text)
-    write(arguments.json, {"recipe": arguments.recipe, "stages": rows})
+        rows = measured(
+            recipe, arguments.batch, arguments.steps, arguments.cached_text, arguments.mesh
+        )
+    write(arguments.json, {"recipe": arguments.recipe, "mesh": arguments.mesh, "stages": rows})
 
 
-def fullest() -> int:
-    """Bytes of a GPU's memory at its fullest since this was asked last."""
-    found = torch.cuda.max_memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    return found
+def _mesh(text: str) -> Mesh:
+    replicate, shard = map(int, text.split("x"))
+    return Mesh(replicate, shard)
+
+
+def held(
+    recipe: config.Recipe, stage: config.Stage, mesh: Mesh | None, dtype: torch.dtype
+) -> dict[str, float]:
+    """Bytes of a GPU's memory at its fullest, and what a plan says of it."""
+    mesh = mesh or Mesh(1, 1)
+    share = stage.batch // mesh.devices
+    parts = memory.parts(recipe, stage, mesh, min(recipe.micro or share, share), dtype, "cuda")
+    return {"memory": torch.cuda.max_memory_allocated(), "planned": sum(parts.values())}
 
 
 def encoded_before(recipe: config.Recipe, dtype: torch.dtype) -> text.Known:
@@ -165,15 +209,16 @@ def encoded_before(recipe: config.Recipe, dtype: torch.dtype) -> text.Known:
 
 
 def measured(
-    recipe: config.Recipe, batch: int | None, steps: int, cached: bool
+    recipe: config.Recipe, batch: int | None, steps: int, cached: bool, mesh: Mesh | None = None
 ) -> list[dict[str, Any]]:
     """Measure every stage of a recipe; prints a table of each."""
     source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
-    stages = [s.model_copy(update={"batch": batch or s.batch}) for s in recipe.stage]
+    devices = mesh.devices if mesh else 1
+    stages = [s.model_copy(update={"batch": devices * (batch or s.batch)}) for s in recipe.stage]
     recipe = recipe.model_copy(update={"stage": tuple(stages)})
     dtype, rows, number = runs.precision(recipe), [], 0
     clock, cluster = Clock(), hardware.here(dtype)
-    with parallel.world(recipe.parallel) as here:
+    with alone_among(mesh) if mesh else parallel.world(recipe.parallel) as here:
         known = encoded.known(recipe, dtype, print)
         asked = known.tokens if known else encoded_before(recipe, dtype) if cached else None
         expect: Callable[[list[str]], object] = known.expect if known else lambda _: None
@@ -189,10 +234,13 @@ def measured(
             stream = batches.stream(
                 source, recipe.data, recipe.seed, stage.resolution, stage.batch,
                 first=0, count=SETTLE + steps, device=here.device, expect=expect,
+                world=here.size,
             )  # fmt: skip
             taken = []
-            for _ in range(SETTLE + steps):
+            for settled in range(SETTLE + steps):
                 number += 1
+                if settled == SETTLE and cluster.device.name != "cpu":
+                    torch.cuda.reset_peak_memory_stats()
                 taken.append(
                     step(here, recipe, stage, number, stream, objective, state, ema, clock)
                 )
@@ -203,14 +251,15 @@ def measured(
             whole = statistics.median(sum(parts.values()) for parts in taken[SETTLE:])
             read = flops.as_read(recipe, max(words))
             work = flops.work(read, stage, cached)
-            counted = {name: stage.batch * each for name, each in work.picture.items()} | work.step
-            reached, alone = flops.of_step(read, stage, cached) / whole, counted["denoiser"] / whole
-            share = reached / cluster.device.flops
-            peak = {} if cluster.device.name == "cpu" else {"memory": fullest()}
+            share = stage.batch // devices
+            muon = {name: here.replicas * each / devices for name, each in work.step.items()}
+            counted = {name: share * each for name, each in work.picture.items()} | muon
+            reached, alone = sum(counted.values()) / whole, counted["denoiser"] / whole
+            peak = {} if cluster.device.name == "cpu" else held(recipe, stage, mesh, dtype)
             rows.append(
                 {
                     "resolution": stage.resolution,
-                    "batch": stage.batch,
+                    "batch": share,
                     "seconds": whole,
                     "parts": parts,
                     "words": max(words),
@@ -222,9 +271,10 @@ def measured(
                 }
             )
             print(
-                f"{stage.resolution} px, batch {stage.batch}: {stage.batch / whole:.1f} img/s, "
-                f"{reached / 1e12:.3f} TFLOP/s, {share:.1%} of {cluster.device.name}'s peak, "
-                f"{alone / cluster.device.flops:.1%} by the denoiser alone"
+                f"{stage.resolution} px, batch {share}: {share / whole:.1f} img/s, "
+                f"{reached / 1e12:.3f} TFLOP/s, {reached / cluster.device.flops:.1%} of "
+                f"{cluster.device.name}'s peak, {alone / cluster.device.flops:.1%} by the denoiser "
+                "alone" + "".join(f", {name} {size / 1e9:.2f} GB" for name, size in peak.items())
             )
             for name, seconds in sorted(parts.items(), key=lambda row: -row[1]):
                 print(f"  {name:18} {1000 * seconds:10.2f} ms {seconds / whole:7.1%}")

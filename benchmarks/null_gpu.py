@@ -1,0 +1,83 @@
+"""The program on a GPU that computes nothing: what its host does, compiles, launches, allocates.
+
+    python benchmarks/null_gpu.py -m daybreak train quickstart --out runs/null
+    python benchmarks/null_gpu.py benchmarks/recipe.py prx_24h --batch 32 --cached-text
+
+A CUDA build of torch, on a machine without a GPU, believes that it has an H200: what it asks of
+CUDA, cuBLAS and cuDNN is answered by `null_gpu.c`. Kernels are compiled for it and launched into
+nothing; memory is address space that nobody touches, and zero. So the whole path through a GPU is
+walked, with its devices, types, shapes, streams and pinned memory; a step takes as long as its host
+does; and torch's allocator counts what it would count, but for the libraries' own workspaces.
+Losses are 0, and no figure of a GPU's speed can come from this.
+
+What it needs: torch as PyPI has it for Linux (constraints.txt of a machine without a GPU asks for
+another build), gcc and nm. Attention takes the memory-efficient kernel and not cuDNN's.
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+
+SOURCE = Path(__file__).with_suffix(".c")
+PREFIXES = ("cuda", "__cudaLaunchKernel", "cublas", "cudnn")
+DRIVER = (  # what Triton and the inductor look up by name, and need no answer from
+    *("cuInit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuModuleUnload", "cuFuncSetAttribute"),
+    *("cuFuncSetCacheConfig", "cuLaunchKernel", "cuLaunchKernelEx", "cuTensorMapEncodeTiled"),
+)
+OURS = ("cudnnGetVersion", "cudnnGetErrorString", "cudnnGetLastErrorString")  # need no GPU
+
+
+def symbols(library: Path, which: str) -> set[str]:
+    """Names that a library defines, or does not."""
+    asked = ["nm", "-D", f"--{which}-only", str(library)]
+    lines = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.splitlines()
+    return {line.split()[-1].partition("@")[0] for line in lines}
+
+
+def build(folder: Path) -> None:
+    """Compile the runtime and the driver."""
+    headers = Path(torch.__file__).parents[1] / "triton/backends/nvidia/include"  # all of CUDA's
+    gcc = ["gcc", "-shared", "-fPIC", "-O1", "-w", f"-I{headers}", str(SOURCE)]
+    runtime, driver, rest = (folder / name for name in ("libnull.so", "libcuda.so.1", "rest.c"))
+    silent(rest, DRIVER)
+    named = ["-DDRIVER", f"-Wl,-soname,{driver.name}"]
+    subprocess.run([*gcc, *named, rest, "-o", driver], check=True)
+    subprocess.run([*gcc, "-o", runtime], check=True)
+    wanted = {
+        name
+        for library in Path(torch.__file__).parent.glob("lib/lib*.so")
+        for name in symbols(library, "undefined")
+        if name.startswith(PREFIXES) and name not in OURS
+    }
+    silent(rest, sorted(wanted - symbols(runtime, "defined")))
+    subprocess.run([*gcc, rest, "-o", runtime], check=True)
+
+
+def silent(file: Path, names: Iterable[str]) -> None:
+    """Write functions that succeed and do nothing."""
+    file.write_text("".join(f"int {name}(void) {{ return 0; }}\n" for name in names))
+
+
+def main() -> int:
+    """Run Python with the rest of the command line, and a GPU."""
+    if torch.version.cuda is None:
+        sys.exit("this torch was built without CUDA: take the build that PyPI has for Linux")
+    with tempfile.TemporaryDirectory(prefix="daybreak-null-gpu-") as folder:
+        build(Path(folder))
+        null = {
+            "LD_PRELOAD": f"{folder}/libnull.so",
+            "LD_LIBRARY_PATH": folder,
+            "TRITON_LIBCUDA_PATH": folder,
+            "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
+        }
+        called = [sys.executable, *sys.argv[1:]]
+        return subprocess.run(called, env=os.environ | null, check=False).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())
