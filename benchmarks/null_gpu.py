@@ -29,7 +29,7 @@ DRIVER = (  # what Triton and the inductor look up by name, and need no answer f
     *("cuInit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuModuleUnload", "cuFuncSetAttribute"),
     *("cuFuncSetCacheConfig", "cuLaunchKernel", "cuLaunchKernelEx", "cuTensorMapEncodeTiled"),
 )
-OURS = ("cudnnGetVersion", "cudnnGetErrorString", "cudnnGetLastErrorString")  # need no GPU
+OURS = ("cudnnGetErrorString", "cudnnGetLastErrorString")  # need no GPU
 
 
 def symbols(library: Path, which: str) -> set[str]:
@@ -42,7 +42,9 @@ def symbols(library: Path, which: str) -> set[str]:
 def build(folder: Path) -> None:
     """Compile the runtime and the driver."""
     headers = Path(torch.__file__).parents[1] / "triton/backends/nvidia/include"  # all of CUDA's
-    gcc = ["gcc", "-shared", "-fPIC", "-O1", "-w", f"-I{headers}", str(SOURCE)]
+    major, minor, patch = torch._C._cudnn.getCompileVersion()
+    cudnn = f"-DCUDNN={10_000 * major + 100 * minor + patch}"
+    gcc = ["gcc", "-shared", "-fPIC", "-O1", "-w", cudnn, f"-I{headers}", str(SOURCE)]
     runtime, driver, rest = (folder / name for name in ("libnull.so", "libcuda.so.1", "rest.c"))
     silent(rest, DRIVER)
     named = ["-DDRIVER", f"-Wl,-soname,{driver.name}"]
