@@ -38,7 +38,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, though 
     Store,
 )
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.nn.utils import get_total_norm
 
 from daybreak.failure import BadRecipe, Failure, LostPeer, told
 from daybreak.train import accelerator, rendezvous
@@ -238,20 +238,22 @@ def accumulate(modules: Iterable[nn.Module], config: Config, last: bool) -> None
 def clip(here: World, parameters: Iterable[nn.Parameter], limit: float) -> Float[Tensor, ""]:
     """Shorten the gradient to `limit`, if it is longer; return its norm, equal on all ranks.
 
-    Replicas take the first one's norm: each adds it up by itself, and in another order it could
-    differ in its last bit, and then all weights would.
+    Each rank adds up the rows that it holds, and all of them what each has found: one sum for all,
+    since replicas that add up by themselves could differ in the last bit, and then all weights
+    would.
     """
     from torch.distributed.tensor import DTensor
 
-    learning = [parameter for parameter in parameters if parameter.grad is not None]
-    norm = get_total_norm([p.grad for p in learning if p.grad is not None])
-    if isinstance(norm, DTensor):
-        norm = norm.full_tensor()
-    if here.mesh is not None and here.mesh.ndim > 1:
-        dist.broadcast(norm, 0)
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    rows = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+    norm = get_total_norm(rows)
+    if here.mesh is not None:
+        squares = norm.square()
+        dist.all_reduce(squares)
+        norm = (squares / here.replicas).sqrt()
     # Times one changes nothing; but only where no device has to be waited for is it known before.
     if norm.device.type != "cpu" or not norm + 1e-6 <= limit:
-        clip_grads_with_norm_(learning, limit, norm)
+        torch._foreach_mul_(rows, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
