@@ -13,7 +13,8 @@ with `--cached-text` noise stands in their place.
 
 With `--mesh 4x8` this device is one of 32, with weights cut over 8 and repeated 4 times, and the
 only one there: what they would send one another is packed and unpacked, and never sent. Without, it
-has all matrices of Muon to itself.
+has all matrices of Muon to itself. (A mesh that cuts weights over more devices than there are
+matrices of a shape, as of a small model, is refused by torch's stand-in for collectives.)
 
 With `--plain` the same code takes the plain path: eager blocks in float32, products as torch makes
 them, threads and memory as torch and the C library have them by themselves.

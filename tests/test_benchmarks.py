@@ -2,13 +2,17 @@
 
 import json
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+import torch.distributed as dist
 
-from daybreak import doctor
+from daybreak import config, doctor
+from daybreak.train import flops
 
 BENCHMARKS = Path(__file__).parents[1] / "benchmarks"
 USUAL = "bfloat16" if doctor.fast_bfloat16() else "float32"
@@ -95,6 +99,56 @@ def test_recipe_takes_a_step_apart_without_losing_time(measured: dict[str, Any])
         assert 0 < stage["flops_per_second_of_denoiser"] < stage["flops_per_second"]
         assert stage["flops"]["muon"] > 0
         assert abs(parts["the rest"]) < 0.2 * stage["seconds"]
+
+
+@pytest.mark.parametrize(
+    "measured",
+    [
+        [
+            *("recipe.py", "quickstart", "--batch", "2", "--steps", "2", "--mesh", "4x1"),
+            *("--set", "compile=false", *SMALL),
+        ]
+    ],
+    indirect=True,
+)
+def test_recipe_takes_the_step_of_one_of_four_devices_apart(measured: dict[str, Any]) -> None:
+    assert measured["mesh"] == [4, 1]
+    recipe = config.load("quickstart", tuple(SMALL[1::2]))
+    whole = flops.work(recipe, recipe.stage[0], False).step["muon"]
+    for stage in measured["stages"]:
+        assert stage["batch"] == 2, "of each device"
+        assert stage["flops"]["muon"] == pytest.approx(whole), "each has all matrices"
+    assert not dist.is_initialized()
+
+
+def run_on_nothing(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    called = [sys.executable, BENCHMARKS / "null_gpu.py", *arguments]
+    return subprocess.run(called, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.skipif(torch.version.cuda is not None, reason="this torch was built with CUDA")
+def test_a_torch_without_cuda_has_no_gpu_that_computes_nothing() -> None:
+    done = run_on_nothing("-c", "print(1)")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert done.stderr.startswith("this torch was built without CUDA: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    torch.version.cuda is None or torch.cuda.is_available(), reason="for CUDA without a GPU"
+)
+def test_a_run_walks_its_path_on_a_gpu_that_computes_nothing(tmp_path: Path) -> None:
+    steps = [word for stage in range(3) for word in ("--set", f"stage.{stage}.steps=2")]
+    more = ["--set", "sample.every=3", "--set", "save_every=4", *SMALL, *steps]
+    done = run_on_nothing("-m", "daybreak", "train", "quickstart", "--out", tmp_path / "run", *more)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (facts["machine"]["device"], facts["machine"]["gpu"]) == ("cuda", "NVIDIA H200 (null)")
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [0.0] * 6
+    assert (tmp_path / "run" / "checkpoint-6").is_dir()
 
 
 @pytest.mark.parametrize(
