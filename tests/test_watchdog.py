@@ -177,3 +177,24 @@ def test_ten_usual_steps_are_waited_for_and_what_needs_more_patience(tmp_path: P
         with dog.patience(seconds):
             assert dog.allowed == pytest.approx(allowed, rel=0.2)
         assert dog.allowed == pytest.approx(30.0, rel=0.2)
+
+
+def test_who_waits_is_told_what_is_compiled_once_for_each_shape() -> None:
+    here, said = parallel.World(0, 1, torch.device("cpu"), None, HashStore()), list[str]()
+    wave, decay = (
+        torch.compile(function, backend="eager", dynamic=False)
+        for function in (torch.sin, torch.exp)
+    )
+    with watchdog.Watchdog(here, 60.0, said.append, compiled=True, tell=said.append) as dog:
+        torch.compile(torch.cos, backend="eager")(torch.ones(1))
+        assert said == [], "what is compiled between steps is for no picture"
+        dog.beat(0)
+        for step, (height, width) in enumerate(((48, 80), (56, 72), (48, 80), (56, 72)), start=1):
+            dog.begin(height, width)
+            decay(wave(torch.ones(height, width)))
+            dog.beat(step)
+            torch.compile(torch.tan, backend="eager", dynamic=False)(torch.ones(step))
+    assert said == [
+        "compiling for pictures of 80 x 48 px",
+        "compiling for pictures of 72 x 56 px",
+    ]

@@ -161,7 +161,9 @@ def _train(
             held=torch.cuda.max_memory_allocated if here.device.type == "cuda" else None,
         ) as log,
         Saver(recipe, folder, here, model, log.note, start or None) as saver,
-        Watchdog(here, recipe.health.step_timeout, status.hang, recipe.compile) as watchdog,
+        Watchdog(
+            here, recipe.health.step_timeout, status.hang, recipe.compile, log.note
+        ) as watchdog,
     ):
         incidents = folder / "incidents.jsonl" if here.first else None
         guard = health.Guard(recipe.health, incidents, start, log.note)

@@ -75,6 +75,7 @@ def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) ->
     Errors  BrokenOff if it was asked to stop while this step was being compiled.
     """
     began, here, stage = time.monotonic(), run.here, run.recipe.stage[number]
+    run.watchdog.begin(*batch.image.shape[-2:])
     try:
         sums = _gradient(run, stage, batch, step)
     except Exception as error:

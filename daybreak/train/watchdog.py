@@ -9,7 +9,7 @@ A rank that fails leaves a note. gloo tells the others at once, by an error; NCC
 who has taken no step for a while since leaves too, for the reason in the note.
 
 A shape that is new in the middle of a run is compiled then, and all others wait for that as well. A
-step in which some rank compiles is given the time of the first one.
+step in which some rank compiles is given the time of the first one, and who watches is told.
 
 Limits  a hang that never lets go of Python's lock (in C code) stops this thread too; the other
         ranks then name that rank.
@@ -46,11 +46,12 @@ class Watchdog:
 
         with Watchdog(here, config.step_timeout, leave) as watchdog:
             for ...:
+                watchdog.begin(height, width)
                 watchdog.beat(step)
                 with watchdog.patience(600): save
 
     `leave` hears the sentence last, from the thread: to write down why the run has ended.
-    `compiled` says that the run compiles parts of itself.
+    `compiled` says that the run compiles parts of itself; `tell` then hears when, once a step.
     """
 
     def __init__(
@@ -59,6 +60,7 @@ class Watchdog:
         limit: float,
         leave: Callable[[str], object],
         compiled: bool = False,
+        tell: Callable[[str], object] = print,
         stream: TextIO | None = None,
     ) -> None:
         self.here, self.limit, self.leave = here, limit, leave
@@ -70,7 +72,8 @@ class Watchdog:
         self.durations: deque[float] = deque(maxlen=20)
         self.last = time.monotonic()
         self.allowed = FIRST * limit
-        self.compiled = compiled
+        self.compiled, self.tell = compiled, tell
+        self.shape: tuple[int, int] | None = None  # of this step's pictures, until it is told
         self.compiling, self.said = False, False  # in this step; whether the others can know
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -98,13 +101,17 @@ class Watchdog:
 
             on_compile_start(self._compiles)
 
+    def begin(self, height: int, width: int) -> None:
+        """Say of what size the pictures of the next step are."""
+        self.shape = height, width
+
     def beat(self, step: int) -> None:
         """Say that a step is done."""
         now = time.monotonic()
         if self.step is not None:
             self.durations.append(now - self.last)
         self.allowed = max(self.limit, USUAL * statistics.median(self.durations or [0.0]))
-        self.step, self.last, self.compiling = step, now, False
+        self.step, self.last, self.compiling, self.shape = step, now, False, None
 
     @contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
@@ -117,8 +124,10 @@ class Watchdog:
             self.allowed, self.last = before, time.monotonic()
 
     def _compiles(self, _: object) -> None:
-        """Hear that something is being compiled."""
-        self.compiling = True
+        """Hear that something is being compiled, and say what for before it takes its time."""
+        if self.shape:
+            self.tell("compiling for pictures of {1} x {0} px".format(*self.shape))
+        self.compiling, self.shape = True, None
 
     def _watch(self) -> None:
         note, heard = "", 0.0
