@@ -721,9 +721,10 @@ def doctor(
 
     from daybreak import doctor as examination
 
+    colours = {"ok": "green", "slow": "yellow", "-": "dim"}
     table = Table(box=None, show_header=False, pad_edge=False)
     for finding in examination.report():
-        mark = "[green]ok[/]" if finding.ok else "[yellow]slow[/]"
+        mark = f"[{colours[finding.mark]}]{finding.mark}[/]"
         table.add_row(mark, *map(escape, (finding.name, finding.value, finding.remark)))
     Console().print(table)
 

@@ -46,6 +46,12 @@ class Finding(NamedTuple):
     value: str
     remark: str  # why it is slow or missing, and what to do; empty where all is well
     ok: bool
+    there: bool = True  # or else absent, which does no harm
+
+    @property
+    def mark(self) -> str:
+        """What the line begins with."""
+        return ("ok" if self.there else "-") if self.ok else "slow"
 
 
 def report(folder: Path = Path()) -> list[Finding]:
@@ -270,7 +276,8 @@ def extras() -> list[Finding]:
     for extra, module in EXTRAS.items():
         there = importlib.util.find_spec(module) is not None
         remark = "" if there else f'pip install "daybreak[{extra}]"'
-        findings.append(Finding(f"extra {extra}", "usable" if there else "absent", remark, True))
+        value = "usable" if there else "absent"
+        findings.append(Finding(f"extra {extra}", value, remark, True, there))
     return findings
 
 

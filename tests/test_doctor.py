@@ -42,6 +42,15 @@ def test_the_extras_are_those_of_the_project() -> None:
     assert set(doctor.EXTRAS) == set(project["optional-dependencies"])
 
 
+def test_an_extra_that_is_absent_is_neither_well_nor_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "EXTRAS", {"one": "pytest", "other": "no_such_module"})
+    one, other = doctor.extras()
+    assert (one.value, one.mark, one.remark) == ("usable", "ok", "")
+    assert (other.value, other.mark) == ("absent", "-")
+    assert other.remark == 'pip install "daybreak[other]"'
+    assert doctor._version("no_such_package").mark == "slow"
+
+
 def test_a_missing_package_is_named() -> None:
     finding = doctor._version("no_such_package")
     assert not finding.ok
