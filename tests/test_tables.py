@@ -107,6 +107,17 @@ def test_columns_that_are_missing_are_refused_with_those_there_are(tmp_path: Pat
         tables.parquet([path], tmp_path, "source", ANY, 4)
 
 
+def test_a_source_that_is_one_table_is_named_once(tmp_path: Path) -> None:
+    path = tmp_path / "odd.parquet"
+    for columns in ({"image": ["a.png"], "text": ["x"]}, {"jpg": [png(1)], "title": ["x"]}):
+        pq.write_table(pa.table(columns), path)
+        for name, said in ((str(path), f"{path}: has no "), (str(tmp_path), f"{tmp_path}: odd.")):
+            with pytest.raises(BadData) as caught:
+                tables.parquet([path], path.parent, name, ANY, 4)
+            assert str(caught.value).startswith(said)
+            assert str(caught.value).count("odd.parquet") == 1
+
+
 def test_cells_without_a_picture_are_named(tmp_path: Path) -> None:
     kind = pa.struct({"bytes": pa.binary(), "path": pa.string()})
     cells = [{"bytes": png(0), "path": "a"}, {"bytes": None, "path": "b.png"}, None]

@@ -338,7 +338,7 @@ def _differences(old: dict[str, Any], new: dict[str, Any]) -> Iterator[str]:
 def _refuse_damaged(staging: Path, found: Sequence[Source]) -> None:
     """Errors: BadData if a tar or table could not be read to its end."""
     damaged = [
-        f"{row['source']}{_inside(row['source'], row['where'])} {row['reason']}"
+        f"{records.place(row['source'], row['where'])} {row['reason']}"
         for number in range(sum(len(source.parts) for source in found))
         for row in shards.report(staging, number).rejected
         if row["kind"] == records.CONTAINER
@@ -349,11 +349,6 @@ def _refuse_damaged(staging: Path, found: Sequence[Source]) -> None:
             f"{' '.join(damaged[:NAMED_AT_MOST])}{more} Or give the same command with --salvage: "
             "what could be read is kept, nothing is read again."
         )
-
-
-def _inside(source: str, where: str) -> str:
-    """Say where in a source, unless it is all of it: one tar, one table."""
-    return "" if Path(source).name == where else f": {where}"
 
 
 def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> int:

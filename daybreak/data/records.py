@@ -100,6 +100,11 @@ def printable(name: str | Path) -> str:
     return str(name).encode("utf-8", "backslashreplace").decode()
 
 
+def place(source: str, where: str) -> str:
+    """Where in a source, unless it is all of it: one tar, one table."""
+    return source if Path(source).name == where else f"{source}: {where}"
+
+
 def too_large(size: int) -> str:
     """Say that so many bytes are no picture."""
     return f"has {size / 2**20:,.0f} MiB; no picture has more than {LARGEST // 2**20} MiB."

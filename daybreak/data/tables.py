@@ -118,8 +118,9 @@ def parquet(
         digest.update(f"{file}\0{path.stat().st_size}\0{path.stat().st_mtime_ns}\n".encode())
         try:
             with pq.ParquetFile(path) as table:
-                image = image_column(f"{name}: {file}", table.schema_arrow, wanted.image)
-                others = other_columns(f"{name}: {file}", table.schema_arrow.names, wanted)
+                where = records.place(name, file)
+                image = image_column(where, table.schema_arrow, wanted.image)
+                others = other_columns(where, table.schema_arrow.names, wanted)
                 cut += _row_groups(path, file, table.metadata, image, others, shard)
         except (pa.ArrowException, OSError) as error:
             cut.append(Broken(file, f"is no parquet file, or a damaged one ({_short(error)})."))
