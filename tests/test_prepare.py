@@ -25,7 +25,7 @@ import pytest
 from datasets import load_from_disk
 from PIL import Image
 
-from daybreak.data import prepare, records, sources
+from daybreak.data import buckets, ingest, prepare, records, sources
 from daybreak.data.ingest import Config
 from daybreak.failure import BadData, BadRecipe, BadStorage
 
@@ -412,10 +412,11 @@ def test_two_commands_do_not_share_a_folder(tmp_path: Path) -> None:
     [
         ([(128, 128)] * 10, 128, 8),
         ([(600, 800)] * 9 + [(40, 40)], 512, 32),
-        ([(600, 800)] * 8 + [(40, 40)] * 2, 32, 8),
+        ([(600, 800)] * 8 + [(40, 40)] * 2, 32, 4),
+        ([(64, 64)], 64, 8),
         ([(2000, 2000)], 512, 32),
         ([(192, 260)], 256, 16),
-        ([(5, 5)], 32, 8),
+        ([(5, 5)], 32, 4),
     ],
 )
 def test_the_resolution_follows_from_the_pictures(
@@ -431,6 +432,20 @@ def test_the_resolution_follows_from_the_pictures(
     assert prepare.settled(Config(resolution=96, unit=24), [found]).unit == 24
     with pytest.raises(BadRecipe, match="--resolution 100 is not a multiple of the unit 8"):
         prepare.settled(Config(resolution=100), [found])
+
+
+@pytest.mark.parametrize("side", [32, 48, 64, 128, 256, 512])
+def test_photographs_fit_a_bucket_of_every_resolution(side: int) -> None:
+    config = prepare.settled(Config(resolution=side), [])
+    for height, width in ((600, 800), (800, 600), (600, 900), (720, 1280)):
+        bucket, _ = ingest.fitted(height, width, config)
+        assert buckets.cropped(bucket, height, width) < config.max_crop
+
+
+def test_the_buckets_of_the_published_record_are_those_it_was_made_with() -> None:
+    config = prepare.settled(Config(resolution=64), [])
+    names = [one.name for one in buckets.buckets(64, config.unit, config.max_aspect)]
+    assert names == ["40x88", "48x80", "56x72", "64x64", "72x56", "80x48", "88x40"]
 
 
 def test_a_source_without_the_captions_asked_for_is_refused_at_once(tmp_path: Path) -> None:

@@ -41,6 +41,7 @@ SCHEMA = 1
 STAGING = ".staging"
 PEEKED = 256  # pictures of a source that are looked at before the work begins
 SIDES = (32, 64, 128, 256, 512)  # resolutions that are chosen from
+UNITS = {32: 512, 16: 256, 8: 64}  # of sides, and the resolutions from which on they are chosen
 ENOUGH = 0.9  # share of the pictures that must be large enough for a resolution
 NAMED_AT_MOST = 5
 SHOWN = 6  # buckets
@@ -170,8 +171,9 @@ def settled(config: Config, found: Sequence[Source]) -> Config:
 
     Without a resolution it is the largest of 32, 64, 128, 256 and 512 for which nine in ten of the
     first pictures of each source are large enough. Without a unit it is the resolution / 16 within
-    8 and 32, rounded down to a power of two: patches of 32 at 512 px, as PRX has. Scenes are PNG:
-    their checker counts on the exact colours.
+    8 and 32, rounded down to a power of two: patches of 32 at 512 px, as PRX has. Below 64 px it is
+    4: four units of 8 to a side have no bucket near 4:3. Scenes are PNG: their checker counts on
+    the exact colours.
 
     Errors  BadData for a source whose first pictures have none of the captions asked for, or if
             no source has the licence column; BadRecipe for settings that contradict one another.
@@ -240,7 +242,7 @@ def _sizes(source: Source, config: Config, columns: dict[str, None]) -> Iterator
 
 
 def _unit(resolution: int) -> int:
-    return next((unit for unit in (32, 16) if unit * 16 <= resolution), 8)
+    return next((unit for unit, least in UNITS.items() if least <= resolution), 4)
 
 
 def _fills(height: int, width: int, side: int, config: Config) -> bool:
