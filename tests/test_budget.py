@@ -417,6 +417,22 @@ def test_a_prepared_dataset_says_how_often_it_is_seen(
     assert plan.remarks(recipe, made)["pictures"] == "80: 16 times each of 5"
 
 
+@pytest.mark.parametrize(("steps", "by_heart"), [(125, False), (126, True)])
+def test_pictures_that_a_run_would_learn_by_heart_are_told(
+    tiny: Path, prepared: Callable[..., Path], steps: int, by_heart: bool
+) -> None:
+    folder = prepared([{"captions": [f"picture {number}"]} for number in range(5)])
+    recipe = config.load(tiny, (f'data.source="{folder.as_posix()}"',), ("scenes",))
+    long = config.load(
+        tiny, (f'data.source="{folder.as_posix()}"', f"stage.0.steps={steps}"), ("scenes",)
+    )
+    made = budget.plan(recipe, Cluster(1, H200))
+    said = plan.remarks(long, budget.plan(long, Cluster(1, H200)))["pictures"]
+    assert ("by heart" in said) == by_heart
+    assert ("by heart" in plan.purchase(recipe, made, steps / 10)) == by_heart
+    assert "by heart" not in plan.remarks(recipe, made)["pictures"]
+
+
 def test_devices_that_cannot_share_a_batch_are_refused_with_a_number_that_can(
     published: config.Recipe,
 ) -> None:
