@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 
 from daybreak.data import disk
+from daybreak.failure import BadStorage
 
 
 def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
@@ -38,3 +39,23 @@ def test_a_folder_takes_the_place_of_another_which_comes_back_where_that_fails(
     was = disk.swap(staged, folder)
     assert not list(folder.iterdir())
     assert [file.name for file in was.iterdir()] == ["old"]
+
+
+def test_lines_of_later_steps_and_half_written_ones_are_cut(tmp_path: Path) -> None:
+    path = tmp_path / "lines.jsonl"
+    assert disk.cut_lines(path, 3) == {}
+    assert not path.exists()
+    whole = b'{"step": 1, "loss": 0.50}\n{"step": 3, "loss": null}\n'
+    path.write_bytes(b'{"step": 1}\n' + whole + b'{"loss": 1}\n7\n\n{"step": 4}\n{"step": 2, "lo')
+    assert disk.cut_lines(path, 3) == {"step": 3, "loss": None}
+    assert path.read_bytes() == whole
+    before = path.stat().st_ino
+    assert disk.cut_lines(path, 3) == {"step": 3, "loss": None}
+    assert path.stat().st_ino == before, "what is whole is not written again"
+    assert disk.cut_lines(path, 0) == {}
+    assert path.read_bytes() == b""
+
+
+def test_lines_that_the_disk_does_not_give_are_bad_storage(tmp_path: Path) -> None:
+    with pytest.raises(BadStorage, match=r"cannot cut .* after step 3"):
+        disk.cut_lines(tmp_path, 3)

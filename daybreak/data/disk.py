@@ -88,6 +88,31 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return found
 
 
+def cut_lines(path: Path, step: int) -> dict[str, Any]:
+    """Drop lines of steps after `step`, and such as a crash left half written; the last kept.
+
+    Of a step that stands there twice its later line counts.
+
+    Errors  BadStorage if the disk does not give or take it.
+    """
+    kept, last = dict[int, bytes](), dict[str, Any]()
+    try:
+        text = path.read_bytes()
+        for line in text.split(b"\n"):
+            with suppress(ValueError, KeyError, TypeError):
+                if (values := json.loads(line))["step"] <= step:
+                    kept[values["step"]], last = line, values
+        wanted = b"".join(line + b"\n" for line in kept.values())
+        if wanted != text:
+            with fresh(path) as staged:
+                staged.write_bytes(wanted)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise BadStorage(f"cannot cut {path} after step {step}: {error.strerror}") from error
+    return last
+
+
 @contextmanager
 def fresh(path: Path) -> Iterator[Path]:
     """Lend a name to write under, so that what lies under the file's own is always whole."""

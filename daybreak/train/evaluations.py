@@ -83,8 +83,7 @@ def cut(run: Path, start: int) -> None:
     """Drop evaluations of steps after `start`, which will be done again, and unfinished files."""
     for folder in (*run.glob(".tmp-best-*"), *run.glob(".old-best-*")):
         shutil.rmtree(folder, ignore_errors=True)
-    if lines(run):
-        _write(run, [line for line in lines(run) if line["step"] <= start])
+    disk.cut_lines(run / FILE, start)
 
 
 def take(

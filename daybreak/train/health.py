@@ -80,8 +80,8 @@ class Guard:
         self.config, self.file, self.tell = config, file, tell
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.bad = 0  # steps in a row that were not taken
-        if file and file.is_file():
-            _cut(file, start)
+        if file:
+            disk.cut_lines(file, start)
 
     def judge(self, step: int, rows: Float[Tensor, "r 2"], samples: Sequence[int]) -> Verdict:
         """Decide, and remember the loss. A step that is not taken has used its batch up.
@@ -291,17 +291,6 @@ def _bits(tensor: Tensor) -> Int[Tensor, ""]:
     if mine.storage_offset() * mine.element_size() % 8:
         mine = mine.clone()  # a view of wide words begins at one
     return mine.view(torch.int64).sum()
-
-
-def _cut(file: Path, start: int) -> None:
-    """Drop incidents of steps after `start`, and one that a crash left half written."""
-    kept = []
-    for line in file.read_text(encoding="utf-8").splitlines(keepends=True):
-        with suppress(ValueError):
-            if json.loads(line)["step"] <= start:
-                kept.append(line)
-    with disk.fresh(file) as staged:
-        staged.write_text("".join(kept), encoding="utf-8")
 
 
 def _readable(value: Any) -> Any:

@@ -84,7 +84,7 @@ class Log:
         if folder is not None:
             folder.mkdir(parents=True, exist_ok=True)
             self.path = folder / "metrics.jsonl"
-            last = _cut(self.path, start)
+            last = disk.cut_lines(self.path, start)
         self.images = int(last.get("images", 0))
         self.seconds = float(last.get("seconds", 0.0))
         self.unwritten = b""
@@ -304,30 +304,6 @@ def peak_memory() -> int:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
-
-
-def _cut(path: Path, start: int) -> dict[str, float]:
-    """Drop lines of steps after `start`, and such as a crash left half written; the last kept."""
-    try:
-        text = path.read_bytes()
-    except FileNotFoundError:
-        return {}
-    kept: dict[int, bytes] = {}
-    last: dict[str, float] = {}
-    for line in text.splitlines():
-        try:
-            values = json.loads(line)
-            step = values["step"]
-        except (ValueError, KeyError, TypeError):
-            continue
-        if step <= start:
-            kept[step] = line
-            last = values
-    wanted = b"".join(line + b"\n" for line in kept.values())
-    if wanted != text:
-        with disk.fresh(path) as staged:
-            staged.write_bytes(wanted)
-    return last
 
 
 def _bar(console: Console) -> Progress:
