@@ -21,8 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
-from daybreak.data.records import Refused
-from daybreak.failure import told
+from daybreak.data.records import Refused, why
 
 try:
     import simplejpeg
@@ -62,7 +61,7 @@ def decode(
         except Exception as error:  # decoders raise whatever they tripped over
             if _is_text_bomb(error):
                 raise Refused(f"{where}: {_too_much_text()}", "bomb") from error
-            raise Refused(f"{where}: cannot be decoded ({_why(error)}); replace it.") from error
+            raise Refused(f"{where}: cannot be decoded ({why(error)}); replace it.") from error
 
 
 def size(data: bytes, where: str) -> tuple[int, int]:
@@ -99,7 +98,7 @@ def decode_to_cover(data: bytes, where: str, height: int, width: int) -> npt.NDA
         least = -(-have_height // shrink), -(-have_width // shrink)
         return simplejpeg.decode_jpeg(data, min_height=least[0], min_width=least[1])
     except ValueError as error:
-        raise Refused(f"{where}: cannot be decoded ({_why(error)}); replace it.") from error
+        raise Refused(f"{where}: cannot be decoded ({why(error)}); replace it.") from error
 
 
 def verify(file: IO[bytes], where: str) -> tuple[int, int]:
@@ -113,7 +112,7 @@ def verify(file: IO[bytes], where: str) -> tuple[int, int]:
         try:
             image.verify()
         except Exception as error:
-            raise Refused(f"{where}: is damaged ({_why(error)}); replace it.") from error
+            raise Refused(f"{where}: is damaged ({why(error)}); replace it.") from error
     return height, width
 
 
@@ -159,7 +158,7 @@ def _header(file: IO[bytes], where: str) -> Image.Image:
     except Exception as error:
         if _is_text_bomb(error):
             raise Refused(f"{where}: {_too_much_text()}", "bomb") from error
-        raise Refused(f"{where}: has a damaged header ({_why(error)}); replace it.") from error
+        raise Refused(f"{where}: has a damaged header ({why(error)}); replace it.") from error
     if image.width * image.height > LIMIT:
         raise Refused(f"{where}: {_too_large()}", "bomb")
     return image
@@ -238,8 +237,3 @@ def _too_much_text() -> str:
 def _is_text_bomb(error: Exception) -> bool:
     """Whether Pillow gave up on the text of a PNG, of which 1 MB may unfold to a gigabyte."""
     return isinstance(error, ValueError) and "text" in str(error).lower()
-
-
-def _why(error: Exception) -> str:
-    """What the decoder said, short enough for one sentence."""
-    return told(error)[:120].rstrip(". ")

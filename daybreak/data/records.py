@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
-from daybreak.failure import BadData
+from daybreak.failure import BadData, told
 
 LARGEST = 256 * 2**20  # bytes; 64 megapixels of uncompressed colour are 192 MB
 LICENCES = ("licence", "license")  # usual names of the column
@@ -103,6 +103,11 @@ def printable(name: str | Path) -> str:
 def place(source: str, where: str) -> str:
     """Where in a source, unless it is all of it: one tar, one table."""
     return source if Path(source).name == where else f"{source}: {where}"
+
+
+def why(error: Exception) -> str:
+    """What a decoder or a reader said, short enough for one sentence."""
+    return told(error)[:120].rstrip(". ")
 
 
 def too_large(size: int) -> str:

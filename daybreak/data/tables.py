@@ -18,8 +18,8 @@ import pyarrow.parquet as pq
 
 from daybreak.data import records
 from daybreak.data.captions import KEYWORDS, USUAL_COLUMNS
-from daybreak.data.records import CONTAINER, LICENCES, Columns, Fault, Record, printable
-from daybreak.failure import BadData, told
+from daybreak.data.records import CONTAINER, LICENCES, Columns, Fault, Record, printable, why
+from daybreak.failure import BadData
 
 ROWS = 16  # of a parquet file that are held at a time
 
@@ -48,7 +48,7 @@ class Parquet(NamedTuple):
                             yield _record(f"{self.name}:{number}", batch, row, self.image)
                             number += 1
             except (pa.ArrowException, OSError) as error:
-                reason = f"cannot be read from row {number} to {end - 1} ({_short(error)})"
+                reason = f"cannot be read from row {number} to {end - 1} ({why(error)})"
                 yield Fault(self.name, CONTAINER, f"{reason}; fetch it again.")
             first = end
 
@@ -80,7 +80,7 @@ class Rows(NamedTuple):
             try:
                 table = self.dataset[number : number + 1]
             except (pa.ArrowException, OSError) as error:
-                yield Fault(str(number), CONTAINER, f"cannot be read ({_short(error)}).")
+                yield Fault(str(number), CONTAINER, f"cannot be read ({why(error)}).")
             else:
                 yield _record(str(number), table, 0, self.image)
 
@@ -103,7 +103,7 @@ class Stream(NamedTuple):
                     yield _record(f"{self.shard}:{number}", table, row, self.image)
                     number += 1
         except (pa.ArrowException, OSError) as error:
-            reason = f"cannot be read from row {number} on ({_short(error)}); try again."
+            reason = f"cannot be read from row {number} on ({why(error)}); try again."
             yield Fault(f"shard {self.shard}", CONTAINER, reason)
 
 
@@ -123,7 +123,7 @@ def parquet(
                 others = other_columns(where, table.schema_arrow.names, wanted)
                 cut += _row_groups(path, file, table.metadata, image, others, shard)
         except (pa.ArrowException, OSError) as error:
-            cut.append(Broken(file, f"is no parquet file, or a damaged one ({_short(error)})."))
+            cut.append(Broken(file, f"is no parquet file, or a damaged one ({why(error)})."))
     return records.Source(name, "parquet", digest.hexdigest(), tuple(cut))
 
 
@@ -134,7 +134,7 @@ def saved(path: Path, name: str, wanted: Columns, shard: int) -> records.Source:
     try:
         dataset = load_from_disk(str(path))
     except (pa.ArrowException, OSError, ValueError, KeyError) as error:
-        raise BadData(f"{path}: is a damaged dataset ({_short(error)}); save it again.") from error
+        raise BadData(f"{path}: is a damaged dataset ({why(error)}); save it again.") from error
     digest = hashlib.sha256()
     for file in sorted(path.glob("[!.]*.arrow")):
         digest.update(f"{file.name}\0{file.stat().st_size}\0{file.stat().st_mtime_ns}\n".encode())
@@ -154,7 +154,7 @@ def hub(name: str, wanted: Columns, shard: int, stream: bool) -> records.Source:
     except Exception as error:  # the library raises its own, its file systems' and its server's
         raise BadData(
             f"{name}: is no file or folder here, and cannot be had from the Hugging Face hub "
-            f"({_short(error)})."
+            f"({why(error)})."
         ) from error
     if not stream:
         return _rows(dataset, name, "datasets", dataset._fingerprint, wanted, shard)
@@ -260,7 +260,3 @@ def _cell(scalar: Any) -> Any:
         return scalar.as_py()
     except UnicodeDecodeError as error:
         return error.object
-
-
-def _short(error: Exception) -> str:
-    return told(error)[:120].rstrip(". ")
