@@ -235,10 +235,14 @@ class TextEncoder(nn.Module):
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device; to a GPU from pinned memory, so that nobody waits for it."""
+    """Copy to a device; to a GPU from pinned memory, so that nobody waits for it.
+
+    What has gaps, as captions of a batch that are cut to fewer words, is pinned without them: torch
+    would close them in memory that is not.
+    """
     if device.type != "cuda":
         return tensor.to(device)
-    return tensor.pin_memory().to(device, non_blocking=True)
+    return tensor.contiguous().pin_memory().to(device, non_blocking=True)
 
 
 def width_of(encoder: nn.Module) -> int:
