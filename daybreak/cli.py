@@ -31,9 +31,7 @@ app = typer.Typer(
 def _version(asked: bool) -> None:
     """Say which version this is, and leave, if that is asked."""
     if asked:
-        from importlib import metadata
-
-        print(f"daybreak {metadata.version('daybreak')}")
+        print(f"daybreak {host.version_of('daybreak')}")
         raise typer.Exit
 
 

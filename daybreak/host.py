@@ -1,4 +1,4 @@
-"""The processor and the memory that a process runs on: what it may have, and what it asks for."""
+"""What a process runs on: processor and memory it may have and asks for, packages it finds."""
 
 import ctypes
 import os
@@ -61,6 +61,16 @@ def memory_limit(cgroup: Path) -> int | None:
         if words and words[0] != "max" and int(words[0]) < 2**60:
             return int(words[0])
     return None
+
+
+def version_of(package: str) -> str:
+    """The version of an installed package: daybreak need not be, it runs from its source too."""
+    from importlib import metadata  # a command that asks for none starts sooner without
+
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
 
 
 def _words(file: Path) -> list[str]:

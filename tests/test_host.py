@@ -6,6 +6,8 @@ import sys
 
 import pytest
 
+from daybreak import host
+
 STEPS = """
 import resource
 from daybreak import host
@@ -39,6 +41,11 @@ def kept(settle: bool, **given: str) -> float:
         check=True,
     )
     return int(done.stdout) / (16 * 2**20)
+
+
+def test_a_package_that_is_not_installed_has_no_version() -> None:
+    assert host.version_of("torch")[0].isdigit()
+    assert host.version_of("a-package-that-nobody-has") == "not installed"
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the C library is another one")

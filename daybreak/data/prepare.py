@@ -24,12 +24,12 @@ import shutil
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from pydantic import ValidationError
 
+from daybreak import host
 from daybreak.data import assemble, buckets, disk, images, records, shards, sources
 from daybreak.data.captions import KEYWORDS, USUAL_COLUMNS
 from daybreak.data.ingest import Config
@@ -78,7 +78,7 @@ def prepare(
         config = settled(config, found)
     plan = {
         "schema": SCHEMA,
-        "daybreak": version("daybreak"),
+        "daybreak": host.version_of("daybreak"),
         "settings": config.model_dump(mode="json"),
         "sources": [
             {"source": one.name, "layout": one.layout, "fingerprint": one.fingerprint}

@@ -16,7 +16,6 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -156,7 +155,7 @@ def changed(run: Path) -> list[str]:
 
 def provenance(recipe: config.Recipe) -> dict[str, Any]:
     """Say what made a run: recipe, code and libraries."""
-    versions = {name: version_of(name) for name in ("daybreak", "torch", "transformers")}
+    versions = {name: host.version_of(name) for name in ("daybreak", "torch", "transformers")}
     versions["python"] = platform.python_version()
     return {"recipe": config.digest(recipe), "revision": revision(), "versions": versions}
 
@@ -251,14 +250,6 @@ def processor() -> str:
             if line.startswith("model name"):
                 return line.partition(":")[2].strip()
     return platform.processor() or platform.machine()
-
-
-def version_of(package: str) -> str:
-    """Return the version of an installed package."""
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return "not installed"
 
 
 def revision() -> str | None:

@@ -28,7 +28,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from daybreak import config
+from daybreak import config, host
 from daybreak.data import disk
 from daybreak.data.scenes import CANVASES
 from daybreak.data.scenes import Config as Scenes
@@ -295,7 +295,7 @@ def about() -> dict[str, Any]:
     names = ("daybreak", "torch", "transformers", "diffusers")
     return {
         "revision": runs.revision(),
-        "versions": {name: runs.version_of(name) for name in names}
+        "versions": {name: host.version_of(name) for name in names}
         | {"python": platform.python_version()},
     }
 

@@ -6,7 +6,6 @@ of the wild is never more than text.
 
 import base64
 import io
-from importlib.metadata import version
 from pathlib import Path
 
 import jinja2
@@ -14,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from daybreak import host
 from daybreak.data import disk
 from daybreak.failure import BadStorage
 
@@ -29,7 +29,8 @@ def render(template: str, **values: object) -> str:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters |= {"number": "{:,}".format, "size": size, "cut": cut, "steps": steps}
-    return environment.get_template(template).render(**values, version=version("daybreak"))
+    version = host.version_of("daybreak")
+    return environment.get_template(template).render(**values, version=version)
 
 
 def write(text: str, path: Path) -> Path:
