@@ -15,6 +15,7 @@
 #define MEMORY (141ull << 30)  // an H200's
 #define PROCESSORS 132
 #define SHARED 232448
+#define PINNED (1ull << 40)  // of the host, more than is ever asked for
 
 #ifdef DRIVER
 
@@ -82,6 +83,11 @@ static void *reserved(size_t size) {
                 MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
 }
 
+static char *pinned(void) {
+    static char *begin;
+    return begin ? begin : (begin = reserved(PINNED));
+}
+
 static cudaError_t copied(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
     if (kind == cudaMemcpyDeviceToHost) memcpy(to, from, size);
     return 0;
@@ -130,7 +136,9 @@ API cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr what, int
 API cudaError_t cudaMemGetInfo(size_t *left, size_t *all) { return *left = *all = MEMORY, 0; }
 API cudaError_t cudaMalloc(void **pointer, size_t size) { return *pointer = reserved(size), 0; }
 API cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned flags) {
-    return *pointer = reserved(size), 0;
+    static size_t taken;
+    *pointer = pinned() + __atomic_fetch_add(&taken, size + 4095 & ~4095ull, __ATOMIC_RELAXED);
+    return 0;
 }
 API cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
     return copied(to, from, size, kind);
@@ -175,7 +183,9 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
     return *blocks = 2, 0;
 }
 API cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *pointer) {
-    return memset(found, 0, sizeof *found), 0;
+    memset(found, 0, sizeof *found);
+    if ((size_t)((char *)pointer - pinned()) < PINNED) found->type = cudaMemoryTypeHost;
+    return 0;
 }
 API cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function,
                                                  unsigned version, unsigned long long flags,

@@ -15,6 +15,7 @@ another build), gcc and nm. Attention takes the memory-efficient kernel and not 
 """
 
 import os
+import signal
 import subprocess
 import sys
 import tempfile
@@ -77,6 +78,7 @@ def main() -> int:
             "TRITON_LIBCUDA_PATH": folder,
             "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
         }
+        signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the program
         called = [sys.executable, *sys.argv[1:]]
         return subprocess.run(called, env=os.environ | null, check=False).returncode
 
