@@ -513,6 +513,8 @@ def compare(
     runs = list(plan.runs(arms, seeds or enough, out))
     if seeds and seeds < enough and len(arms) > 1:
         print(f"with so many arms nothing is resolved by {seeds} seeds: give --seeds {enough}")
+    if taken := plan.reuse(runs, out, target is not None):
+        print(f"{len(taken)} of {len(runs)} runs were trained for another comparison and are used")
     if code := work.run(runs, arms, print):
         raise typer.Exit(code)
     question = work.Question(metric, plan.unit(given, target), target, margin)

@@ -281,6 +281,45 @@ def test_real_runs_are_compared_and_used_again(
     assert sum("diverged before" in line for line in said) == 2, "it would diverge again"
 
 
+def test_what_is_only_asked_otherwise_is_not_trained_again(
+    quick: tuple[Path, Evaluate], tmp_path: Path
+) -> None:
+    path, asked = quick
+    recipe, out = config.load(path), tmp_path / "out"
+    wild = config.load(path, ("stage.0.lr=1e30",))
+    wild_before = done([("wild", wild)], asked, 1, out, 1e9)
+    before = done([("tiny", recipe)], asked, 1, out, 1e9).rows[0].outcomes[0]
+    other = recipe.model_copy(update={"sample": recipe.sample.model_copy(update={"steps": 3})})
+    fewer = asked.model_copy(update={"suites": ("distribution",), "features": "scenes"})
+
+    def planned(name: str, recipe: Recipe, asked: Evaluate) -> Run:
+        return next(arms.runs(arms.arms([(name, recipe)], None, asked, 3, out), 1, out))
+
+    run = planned("tiny", other, asked)
+    assert arms.reuse([run], out, whole=True) == [], "the way to a target cannot be asked again"
+    assert arms.reuse([run], out, whole=False) == [run]
+    assert evaluations.lines(run.folder) == [], "they were asked with other settings"
+    said = list[str]()
+    assert compare.run([run], [Arm("tiny", other, 3, False)], said.append) == 0
+    assert not any("from random weights" in line for line in said)
+    again = compare.read(run, Question("validation.loss"))
+    assert (again.value, again.seconds) == (before.value, before.seconds)
+    assert [cost for cost, _ in again.curve] == [80]
+    assert arms.reuse([run], out, whole=False) == []
+    with pytest.raises(BadRecipe, match="after its last step alone, and --target asks"):
+        arms.reuse([run], out, whole=True)
+
+    renamed = planned("renamed", recipe, asked)
+    assert arms.reuse([renamed], out, whole=True) == [renamed]
+    assert compare.read(renamed, Question("validation.loss")).curve == before.curve
+    assert arms.reuse([planned("tiny", recipe, fewer)], out, whole=False)
+    assert not arms.reuse([planned("new", config.load(path, ("clip=0.5",)), asked)], out, False)
+    gone = planned("gone", wild, asked.model_copy(update={"per_task": 30}))
+    assert arms.reuse([gone], out, whole=False) == [gone]
+    assert math.isnan(compare.read(gone, Question("validation.loss")).value)
+    assert math.isnan(wild_before.rows[0].mean)
+
+
 def test_a_run_whose_last_evaluation_is_missing_is_not_called_diverged(
     quick: tuple[Path, Evaluate], tmp_path: Path
 ) -> None:

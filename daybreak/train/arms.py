@@ -14,7 +14,8 @@ the speed of each arm, measured once with real steps on this machine and kept be
 that a slower arm sees less and an interruption changes nothing.
 
 Runs are kept under a digest of their recipe and used again; the same command goes on where it was
-stopped.
+stopped. A run that has ended is known by what its steps depend on: asked or named otherwise it is
+taken over, and only evaluated anew.
 
 Units   costs in the unit of the budget: pictures, FLOP or seconds of one step.
 """
@@ -22,18 +23,20 @@ Units   costs in the unit of the budget: pictures, FLOP or seconds of one step.
 import hashlib
 import json
 import math
+import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from daybreak import config
 from daybreak.config import Recipe
+from daybreak.data import disk
 from daybreak.evaluate import examples, suite
 from daybreak.evaluate.interim import Config as Evaluate
-from daybreak.failure import BadRecipe
+from daybreak.failure import BadRecipe, BadStorage, NotFinite
 from daybreak.train import budget, evaluations, flops, length, measure, stand_ins
 from daybreak.train.budget import Budget
-from daybreak.train.runs import precision
+from daybreak.train.runs import FREE, precision
 
 Unit = Literal["pictures", "flops", "seconds"]
 OTHER_SEEDS = 1000  # from one arm of the same recipe to the next
@@ -182,6 +185,89 @@ def runs(arms: Sequence[Arm], seeds: int, out: Path) -> Iterator[Run]:
             seed = arm.first_seed + number
             folder = out / f"{_file_name(arm.name)}-{digest[:8]}" / f"seed-{seed}"
             yield Run(place, number, _with(arm.recipe, out=folder.as_posix(), seed=seed))
+
+
+def reuse(runs: Sequence[Run], out: Path, whole: bool) -> list[Run]:
+    """Take over what is trained already, and return those runs.
+
+    One that was evaluated as it is to be now is taken with its evaluations. Another one will be
+    evaluated after its last step alone, so it is of no use where the `whole` way there is asked.
+
+    Errors  BadStorage; BadRecipe for a run that was taken over without the way that is now asked.
+    """
+    taken = []
+    for run in runs:
+        if (run.folder / "recipe.toml").is_file():
+            if whole and _ended(run.folder, run.recipe) == 0 and not _watched(run):
+                raise BadRecipe(
+                    f"{run.folder} was evaluated after its last step alone, and --target asks for "
+                    "the way there: remove that folder to train it anew, or choose another --out"
+                )
+        elif found := _same(run, out, whole):
+            _take_over(*found, run)
+            taken.append(run)
+    return taken
+
+
+def _same(run: Run, out: Path, whole: bool) -> tuple[Path, bool] | None:
+    """The folder of a run of the same steps that has ended, and whether it was asked the same."""
+    found = None
+    for file in sorted(out.glob(f"*/seed-{run.recipe.seed}/recipe.toml")):
+        try:
+            before = config.load(file)
+        except BadRecipe:  # of another version
+            continue
+        if _ended(file.parent, before) is None:
+            continue
+        wanted = run.recipe.model_copy(update={"out": before.out})
+        if alike(before, wanted) and (before.evaluate, before.sample) == (
+            wanted.evaluate,
+            wanted.sample,
+        ):
+            return file.parent, True
+        if not whole and alike(before, wanted.model_copy(update={"evaluate": before.evaluate})):
+            found = file.parent, False
+    return found
+
+
+def alike(one: Recipe, other: Recipe) -> bool:
+    """Whether the steps of two recipes are the same, and take as long."""
+    return all(key.startswith(FREE) for key in config.differences(one, other))
+
+
+def _ended(folder: Path, recipe: Recipe) -> int | None:
+    """The code of a run that took all its steps or diverged; else it may go on, and has none."""
+    try:
+        status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return None
+    whole = status["code"] == 0 and status["step"] == recipe.steps
+    return int(status["code"]) if whole or status["code"] == NotFinite.code else None
+
+
+def _watched(run: Run) -> bool:
+    """Whether a run was evaluated on its way, if its recipe says so."""
+    recipe, taken = run.recipe, evaluations.lines(run.folder)
+    once = recipe.evaluate is None or recipe.evaluate.every >= recipe.steps
+    return once or any(line["step"] < recipe.steps for line in taken)
+
+
+def _take_over(source: Path, asked_the_same: bool, run: Run) -> None:
+    """Make the folder of a run from that of another; weights are hard links. Errors: BadStorage."""
+    staged = run.folder.with_name(f".tmp-{run.folder.name}")
+    ours = () if asked_the_same else ("evaluation", "samples")
+
+    def copy(one: str, other: str) -> None:
+        (evaluations.link if one.endswith(".safetensors") else shutil.copy2)(one, other)
+
+    try:
+        shutil.rmtree(staged, ignore_errors=True)
+        ignored = shutil.ignore_patterns("lock", ".tmp-*", *ours)
+        shutil.copytree(source, staged, symlinks=True, ignore=ignored, copy_function=copy)
+        (staged / "recipe.toml").write_text(config.dump(run.recipe), encoding="utf-8")
+        shutil.rmtree(disk.swap(staged, run.folder), ignore_errors=True)
+    except OSError as error:
+        raise BadStorage(f"cannot write {run.folder}: {error.strerror or error}") from error
 
 
 # Budgets

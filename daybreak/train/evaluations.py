@@ -175,7 +175,7 @@ def keep(run: Path, step: int) -> None:
     """Make RUN/best the checkpoint of a step. Errors: BadStorage."""
     staged = run / f".tmp-best-{os.getpid()}"
     try:
-        shutil.copytree(run / f"checkpoint-{step}", staged, copy_function=_link)
+        shutil.copytree(run / f"checkpoint-{step}", staged, copy_function=link)
         shutil.rmtree(disk.swap(staged, run / "best"), ignore_errors=True)
     except OSError as error:
         raise BadStorage(f"cannot keep {run / 'best'}: {error.strerror or error}") from error
@@ -199,6 +199,14 @@ def best(run: Path) -> Checkpoint:
     if wrong is not None:
         raise NoCheckpoint(f"{folder} is damaged: {wrong}; leave --best out")
     return Checkpoint(folder, int(json.loads((folder / "trainer.json").read_text())["step"]))
+
+
+def link(source: str, target: str) -> None:
+    """Another name for a file; a copy where the disk knows no such thing."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def _heeding(draw: "Draw", heed: Callable[[], object]) -> "Draw":
@@ -240,11 +248,3 @@ def _write(run: Path, kept: list[dict[str, Any]]) -> None:
             staged.write_text("".join(json.dumps(line) + "\n" for line in kept), encoding="utf-8")
     except OSError as error:
         raise BadStorage(f"cannot write {path}: {error.strerror}") from error
-
-
-def _link(source: str, target: str) -> None:
-    """Another name for a file; a copy where the disk knows no such thing."""
-    try:
-        os.link(source, target)
-    except OSError:
-        shutil.copy2(source, target)

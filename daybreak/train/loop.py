@@ -192,7 +192,7 @@ def _train(
             trial=trial,
         )
         outcome = _steps(run, start, began, trace)
-    if not outcome.code and outcome.step == recipe.steps:
+    if not outcome.code and start < outcome.step == recipe.steps:
         tell(
             f"trained steps {start + 1:,} to {outcome.step:,} in {time.monotonic() - began:.0f} s: "
             f"{folder / 'latest'}"

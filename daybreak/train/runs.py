@@ -30,11 +30,9 @@ from daybreak.train import accelerator, checkpoint, facts
 
 # Of a start that was broken off before the first step; and what macOS leaves in every folder.
 OURS = {"lock", "status.json", "run.json", ".DS_Store"}
-# What no step depends on but by rounding, as `micro` after memory ran out.
-FREE = (
-    *("budget.", "sample.", "save_every:", "save_async:", "keep:", "keep_every:"),
-    *("micro:", "compile:", "data.workers:"),
-)
+# What no step depends on; and what it does by rounding alone, as `micro` after memory ran out.
+FREE = ("budget.", "sample.", "save_every:", "save_async:", "keep:", "keep_every:")
+ROUNDED = ("micro:", "compile:", "data.workers:")
 
 
 def precision(recipe: config.Recipe) -> torch.dtype:
@@ -90,7 +88,7 @@ def changes(
 
     How it is spread over machines ([parallel]) may change from one start to the next, and so may
     the place of the run folder, or the name it is called by. `files` are the sha256 of the data, by
-    name. What no step depends on may change as well (FREE), and a budget, and is listed.
+    name. What no step depends on but by rounding may change as well (FREE, ROUNDED), and is listed.
 
     Errors  BadRecipe that lists the changes, unless they are `allowed`.
     """
@@ -99,7 +97,7 @@ def changes(
     before = config.load(run / "recipe.toml")
     same = {"parallel": before.parallel, "out": before.out}
     keys = config.differences(before, recipe.model_copy(update=same))
-    if any(not key.startswith(FREE) for key in keys) and not allowed:
+    if any(not key.startswith(FREE + ROUNDED) for key in keys) and not allowed:
         raise BadRecipe(
             f"{run} holds a run of another recipe ({'; '.join(keys)}): choose another folder with "
             "--out, give the same values to continue, or continue all the same with --changed"
