@@ -187,6 +187,23 @@ def test_a_budget_of_time_is_measured_once_and_gives_each_arm_its_own_steps(
     assert abs(twice[0].recipe.steps - 2 * small) <= 1
 
 
+def test_speeds_of_another_machine_are_measured_anew_and_both_are_kept(
+    tiny: Path, tmp_path: Path
+) -> None:
+    file, second = tmp_path / "speeds.json", budget.parse("1s")
+    recipe = config.load(tiny)
+    mine = arms.pace(recipe, second, tmp_path)
+    kept = json.loads(file.read_text())
+    kept["speeds"][0] |= {"machine": {"processor": "another"}, "seconds": [1e9]}
+    file.write_text(json.dumps(kept))
+    assert 0 < arms.pace(recipe, second, tmp_path)[0] < 100 * mine[0]
+    assert [one["seconds"][0] == 1e9 for one in json.loads(file.read_text())["speeds"]] == [1, 0]
+    otherwise = config.load(tiny, ("sample.steps=9", "out='elsewhere'"))
+    before = file.read_text()
+    arms.pace(otherwise.model_copy(update={"out": recipe.out}), second, tmp_path)
+    assert file.read_text() == before, "no step depends on how pictures are drawn"
+
+
 def test_costs_are_counted_as_the_budget_is() -> None:
     assert arms.unit(budget.parse("1e15flop"), None) == "flops"
     assert arms.unit(budget.parse("10min"), 0.8) == "seconds"

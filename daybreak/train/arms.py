@@ -20,7 +20,7 @@ taken over, and only evaluated anew.
 Units   costs in the unit of the budget: pictures, FLOP or seconds of one step.
 """
 
-import hashlib
+import contextlib
 import json
 import math
 import shutil
@@ -36,7 +36,7 @@ from daybreak.evaluate.interim import Config as Evaluate
 from daybreak.failure import BadRecipe, BadStorage, NotFinite
 from daybreak.train import budget, evaluations, flops, length, measure, stand_ins
 from daybreak.train.budget import Budget
-from daybreak.train.runs import FREE, precision
+from daybreak.train.runs import FREE, machine, precision
 
 Unit = Literal["pictures", "flops", "seconds"]
 OTHER_SEEDS = 1000  # from one arm of the same recipe to the next
@@ -328,14 +328,17 @@ def costs(recipe: Recipe, unit: Literal["pictures", "flops"]) -> list[float]:
 
 
 def _measured(recipe: Recipe, file: Path) -> list[float]:
-    """Seconds of a step in each stage, measured the first time that they are asked for."""
-    shape = _with(recipe, seed=0)
-    key = hashlib.sha256(config.dump(shape).encode()).hexdigest()[:12]
-    known: dict[str, list[float]] = json.loads(file.read_text()) if file.is_file() else {}
-    if key not in known:
-        known[key] = [pace.step for pace in measure.steps(recipe, 1)]
-        suite.write(file, known)
-    return known[key]
+    """Seconds of a step in each stage, measured the first time that this machine is asked."""
+    shape, here = _with(recipe, seed=0), machine()
+    kept = json.loads(file.read_text()).get("speeds", []) if file.is_file() else []
+    for one in kept:
+        with contextlib.suppress(BadRecipe):  # of another version
+            if one["machine"] == here and alike(config.parse(one["recipe"], str(file)), shape):
+                return [float(seconds) for seconds in one["seconds"]]
+    seconds = [pace.step for pace in measure.steps(recipe, 1)]
+    new = {"machine": here, "recipe": shape.model_dump(mode="json"), "seconds": seconds}
+    suite.write(file, {"speeds": [*kept, new]})
+    return seconds
 
 
 def _with(recipe: Recipe, **changes: Any) -> Recipe:
