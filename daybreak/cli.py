@@ -522,7 +522,8 @@ def compare(
     measured = given is not None and given.kind == "seconds"
     _show(view.tables(found))
     print(*view.sentences(found, measured), sep="\n")
-    view.write(found, budget, measured, out)
+    if kept := view.write(found, budget, measured, out):
+        print(f"what stood there of another comparison: {kept}")
     print(f"comparison: {out / 'README.md'}")
     if record is not None:
         view.record(found, budget, measured, record)

@@ -201,6 +201,35 @@ def test_a_network_of_unknown_size_costs_unknown_flops(tiny: Path, tmp_path: Pat
     assert kept["arms"][0]["flops"] is None
 
 
+def test_the_page_of_another_comparison_is_kept_and_that_of_the_same_replaced(
+    found: Comparison, tmp_path: Path
+) -> None:
+    out = tmp_path / "out"
+    record.write(found, "200images", False, out)
+    first = (out / "README.md").read_text()
+    record.write(found, "200images", False, out, ["again"])
+    assert "- again" in (out / "README.md").read_text()
+    assert not (out / "earlier").exists()
+    record.write(found, "400images", False, out)
+    record.write(found, "800images", False, out)
+    names = ["README.md", "chart.png", "comparison.json"]
+    for number in "12":
+        kept = out / "earlier" / number
+        assert sorted(path.name for path in kept.iterdir()) == names
+    budgets = [
+        json.loads((folder / "comparison.json").read_text())["question"]["budget"]
+        for folder in (out / "earlier/1", out / "earlier/2", out)
+    ]
+    assert budgets == ["200images", "400images", "800images"]
+    assert first.splitlines()[0] in (out / "earlier/1/README.md").read_text()
+
+
+def test_a_page_that_nobody_here_has_written_is_kept(found: Comparison, tmp_path: Path) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    record.write(found, None, False, tmp_path)
+    assert (tmp_path / "earlier/1/README.md").read_text() == "mine"
+
+
 def test_a_record_is_not_written_over_another(found: Comparison, tmp_path: Path) -> None:
     (tmp_path / "record").mkdir()
     record.check(tmp_path / "record")

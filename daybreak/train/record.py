@@ -11,6 +11,7 @@ Which rules of docs/speedrun.md an arm does not keep is said in it, as far as a 
 """
 
 import gzip
+import itertools
 import json
 import math
 import sys
@@ -33,6 +34,7 @@ from daybreak.train.compare import Comparison, Outcome, Row, Versus
 UNITS = {"pictures": "pictures seen", "flops": "FLOP", "seconds": "seconds of training"}
 SHORT = {"pictures": "pictures", "flops": "FLOP", "seconds": "s"}
 
+PAGE = ("README.md", "comparison.json", "chart.png")
 SEEDS, PROMPTS, CALLS, SURE = 7, 200, 50, 0.01  # of a record: docs/speedrun.md
 
 
@@ -325,12 +327,16 @@ def _flops(recipe: Recipe) -> float | None:
 
 def write(
     found: Comparison, budget: str | None, measured: bool, out: Path, more: Sequence[str] = ()
-) -> None:
+) -> Path | None:
     """Write comparison.json, chart.png and README.md, with `more` sentences in it.
+
+    What another comparison left there, for several may share their runs, is moved to earlier/1, 2
+    and so on, which is returned.
 
     Errors  BadStorage.
     """
     everything, drawn = facts(found, budget), picture(found)
+    earlier = _set_aside(out, everything)
     suite.write(out / "comparison.json", _finite(everything))
     said = [*sentences(found, measured), *more]
     page = _page(found, everything, said, charted=drawn is not None)
@@ -342,6 +348,38 @@ def write(
             grid.save(drawn, out / "chart.png", {"metric": found.question.metric})
     except OSError as error:
         raise BadStorage(f"cannot write {out}: {error.strerror}") from error
+    return earlier
+
+
+def _set_aside(out: Path, new: Mapping[str, Any]) -> Path | None:
+    """Move the page of another comparison out of the way; the same one goes on and is replaced."""
+    there = [out / name for name in PAGE if (out / name).exists()]
+    if not there or _subject(_read(out / "comparison.json")) == _subject(new):
+        return None
+    places = (out / "earlier" / str(number) for number in itertools.count(1))
+    place = next(place for place in places if not place.exists())
+    try:
+        place.mkdir(parents=True)
+        for path in there:
+            path.rename(place / path.name)
+    except OSError as error:
+        raise BadStorage(f"cannot write {out}: {error.strerror}") from error
+    return place
+
+
+def _read(file: Path) -> dict[str, Any]:
+    """A page's numbers; none if there are none that can be read."""
+    try:
+        found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found
+
+
+def _subject(facts: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a comparison is about; more seeds are still the same one."""
+    arms = [(arm["name"], arm["recipe"]) for arm in facts.get("arms", ())]
+    return facts.get("question"), arms
 
 
 def record(found: Comparison, budget: str | None, measured: bool, folder: Path) -> None:
