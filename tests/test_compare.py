@@ -1,5 +1,6 @@
 """Comparisons: the clock, what follows from results, and whether the instrument can be trusted."""
 
+import csv
 import json
 import math
 from collections.abc import Callable, Sequence
@@ -455,6 +456,10 @@ def test_one_command_trains_compares_and_records(
         assert [arm["pictures"] for arm in kept["arms"]] == [48, 48]
         assert kept["question"]["budget"] == "48images"
         assert (folder / "chart.png").is_file()
+        with (folder / "runs.csv").open(newline="") as file:
+            rows = list(csv.DictReader(file))
+        assert [(row["seed"], row["step"]) for row in rows] == [("3", "6"), ("4", "6")] * 2
+        assert all(float(row["validation.loss"]) > 0 for row in rows)
     assert len(list((tmp_path / "r" / "logs").iterdir())) == 8
 
 

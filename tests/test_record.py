@@ -1,5 +1,6 @@
 """What a comparison leaves behind: tables, sentences, and a record that others can check."""
 
+import csv
 import gzip
 import json
 import math
@@ -212,7 +213,7 @@ def test_the_page_of_another_comparison_is_kept_and_that_of_the_same_replaced(
     assert not (out / "earlier").exists()
     record.write(found, "400images", False, out)
     record.write(found, "800images", False, out)
-    names = ["README.md", "chart.png", "comparison.json"]
+    names = ["README.md", "chart.png", "comparison.json", "runs.csv"]
     for number in "12":
         kept = out / "earlier" / number
         assert sorted(path.name for path in kept.iterdir()) == names
@@ -228,6 +229,35 @@ def test_a_page_that_nobody_here_has_written_is_kept(found: Comparison, tmp_path
     (tmp_path / "README.md").write_text("mine")
     record.write(found, None, False, tmp_path)
     assert (tmp_path / "earlier/1/README.md").read_text() == "mine"
+
+
+def test_every_run_has_a_row_to_plot(tiny: Path, tmp_path: Path) -> None:
+    found = comparison(config.load(tiny), tmp_path / "runs")
+    first, second = (
+        row._replace(
+            outcomes=[
+                one._replace(step=10, values={"scenes.exact": one.value, "scenes.two": 0.25})
+                for one in row.outcomes
+            ]
+        )
+        for row in found.rows
+    )
+    lost = second.outcomes[0]._replace(step=0, seconds=0.0, values={})
+    second = second._replace(outcomes=[lost, *second.outcomes[1:]])
+    record.write(found._replace(rows=[first, second]), None, False, tmp_path / "out")
+    with (tmp_path / "out/runs.csv").open(newline="") as file:
+        read = list(csv.DictReader(file))
+    assert len(read) == 10
+    assert read[0] == {
+        "arm": "base",
+        "seed": "3",
+        "step": "10",
+        "scenes.exact": "0.5",
+        "scenes.two": "0.25",
+        "seconds": "2.0",
+        "images_per_second": "40.0",
+    }
+    assert list(read[5].values()) == ["dit.width=64", "3", "0", "", "", "0.0", ""]
 
 
 def test_a_record_is_not_written_over_another(found: Comparison, tmp_path: Path) -> None:

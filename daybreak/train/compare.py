@@ -20,7 +20,7 @@ Source  evaluate/statistics, where the tests are named; rules of the clock: docs
 import json
 import math
 import statistics as averages
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,8 +58,8 @@ class Outcome(NamedTuple):
     The way is that at the last resolution alone: values of smaller pictures are others. `wall` runs
     from when the first step could begin to the end of the last one, compilation and all that lies
     between steps in it; start-up, pauses between sessions and what follows the last step are not.
-    `passed` holds each question of scenes with its answer, for McNemar. A run that diverged has the
-    value NaN.
+    `passed` holds each question of scenes with its answer, for McNemar; `step` is the last one, and
+    `values` is every metric after it. A run that diverged has the value NaN, and no others.
     """
 
     run: Run
@@ -68,6 +68,8 @@ class Outcome(NamedTuple):
     seconds: float  # of training
     wall: float
     passed: dict[str, bool]
+    step: int = 0
+    values: Mapping[str, float] = {}
 
 
 class Row(NamedTuple):
@@ -158,6 +160,8 @@ def read(run: Run, question: Question) -> Outcome:
         seconds[-1] if seconds else 0.0,
         float(steps[-1]["seconds"]) if steps else 0.0,
         _passed(run, metric) if done else {},
+        len(steps),
+        {name: evaluations.value(taken[-1], name) for name in taken[-1]["values"]} if done else {},
     )
 
 

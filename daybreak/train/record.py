@@ -2,6 +2,7 @@
 
     RECORD/README.md            table, verdicts, machine, code, command
     RECORD/comparison.json      every number of it
+    RECORD/runs.csv             a row for each run
     RECORD/chart.png            the way there, and the differences
     RECORD/recipes/             each arm's recipe, ready to train
     RECORD/logs/                metrics of each run, and its evaluations; compressed
@@ -10,6 +11,7 @@ A record holds every run of every arm. Verdicts are those of the tests, whatever
 Which rules of docs/speedrun.md an arm does not keep is said in it, as far as a program can know.
 """
 
+import csv
 import gzip
 import itertools
 import json
@@ -34,7 +36,7 @@ from daybreak.train.compare import Comparison, Outcome, Row, Versus
 UNITS = {"pictures": "pictures seen", "flops": "FLOP", "seconds": "seconds of training"}
 SHORT = {"pictures": "pictures", "flops": "FLOP", "seconds": "s"}
 
-PAGE = ("README.md", "comparison.json", "chart.png")
+PAGE = ("README.md", "comparison.json", "runs.csv", "chart.png")
 SEEDS, PROMPTS, CALLS, SURE = 7, 200, 50, 0.01  # of a record: docs/speedrun.md
 
 
@@ -328,7 +330,7 @@ def _flops(recipe: Recipe) -> float | None:
 def write(
     found: Comparison, budget: str | None, measured: bool, out: Path, more: Sequence[str] = ()
 ) -> Path | None:
-    """Write comparison.json, chart.png and README.md, with `more` sentences in it.
+    """Write comparison.json, runs.csv, chart.png and README.md, with `more` sentences in it.
 
     What another comparison left there, for several may share their runs, is moved to earlier/1, 2
     and so on, which is returned.
@@ -342,6 +344,8 @@ def write(
     page = _page(found, everything, said, charted=drawn is not None)
     try:
         (out / "README.md").write_text(page, encoding="utf-8")
+        with (out / "runs.csv").open("w", encoding="utf-8", newline="") as file:
+            csv.writer(file, lineterminator="\n").writerows(rows(found))
         if drawn is None:
             (out / "chart.png").unlink(missing_ok=True)
         else:
@@ -349,6 +353,24 @@ def write(
     except OSError as error:
         raise BadStorage(f"cannot write {out}: {error.strerror}") from error
     return earlier
+
+
+def rows(found: Comparison) -> list[list[Any]]:
+    """A head and each run: arm, seed, its last step, all metrics after it, and its pace.
+
+    What a run that diverged does not have is empty.
+    """
+    outcomes = [(row.arm.name, outcome) for row in found.rows for outcome in row.outcomes]
+    metrics = list(dict.fromkeys(name for _, outcome in outcomes for name in outcome.values))
+    made: list[list[Any]] = [["arm", "seed", "step", *metrics, "seconds", "images_per_second"]]
+    for name, one in outcomes:
+        values = [one.values.get(metric, math.nan) for metric in metrics]
+        seen = runs.pictures_seen(one.run.recipe, one.step)
+        pace = seen / one.seconds if one.seconds else math.nan
+        numbers = [*values, round(one.seconds, 3), round(pace, 3)]
+        finite = ["" if math.isnan(number) else number for number in numbers]
+        made.append([name, one.run.recipe.seed, one.step, *finite])
+    return made
 
 
 def _set_aside(out: Path, new: Mapping[str, Any]) -> Path | None:
