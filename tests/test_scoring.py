@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from daybreak import config
-from daybreak.evaluate import geneval
+from daybreak.evaluate import geneval, scenes_suite
 from daybreak.failure import BadData, BadRecipe, Failure, NoCheckpoint
 from daybreak.train import loop, scoring
 from daybreak.train.scoring import Scored, Wanted
@@ -220,6 +220,47 @@ def test_pictures_of_the_training_are_remarked_upon(
     assert "is what this model was trained on" in said
     assert scoring.trained_on(recipe, other) == scoring.trained_on(recipe, None) == []
     assert scoring.trained_on(config.load(tiny), mine) == []
+
+
+def test_a_best_checkpoint_is_asked_other_than_what_chose_it_or_it_is_said(
+    tiny: Path, tmp_path: Path, prepared: Callable[..., Path]
+) -> None:
+    sets = ("seed=0", "stage.0.steps=2", "evaluate={every=1, pictures=32, best='validation.loss'}")
+    recipe = config.load(tiny, sets)
+    loop.train(recipe, lambda line: None)
+    run = Path(recipe.out)
+    other = score(run, tmp_path / "a", suite="validation", number=32, best=True)
+    assert kept(other)["examples_seed"] == 1, "those of seed 0 have chosen it"
+    assert kept(other)["remarks"] == []
+    assert kept(score(run, tmp_path / "a", suite="validation", number=32))["examples_seed"] == 0
+    same = score(run, tmp_path / "b", suite="validation", number=32, best=True, seed=0)
+    (said,) = kept(same)["remarks"]
+    assert "was chosen by validation.loss, asked some of the same" in said
+    assert "give another --seed" in said
+
+    held, other_data = (prepared([{"captions": [w]}] * 32, called=w) for w in ("red", "blue"))
+    on_data = config.parse(
+        recipe.model_dump()
+        | {"evaluate": {"every": 1, "best": "validation.loss", "data": str(held)}},
+        "here",
+    )
+    wanted = Wanted(suite="distribution", best=True, data=held)
+    assert "give other --data" in scoring.chosen_by(on_data, wanted, 0)[0]
+    assert scoring.chosen_by(on_data, wanted._replace(data=other_data), 0) == []
+    assert scoring.chosen_by(on_data, wanted._replace(best=False), 0) == []
+
+
+def test_scenes_that_chose_a_checkpoint_are_not_those_that_score_it(tiny: Path) -> None:
+    recipe = config.load(tiny, ("evaluate={every=5, suites=['scenes'], best='scenes.exact'}",))
+    wanted = Wanted(best=True)
+    assert scoring.chosen_by(recipe, wanted, 12345) == []
+    assert len(scoring.chosen_by(recipe, wanted, recipe.seed)) == 1, "asked for with --seed"
+    assert recipe.drawn is not None
+    chose, scores = (
+        [(item.seed, item.scene) for item in scenes_suite.tasks(recipe.drawn, seed, 20)]
+        for seed in (recipe.seed, 12345)
+    )
+    assert not any(one in chose for one in scores)
 
 
 def test_encoders_of_the_training_do_not_judge(tiny: Path) -> None:

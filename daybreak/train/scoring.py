@@ -174,13 +174,14 @@ def _score(
     together(here, lambda: chosen)
     model = model._replace(artist=_asking(here, model.artist))
     seed = int(model.artist.digest[:8], 16) if wanted.seed is None else wanted.seed
+    fixed = _fixed(model, wanted)
     tell = progress("drawn")
     if wanted.suite == "scenes":
         result = _scenes(model, wanted, seed, tell)
     elif wanted.suite == "validation":
-        result = _validation(folder, model, wanted, wanted.seed or FIXED)
+        result = _validation(folder, model, wanted, fixed)
     elif wanted.suite == "distribution":
-        found, cache = _examples(model, wanted), out / "reference"
+        found, cache = _examples(model, wanted, fixed), out / "reference"
         judges = _judges(model, wanted)
         result = distribution.distribution(model.artist, found, judges, cache, seed, tell)
     elif wanted.suite == "prompts":
@@ -202,7 +203,9 @@ def _score(
             seed,
             tell,
         )
-    result = result._replace(remarks=[*result.remarks, *trained_on(model.recipe, wanted.data)])
+    remarks = [*trained_on(model.recipe, wanted.data)]
+    remarks += chosen_by(model.recipe, wanted, seed if wanted.suite == "scenes" else fixed)
+    result = result._replace(remarks=[*result.remarks, *remarks])
     suite.write(path, suite.record(wanted.suite, model.artist, result, seed, about()))
     return Scored(path, result, _tables(wanted.suite, result))
 
@@ -237,15 +240,39 @@ def _plain(value: object) -> str:
 
 def trained_on(recipe: config.Recipe | None, data: Path | None) -> list[str]:
     """What has to be said of pictures to measure with that the model has been shown."""
-
-    def known(folder: Path) -> str | None:
-        file = folder / "manifest.json"
-        return disk.sha256(file) if file.is_file() else None
-
-    this = known(data) if data else None
-    if recipe is None or this is None or this not in map(known, recipe.data.paths):
+    this = _known(data)
+    if recipe is None or this is None or this not in map(_known, recipe.data.paths):
         return []
     return [f"{data} is what this model was trained on: whoever knows it by heart does best"]
+
+
+def chosen_by(recipe: config.Recipe | None, wanted: Wanted, seed: int) -> list[str]:
+    """What has to be said of a best checkpoint that is asked what it was chosen by.
+
+    Scenes are others for every seed; of a dataset some pictures are the same with any.
+    """
+    asked = recipe.evaluate if recipe and wanted.best else None
+    if recipe is None or asked is None or asked.best is None or wanted.suite not in suite.METRICS:
+        return []
+    on_scenes = wanted.suite == "scenes"
+    if on_scenes != asked.best.startswith("scenes."):  # prompts of one, pictures of the other
+        return []
+    if on_scenes or (asked.data is None and wanted.data is None):
+        same, remedy = seed == recipe.seed, "another --seed"
+    else:
+        ours = _known(Path(asked.data)) if asked.data else None
+        same, remedy = ours is not None and ours == _known(wanted.data), "other --data"
+    said = (
+        f"this checkpoint was chosen by {asked.best}, asked some of the same: it does better than "
+        f"it should; give {remedy}, or leave --best out"
+    )
+    return [said] if same else []
+
+
+def _known(folder: Path | None) -> str | None:
+    """What names a prepared dataset: the sha256 of its manifest."""
+    file = folder / "manifest.json" if folder else None
+    return disk.sha256(file) if file and file.is_file() else None
 
 
 def _chosen(folder: Path, wanted: Wanted) -> Checkpoint:
@@ -344,12 +371,20 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
 def _validation(folder: Path, model: Model, wanted: Wanted, seed: int) -> Result:
     if model.recipe is None or model.network is None:
         raise BadRecipe(f"{folder} is a pipeline of diffusers, whose loss is not known")
-    found = _examples(model, wanted)
+    found = _examples(model, wanted, seed)
     return suite.validate(model.network, found, model.recipe.flow.noise_scale, seed)
 
 
-def _examples(model: Model, wanted: Wanted) -> examples.Examples:
-    recipe, seed = model.recipe, wanted.seed or FIXED
+def _fixed(model: Model, wanted: Wanted) -> int:
+    """The seed of pictures to compare with: another one where that has chosen the checkpoint."""
+    if wanted.seed is not None:
+        return wanted.seed
+    chose = wanted.best and model.recipe is not None and model.recipe.seed == FIXED
+    return FIXED + 1 if chose and wanted.data is None else FIXED
+
+
+def _examples(model: Model, wanted: Wanted, seed: int) -> examples.Examples:
+    recipe = model.recipe
     if wanted.data is not None:
         side, unit = model.artist.side, model.artist.unit
         return examples.of_dataset(wanted.data, side, unit, seed, wanted.number)
