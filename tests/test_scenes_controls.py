@@ -12,7 +12,7 @@ from daybreak.data.scenes import Config, Demand, Scene
 from daybreak.data.scenes_captions import Specification, Wanted, parse
 from daybreak.evaluate import scenes_controls
 from daybreak.evaluate.scenes_controls import evaluate, search, table
-from daybreak.evaluate.scenes_suite import tasks
+from daybreak.evaluate.scenes_questions import tasks
 from daybreak.failure import BadRecipe
 from daybreak.train.dice import key
 

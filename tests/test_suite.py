@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from daybreak.data import scenes as drawn_scenes
-from daybreak.evaluate import examples, scenes_suite, suite, validation
+from daybreak.evaluate import examples, scenes_questions, suite, validation
 from daybreak.evaluate.artist import Artist, Pictures, ours
 from daybreak.evaluate.distances import Estimate
 from daybreak.evaluate.suite import Result
@@ -24,8 +24,8 @@ CONFIG = drawn_scenes.Config(canvas="32")
 def perfect(seed: int, per_task: int) -> Artist:
     """Draws for every prompt of a list the scene it was made from."""
     asked = [
-        *scenes_suite.tasks(CONFIG, seed, per_task),
-        *scenes_suite.held_out(CONFIG, seed, per_task),
+        *scenes_questions.tasks(CONFIG, seed, per_task),
+        *scenes_questions.held_out(CONFIG, seed, per_task),
     ]
     by_seed = {item.seed: item.scene for item in asked}
 
@@ -49,7 +49,7 @@ def test_an_artist_that_draws_what_is_asked_has_every_point() -> None:
     assert 0.8 < low < 1, "thirty pictures are no certainty either"
     assert {"single", "position", "H1", "H4", "shuffled", "ground_truth"} <= result.values.keys()
     assert not {"three", "size", "H5"} & result.values.keys(), "nothing of them was asked"
-    assert {*scenes_suite.names(CONFIG), "shuffled", "ground_truth"} == result.values.keys()
+    assert {*scenes_questions.names(CONFIG), "shuffled", "ground_truth"} == result.values.keys()
     assert result.values["single"].low < 0.6, "five pictures are no certainty"
     assert result.pictures == len(result.details["items"])
     assert all(item["passed"] for item in result.details["items"])
@@ -155,7 +155,7 @@ def test_a_record_holds_the_seed_and_the_rule_that_its_suite_has_used(model: Tex
     assert kept["examples_seed"] == 1
 
     kept = suite.record("scenes", by, suite.scenes(by, CONFIG, 7, 5), 7, {})
-    assert kept["seed_rule"] == scenes_suite.SEED_RULE
+    assert kept["seed_rule"] == scenes_questions.SEED_RULE
     start = int(np.random.Philox(key=kept["seed"]).random_raw() >> 2)
     assert kept["items"][0]["seed"] == start, "the first item has index 0"
 

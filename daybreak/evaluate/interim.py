@@ -88,13 +88,13 @@ def side(config: Config, suite: str, scenes: scenes_data.Config | None, resoluti
 
 def names(config: Config, scenes: scenes_data.Config | None) -> list[str]:
     """Every metric that the suites of a run can measure: a canvas does not have all tasks."""
-    from daybreak.evaluate import distribution, scenes_suite, suite
+    from daybreak.evaluate import distribution, scenes_questions, suite
 
     found: list[str] = []
     for name in config.suites:
         if name == "scenes":
             assert scenes is not None
-            values = scenes_suite.names(scenes)
+            values = scenes_questions.names(scenes)
         elif name == "distribution":
             values = distribution.names(config.features or "scenes")
         else:

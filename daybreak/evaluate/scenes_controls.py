@@ -29,7 +29,8 @@ from daybreak.data.scenes import Config, Demand, Thing
 from daybreak.data.scenes_captions import COLOURS, OPPOSITE, Specification, parse
 from daybreak.evaluate import scenes_diagnosis
 from daybreak.evaluate.scenes_checker import Detection, detect, judge
-from daybreak.evaluate.scenes_suite import SCORED, Generate, Item, Pictures, held_out, tasks
+from daybreak.evaluate.scenes_questions import SCORED, Item, held_out, tasks
+from daybreak.evaluate.scenes_suite import Generate, Pictures
 from daybreak.evaluate.statistics import cluster_bootstrap, wilson
 from daybreak.failure import BadRecipe
 

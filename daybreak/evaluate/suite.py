@@ -29,7 +29,7 @@ from daybreak.data import disk
 from daybreak.data import scenes as scenes_data
 from daybreak.data.batches import to_unit
 from daybreak.data.scenes import CANVASES, SPLITS
-from daybreak.evaluate import scenes_suite, validation
+from daybreak.evaluate import scenes_questions, scenes_suite, validation
 from daybreak.evaluate.artist import Artist, square
 from daybreak.evaluate.distances import Estimate
 from daybreak.evaluate.examples import Examples
@@ -43,7 +43,7 @@ Suite = Literal["validation", "scenes", "distribution"]  # what a run can be com
 LOWER = ("loss", "velocity", "image", "frechet", "kernel", "cmmd")  # what these begin is an error
 DISTANCES = ("frechet", "kernel", "cmmd", "precision", "recall", "density", "coverage")
 METRICS: dict[Suite, tuple[str, ...]] = {
-    "scenes": ("exact", *scenes_suite.TASKS, *SPLITS),
+    "scenes": ("exact", *scenes_questions.TASKS, *SPLITS),
     "validation": tuple(validation.values(validation.Summary(0.0, (0.0,) * 3, (0.0,) * 3))),
     "distribution": DISTANCES,
 }
@@ -80,7 +80,7 @@ def scenes(
             f"scenes of canvas {config.canvas!r} are {size} px and the model draws {artist.side} "
             f"px: give --resolution {size}, or the canvas it was trained for"
         )
-    asked = (len(scenes_suite.TASKS) + len(config.held_out)) * per_task
+    asked = (len(scenes_questions.TASKS) + len(config.held_out)) * per_task
     ranks = dist.get_world_size() if dist.is_initialized() else 1
     workers = 1 if asked < FEW else max(1, host.cores() // ranks)
     found = scenes_suite.evaluate(square(artist), config, seed, per_task, progress, workers)

@@ -28,7 +28,8 @@ import torch
 
 from daybreak.config import Recipe
 from daybreak.data import disk
-from daybreak.evaluate import scenes_suite, statistics, suite
+from daybreak.evaluate import statistics, suite
+from daybreak.evaluate.scenes_questions import SCORED
 from daybreak.evaluate.statistics import McNemar, Paired, Race, Reached, Verdict
 from daybreak.failure import BadStorage, NotFinite
 from daybreak.train import arms as plan
@@ -207,7 +208,7 @@ def _passed(run: Run, metric: str) -> dict[str, bool]:
     def counts(item: dict[str, Any]) -> bool:
         if item["split"] is not None:
             return bool(item["split"] == value)
-        return item["task"] == value or (value == "exact" and item["task"] in scenes_suite.SCORED)
+        return item["task"] == value or (value == "exact" and item["task"] in SCORED)
 
     return {
         f"{item['task']} {item['split']} {item['seed']} {item['prompt']}": bool(item["passed"])
