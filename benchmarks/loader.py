@@ -35,7 +35,7 @@ import torch
 from PIL import Image
 
 from daybreak import config
-from daybreak.data import batches, images, ingest, prepare
+from daybreak.data import batches, images, ingest, loader, prepare
 from daybreak.data.plan import Slot
 from daybreak.data.prepared import Prepared, crop
 from daybreak.train import loop
@@ -93,7 +93,7 @@ def reading(source: Prepared, side: int, seconds: float, read: Callable[[Slot], 
 def batching(source: Prepared, side: int, seconds: float) -> float:
     """Pictures per second that the loop would get, as floats, from the main process alone."""
     data = batches.Config(source="prepared", workers=0)
-    stream = batches.stream(source, data, 0, side, 8, first=0, count=10**6)
+    stream = loader.stream(source, data, 0, side, 8, first=0, count=10**6)
     next(stream)
     done, began = 0, time.process_time()
     for batch in stream:

@@ -33,7 +33,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from turns import in_turn, now, write
 
 from daybreak import config
-from daybreak.data import batches
+from daybreak.data import batches, loader
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
@@ -155,7 +155,7 @@ def measured(recipe: config.Recipe, batch: int | None, rounds: int) -> dict[str,
             for here in (alone, one)
         )
         share = batch or stage.batch
-        stream = batches.stream(
+        stream = loader.stream(
             source,
             recipe.data,
             recipe.seed,

@@ -44,7 +44,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from turns import now, write
 
 from daybreak import config
-from daybreak.data import batches
+from daybreak.data import batches, loader
 from daybreak.model import product, text
 from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
@@ -232,7 +232,7 @@ def measured(
             lambda _, __, text: words.append(text.tokens.shape[1])
         )
         for stage in recipe.stage:
-            stream = batches.stream(
+            stream = loader.stream(
                 source, recipe.data, recipe.seed, stage.resolution, stage.batch,
                 first=0, count=SETTLE + steps, device=here.device, expect=expect,
                 world=here.size,

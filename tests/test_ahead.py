@@ -12,7 +12,7 @@ from types import FrameType
 import pytest
 
 from daybreak.data import ahead as module
-from daybreak.data import batches, scenes
+from daybreak.data import batches, loader, scenes
 from daybreak.data.ahead import ahead
 from daybreak.data.plan import Slot
 from daybreak.data.prepared import Sample
@@ -159,7 +159,7 @@ def test_batches_left_early_leave_no_thread_and_no_worker(workers: int) -> None:
     source = batches.Scenes(scenes.Config(canvas="32"), seed=5)
     config = batches.Config(source="scenes", workers=workers)
     before = multiprocessing.active_children()
-    stream = batches.stream(source, config, 5, 32, batch=4, first=0, count=1000)
+    stream = loader.stream(source, config, 5, 32, batch=4, first=0, count=1000)
     assert next(stream).first == 0
     assert len(fetching()) == 1
     assert len(multiprocessing.active_children()) == len(before) + workers
@@ -182,7 +182,7 @@ def test_a_slow_picture_is_waited_for_longer_than_workers_are_trusted(workers: i
     """A worker that says nothing for a while is looked after, and then waited for again."""
     config, told = batches.Config(source="scenes", workers=workers), list[float]()
     here, there = (
-        list(batches.stream(source, config, 5, 32, batch=4, first=0, count=14, late=told.append))
+        list(loader.stream(source, config, 5, 32, batch=4, first=0, count=14, late=told.append))
         for source in (
             batches.Scenes(scenes.Config(canvas="32"), seed=5),
             Slow(scenes.Config(canvas="32"), seed=5),

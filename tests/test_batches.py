@@ -1,65 +1,21 @@
-"""Batches: the same pictures at the same places, whoever asks and however many help."""
+"""Batches: the same pictures at the same places, whoever asks."""
 
 import math
-import os
-import re
-import signal
-import subprocess
-import sys
-import time
 from collections import Counter
-from collections.abc import Callable, Sequence
-from itertools import islice
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 
-from daybreak.data import batches, scenes
-from daybreak.data.plan import Slot
+from daybreak.data import batches, loader
 from daybreak.data.prepared import Sample
-from daybreak.failure import BadData, BadRecipe, LostPeer
+from daybreak.failure import BadData, BadRecipe
 
 Write = Callable[..., Path]
-SCENES = scenes.Config(canvas="32")
 RECORDED_ROWS = [6, 1, 6, 4, 5, 0, 3, 7, 2, 3, 4, 5]
-
-
-def read(
-    config: batches.Config, source: batches.Pictures, done: int = 0, count: int = 3
-) -> list[batches.Batch]:
-    return list(batches.stream(source, config, 5, 32, batch=4, first=0, count=count, done=done))
-
-
-def test_workers_change_nothing() -> None:
-    source = batches.Scenes(SCENES, seed=5)
-    here = read(batches.Config(source="scenes", workers=0), source)
-    there = read(batches.Config(source="scenes", workers=2), source)
-    for one, other in zip(here, there, strict=True):
-        assert torch.equal(one.image, other.image)
-        assert one.captions == other.captions
-        assert one.first == other.first
-
-
-def test_a_plan_taken_up_later_is_the_rest_of_the_plan() -> None:
-    config = batches.Config(source="scenes", workers=0)
-    source = batches.Scenes(SCENES, seed=5)
-    assert torch.equal(
-        read(config, source)[2].image, read(config, source, done=2, count=1)[0].image
-    )
-
-
-def test_pictures_arrive_in_minus_one_to_one_with_their_captions() -> None:
-    source = batches.Scenes(SCENES, seed=5)
-    batch = read(batches.Config(source="scenes", workers=0, empty_captions=0), source)[1]
-    expected = scenes.sample(SCENES, 5, 4)
-    assert batch.image.shape == (4, 3, 32, 32)
-    restored = (batch.image[0].permute(1, 2, 0) + 1) * 127.5
-    np.testing.assert_allclose(restored.numpy(), expected.image, atol=1e-3)
-    assert batch.captions[0] == expected.caption
 
 
 def test_every_epoch_of_a_folder_holds_each_picture_once(pictures: Path) -> None:
@@ -90,167 +46,11 @@ def test_captions_are_chosen_by_weight_and_dropped_by_share(tmp_path: Path) -> N
         workers=0,
     )
     source = batches.Folder(tmp_path, 1, config.caption_columns)
-    stream = batches.stream(source, config, 1, 8, batch=100, first=0, count=20)
+    stream = loader.stream(source, config, 1, 8, batch=100, first=0, count=20)
     counts = Counter(caption for batch in stream for caption in batch.captions)
     assert counts.keys() == {"x", "y, z", ""}
     assert abs(counts[""] / 2000 - 0.2) < 0.04
     assert abs(counts["x"] / (counts["x"] + counts["y, z"]) - 0.75) < 0.04
-
-
-def test_workers_look_as_far_ahead_as_memory_allows() -> None:
-    picture = 3 * 512**2
-    assert batches.foresight(0, 32, 512) is None
-    assert batches.foresight(8, 32, 512) == batches.FORESIGHT
-    assert batches.foresight(8, 256, 512) == 1
-    assert batches.foresight(16, 2**14, 1024) == 1
-    for workers in (1, 2, 5, 8, 64):
-        for share in (1, 7, 100, 300, 1000):
-            ahead = batches.foresight(workers, share, 512)
-            assert ahead is not None
-            assert 1 <= ahead <= batches.FORESIGHT
-            assert ahead == 1 or ahead * workers * share * picture <= batches.UNDERWAY
-            more = (ahead + 1) * workers * share * picture
-            assert ahead == batches.FORESIGHT or more > batches.UNDERWAY
-
-
-def test_ctrl_c_while_a_worker_starts_is_not_meant_for_it() -> None:
-    """Where workers are not forked (macOS), they are in the terminal's group for seconds."""
-    code = """if True:
-        import multiprocessing, os, signal, threading
-        multiprocessing.set_start_method("spawn")
-        from daybreak.data import batches, scenes
-        heard = []
-        signal.signal(signal.SIGINT, lambda *_: heard.append(1))
-        threading.Timer(0.7, os.killpg, (0, signal.SIGINT)).start()
-        config = batches.Config(source="scenes", workers=1)
-        stream = batches.stream(
-            batches.Scenes(scenes.Config(), 5), config, 5, 32, batch=4, first=0, count=3
-        )
-        print(len(list(stream)), len(heard))
-    """
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        capture_output=True,
-        text=True,
-        check=False,
-        start_new_session=True,
-    )
-    assert (done.stdout, done.returncode) == ("3 1\n", 0), done.stderr
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_vanishes_is_named(pictures: Path, workers: int) -> None:
-    config = batches.Config(source=str(pictures), workers=workers)
-    source = batches.Folder(pictures, seed=1)
-    (pictures / "3.png").unlink()
-    with pytest.raises(BadData, match=r"3\.png"):
-        list(batches.stream(source, config, 1, 32, batch=8, first=0, count=1))
-
-
-SHAPES = ("64x64", "32x128", "128x32")
-
-
-def rows(count: int) -> list[dict[str, Any]]:
-    """Pictures of three shapes, taller or wider than they need be, each with its own caption."""
-    return [
-        {"bucket": SHAPES[number % 3], "captions": [f"number {number}"]} for number in range(count)
-    ]
-
-
-def damaged(count: int, *bad: int) -> list[dict[str, Any]]:
-    made = rows(count)
-    for number in bad:
-        made[number] |= {"image": {"bytes": b"", "path": None}, "where": f"photos/{number}.jpg"}
-    return made
-
-
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-def test_any_ranks_and_workers_make_the_same_global_batches(prepared: Write) -> None:
-    folder = str(prepared(rows(40), shards=3))
-    made: dict[tuple[int, int], list[tuple[list[str], torch.Tensor, int]]] = {}
-    for world in (1, 2, 4):
-        for workers in (0, 1, 3):
-            config = batches.Config(source=folder, workers=workers, mirrored=0.5)
-            source = batches.pictures(config, None, 9, patch=16)
-            ranks = [
-                list(
-                    batches.stream(
-                        source, config, 9, 64, 4, first=12, count=14, rank=rank, world=world
-                    )
-                )
-                for rank in range(world)
-            ]
-            assert all(len(part.image) == 4 // world for rank in ranks for part in rank)
-            assert [rank[0].first for rank in ranks] == [12 + 4 // world * r for r in range(world)]
-            made[world, workers] = [
-                (
-                    [caption for part in parts for caption in part.captions],
-                    torch.cat([part.image for part in parts]),
-                    parts[0].first,
-                )
-                for parts in zip(*ranks, strict=True)
-            ]
-    expected = made[1, 0]
-    assert {tuple(image.shape[2:]) for _, image, _ in expected} == {(64, 64), (32, 128), (128, 32)}
-    for batch in made.values():
-        for (captions, image, first), (captions0, image0, first0) in zip(
-            batch, expected, strict=True
-        ):
-            assert captions == captions0
-            assert torch.equal(image, image0)
-            assert first == first0
-
-
-def test_a_stage_taken_up_in_the_middle_meets_the_rest_of_its_batches(prepared: Write) -> None:
-    config = batches.Config(source=str(prepared(rows(20))), workers=0)
-    source = batches.pictures(config, None, 9, patch=16)
-    whole = list(batches.stream(source, config, 9, 64, 4, first=0, count=12))
-    rest = list(batches.stream(source, config, 9, 64, 4, first=0, count=5, done=7))
-    for one, other in zip(whole[7:], rest, strict=True):
-        assert torch.equal(one.image, other.image)
-        assert (one.captions, one.first) == (other.captions, other.first)
-
-
-@pytest.mark.parametrize("workers", [0, 1])
-def test_a_picture_that_cannot_be_read_is_replaced_counted_and_named_once(
-    prepared: Write, workers: int
-) -> None:
-    folder = str(prepared(damaged(24, 4)))
-    config = batches.Config(source=folder, workers=workers, empty_captions=0)
-    source = batches.pictures(config, None, 9, patch=16)
-    stream = list(batches.stream(source, config, 9, 64, 4, first=0, count=12))
-    assert all(len(batch.image) == len(batch.captions) == 4 for batch in stream)
-    said = [caption for batch in stream for caption in batch.captions]
-    assert "number 4" not in said
-    assert len(set(said)) == 23
-    assert sum(batch.substituted for batch in stream) == 2  # in two passes
-    complaints = [complaint for batch in stream for complaint in batch.complaints]
-    assert len(complaints) == 1
-    assert "photos/4.jpg" in complaints[0]
-
-
-def test_too_many_pictures_that_cannot_be_read_end_in_a_list_of_ten(prepared: Write) -> None:
-    folder = str(prepared(damaged(60, *range(0, 60, 2))))
-    config = batches.Config(source=folder, workers=0)
-    source = batches.pictures(config, None, 9, patch=16)
-    with pytest.raises(BadData, match=r"samples could not be read, more than 1%") as caught:
-        list(batches.stream(source, config, 9, 64, 4, first=0, count=60))
-    assert len(re.findall(r"photos/\d+\.jpg", str(caught.value))) == 10
-
-
-def test_pictures_are_mirrored_by_their_share() -> None:
-    class Half(batches.Scenes):
-        """Dark on the left, bright on the right."""
-
-        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
-            picture = np.zeros((slots[0].height, slots[0].width, 3), np.uint8)
-            picture[:, slots[0].width // 2 :] = 255
-            return [Sample(picture, "")] * len(slots)
-
-    config = batches.Config(source="folder", workers=0, mirrored=0.3)
-    stream = batches.stream(Half(SCENES, 5), config, 5, 8, batch=100, first=0, count=20)
-    turned = sum(int((batch.image[:, 0, 0, 0] > 0).sum()) for batch in stream)
-    assert abs(turned / 2000 - 0.3) < 0.04
 
 
 @pytest.mark.parametrize(
@@ -269,115 +69,30 @@ def test_what_makes_no_sense_is_refused_in_the_recipe(config: dict[str, Any], sa
 
 
 def test_captions_chosen_twice_are_refused(prepared: Write) -> None:
-    folder = str(prepared(rows(3)))
+    folder = str(prepared([{}] * 3))
     config = batches.Config(source=folder, caption_columns=(("text", 1.0),))
     with pytest.raises(BadRecipe, match="caption_columns is for pictures that are not prepared"):
         batches.pictures(config, None, 0, patch=16)
 
 
 def test_what_is_mixed_must_be_prepared(prepared: Write, pictures: Path) -> None:
-    folder = str(prepared(rows(3)))
+    folder = str(prepared([{}] * 3))
     config = batches.Config(source=((folder, 1.0), (str(pictures), 1.0)))
     with pytest.raises(BadRecipe, match="pictures is not prepared"):
         batches.pictures(config, None, 0, patch=16)
 
 
 def test_datasets_are_mixed_by_the_weights_of_the_recipe(prepared: Write) -> None:
-    few = str(prepared(rows(6), called="few"))
+    few = str(prepared([{"captions": ["one"]}] * 6, called="few"))
     many = str(prepared([{"captions": ["another"]}] * 60, called="many"))
     config = batches.Config(source=((few, 3.0), (many, 1.0)), workers=0, empty_captions=0)
     source = batches.pictures(config, None, 0, patch=16)
     said = [
         caption
-        for batch in batches.stream(source, config, 0, 64, 6, first=0, count=100)
+        for batch in loader.stream(source, config, 0, 64, 6, first=0, count=100)
         for caption in batch.captions
     ]
     assert abs(said.count("another") / len(said) - 0.25) < 0.03
-
-
-def test_a_worker_that_is_killed_is_named_at_once() -> None:
-    class Slow(batches.Scenes):
-        """Says who draws, and takes its time."""
-
-        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
-            time.sleep(0.2)
-            return [Sample(np.zeros((32, 32, 3), np.uint8), str(os.getpid()))] * len(slots)
-
-    config = batches.Config(source="scenes", workers=1, empty_captions=0)
-    stream = batches.stream(Slow(SCENES, 5), config, 5, 32, batch=4, first=0, count=1000)
-    victim = int(next(stream).captions[0])
-    assert victim != os.getpid()
-    os.kill(victim, signal.SIGKILL)
-    began = time.monotonic()
-    with pytest.raises(LostPeer, match=str(victim)) as caught:
-        list(islice(stream, 20))
-    assert time.monotonic() - began < 8
-    assert caught.value.code == 6
-
-
-class Loader:
-    """Does what it is told, batch by batch."""
-
-    def __init__(self, *does: Exception | None) -> None:
-        self.does = iter(does)
-
-    def __iter__(self) -> "Loader":
-        return self
-
-    def __next__(self) -> batches.Stacked:
-        if failure := next(self.does):
-            raise failure
-        return torch.zeros(1, 8, 8, 3, dtype=torch.uint8), [""], []
-
-
-RESET = ConnectionResetError(104, "Connection reset by peer")
-DEAD = RuntimeError("DataLoader worker (pid(s) 71) exited unexpectedly")
-SILENT = RuntimeError("DataLoader timed out after 1 seconds")
-
-
-def test_a_worker_that_is_killed_while_it_sends_is_named() -> None:
-    with pytest.raises(LostPeer, match=r"pid\(s\) 71"):
-        list(batches._arriving(Loader(None, RESET, DEAD)))
-
-
-@pytest.mark.parametrize("then", [(None,), ()], ids=["another", "the end"])
-def test_a_batch_that_is_lost_on_its_way_is_never_passed_over(then: tuple[None, ...]) -> None:
-    arriving = batches._arriving(Loader(None, RESET, *then))
-    next(arriving)
-    with pytest.raises(LostPeer, match="has not arrived"):
-        next(arriving)
-
-
-def test_a_worker_that_is_silent_is_waited_for_and_not_for_ever(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    assert len(list(batches._arriving(Loader(SILENT, SILENT, None)))) == 1
-    monkeypatch.setattr(batches, "PATIENCE", 0.0)
-    with pytest.raises(LostPeer, match="timed out"):
-        list(batches._arriving(Loader(SILENT, None)))
-
-
-def test_bytes_become_the_same_floats_with_numpy_as_with_torch() -> None:
-    pixels = (
-        torch.arange(256, dtype=torch.uint8).repeat(2 * 3 * 8 * 8).view(4, 64, 32, 12)[..., 3:6]
-    )
-    floats = batches.to_unit(pixels)
-    assert torch.equal(floats, pixels.permute(0, 3, 1, 2).float().div(127.5).sub(1))
-    assert floats.is_contiguous()
-    assert (float(floats.min()), float(floats.max())) == (-1, 1)
-
-
-def test_a_worker_is_patient_with_a_step_that_takes_long(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(batches, "PATIENCE", 0.2)
-    arriving = batches._arriving(Loader(None, SILENT, None))
-    next(arriving)
-    time.sleep(0.3)  # in the step; the silence begins when the next batch is asked for
-    next(arriving)
-
-
-def test_what_is_no_fault_of_a_worker_is_not_laid_at_its_door() -> None:
-    with pytest.raises(RuntimeError, match="out of memory"):
-        next(batches._arriving(Loader(RuntimeError("CUDA error: out of memory"))))
 
 
 def test_a_folder_is_opened_with_the_caption_columns_of_the_recipe(tmp_path: Path) -> None:
@@ -421,70 +136,3 @@ def test_a_picture_that_is_kept_is_not_read_again(pictures: Path) -> None:
         np.testing.assert_array_equal(one.picture, other.picture)
     larger = source.samples(source.plan(24, batch=8, first=0)(0))
     assert all(isinstance(sample, BadData) for sample in larger), "of another size they are not"
-
-
-@pytest.mark.parametrize(
-    ("torn", "done", "fine"),
-    [
-        (range(11), 0, True),  # ten are spare, and one in a hundred
-        (range(12), 0, False),
-        (range(1000, 1012), 10, False),  # what was read before an interruption makes up for nothing
-    ],
-)
-def test_ten_pictures_and_one_in_a_hundred_may_fail(torn: range, done: int, fine: bool) -> None:
-    class Torn(batches.Scenes):
-        """Some cannot be read, and others stand in for them."""
-
-        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
-            said = ["torn" if slot.sample in torn else "" for slot in slots]
-            return [Sample(np.zeros((8, 8, 3), np.uint8), "", complaint) for complaint in said]
-
-    config = batches.Config(source="scenes", workers=0)
-    stream = batches.stream(Torn(SCENES, 5), config, 5, 8, 100, first=0, count=1, done=done)
-    if fine:
-        (batch,) = stream
-        assert (batch.substituted, batch.complaints) == (len(torn), ("torn",))
-    else:
-        with pytest.raises(BadData, match="12 of 100 samples could not be read"):
-            list(stream)
-
-
-def test_more_pictures_may_fail_as_more_are_read() -> None:
-    class Rare(batches.Scenes):
-        """One in every hundred cannot be read."""
-
-        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
-            torn = ["torn" if slot.sample % 100 == 99 else "" for slot in slots]
-            return [Sample(np.zeros((8, 8, 3), np.uint8), "", said) for said in torn]
-
-    config = batches.Config(source="scenes", workers=0)
-    stream = batches.stream(Rare(SCENES, 5), config, 5, 8, batch=100, first=0, count=30)
-    assert sum(batch.substituted for batch in stream) == 30
-
-
-def test_whether_a_picture_is_mirrored_says_nothing_about_its_caption() -> None:
-    class Half(batches.Scenes):
-        """Dark on the left, bright on the right."""
-
-        def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
-            picture = np.zeros((8, 8, 3), np.uint8)
-            picture[:, 4:] = 255
-            return [Sample(picture, "half")] * len(slots)
-
-    config = batches.Config(source="folder", workers=0, mirrored=0.5, empty_captions=0.5)
-    stream = batches.stream(Half(SCENES, 5), config, 5, 8, batch=100, first=0, count=20)
-    both = sum(
-        int(image[0, 0, 0] > 0) and not caption
-        for batch in stream
-        for image, caption in zip(batch.image, batch.captions, strict=True)
-    )
-    assert abs(both / 2000 - 0.25) < 0.04
-
-
-def test_captions_are_told_before_their_batch_comes() -> None:
-    heard: list[list[str]] = []
-    config = batches.Config(source="scenes", workers=0)
-    source = batches.Scenes(SCENES, 5)
-    stream = batches.stream(source, config, 5, 32, 4, first=0, count=3, expect=heard.append)
-    came = [batch.captions for batch in stream]
-    assert heard == came

@@ -1,4 +1,4 @@
-"""Which pictures make which batch, and how they get there.
+"""Which pictures make which batch.
 
 Global sample indices 0, 1, 2, ... count the samples of a run; batch k of a stage holds the next b
 of them. What stands at an index is a function of the seed: for `scenes` the index is the scene, for
@@ -6,50 +6,33 @@ a folder it is place `index mod n` in the shuffle of epoch `index div n`, for a 
 daybreak/data/plan.py decides. Worker count, restarts, the number of processes and the cut into
 micro-batches cannot change it, and resuming costs nothing.
 
-Caption choice, caption dropout, crop and mirroring are dice of the same (seed, index).
+Caption choice, caption dropout, crop and mirroring are dice of the same (seed, index). How batches
+get to the step that learns from them: daybreak/data/loader.py.
 
 Letters  b pictures of the batch, c channels.
 """
 
-import contextlib
 import hashlib
 import json
 import math
-import os
-import signal
-import time
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
-from functools import lru_cache, partial
-from multiprocessing import resource_tracker
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
-import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from daybreak.data import images, scenes, sources
-from daybreak.data.ahead import ahead
 from daybreak.data.plan import Slot
 from daybreak.data.prepared import Picture, Prepared, Sample, chosen, is_prepared, one_by_one
-from daybreak.failure import BadData, BadRecipe, LostPeer
+from daybreak.failure import BadData, BadRecipe
 from daybreak.train import dice
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures that one worker keeps
-SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: so many, and this share of all
-CHECK = 1.0  # seconds of silence after which the workers are looked after
-MOMENT = 0.2  # seconds until a process that was killed is known to be dead
-PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
-HUSH = 0.05  # seconds after which threads of an exchange that is over rest
-LAST = 19  # niceness of a worker beside a step on the same processor
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what train/stop hears
-READY = 2  # batches that lie received when a step asks for one
-FORESIGHT, UNDERWAY = 4, 2 * 2**30  # a worker's batches ahead, and the bytes of all workers' ones
 
 
 class Config(BaseModel):
@@ -266,228 +249,3 @@ def pictures(config: Config, scene: scenes.Config | None, seed: int, patch: int)
             "`daybreak prepare` on it"
         )
     return Folder(Path(raw[0]), seed, config.caption_columns)
-
-
-class _Samples(Dataset[Sample | BadData]):
-    """What a loader worker runs: slots to pictures and captions, the slice of a batch at once.
-
-    A failure travels as a value: raised in a worker, its sentence would arrive inside a traceback.
-    """
-
-    def __init__(self, source: Pictures, config: Config, seed: int) -> None:
-        self.source, self.config, self.seed = source, config, seed
-
-    def __getitems__(self, slots: list[Slot]) -> list[Sample | BadData]:
-        pairs = zip(slots, self.source.samples(slots), strict=True)
-        return [one if isinstance(one, BadData) else self._diced(slot, one) for slot, one in pairs]
-
-    def _diced(self, slot: Slot, sample: Sample) -> Sample:
-        """Leave the caption out, or turn the picture left to right, as the dice say."""
-        picture, caption, complaint = sample
-        if dice.fraction(self.seed, "empty", slot.sample) < self.config.empty_captions:
-            caption = ""
-        if dice.fraction(self.seed, "mirrored", slot.sample) < self.config.mirrored:
-            picture = picture[:, ::-1]
-        return Sample(picture, caption, complaint)
-
-
-# Pictures, captions, and complaints about those that could not be read. The pictures are bytes
-# (b, h, w, c), or what `to_unit` makes of them.
-Stacked = tuple[Tensor, list[str], list[str]] | BadData
-
-
-def _stack(samples: list[Sample | BadData]) -> Stacked:
-    """Make one batch of samples, or say the first thing that is wrong with them."""
-    good = [sample for sample in samples if isinstance(sample, Sample)]
-    if len(good) < len(samples):
-        return next(sample for sample in samples if isinstance(sample, BadData))
-    pixels, captions, complaints = zip(*good, strict=True)
-    return torch.from_numpy(np.stack(pixels)), list(captions), list(filter(None, complaints))
-
-
-def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
-    """Yield what the workers send. Errors: LostPeer, when one of them has died or hangs.
-
-    The loader looks after its workers whenever it has waited for CHECK seconds, and gives up; it
-    can be asked again. It begins in this thread (data/ahead), so that no signal of a dying worker
-    is raised in the middle of a step. Of a worker that is killed while it sends, only the broken
-    connection is seen at first; asked again a moment later, the loader names it.
-
-    Before Python 3.12 a forked worker can hang at its start if a thread of C++, as one of gloo's
-    that lets go of a tensor, asks for the interpreter's lock at that moment. So workers are forked
-    a while after the last exchange.
-    """
-    if dist.is_initialized():
-        time.sleep(HUSH)
-    with _deaf():
-        arriving, asked = iter(loader), time.monotonic()
-    broken: Exception | None = None
-    while True:
-        try:
-            stacked = next(arriving, None)
-        except (ConnectionError, EOFError) as error:
-            if broken:
-                raise
-            broken = error
-            time.sleep(MOMENT)
-            continue
-        except RuntimeError as error:
-            said = str(error)
-            if "DataLoader" not in said:
-                raise
-            if "timed out" in said and time.monotonic() - asked < PATIENCE:
-                continue
-            raise LostPeer(
-                f"a loader worker has died or hangs ({said.splitlines()[0]}): the same command "
-                "continues from the last checkpoint"
-            ) from error
-        if broken:  # nobody has died, and a batch is lost
-            raise LostPeer(
-                f"a batch has not arrived from its loader ({broken}): the same command continues "
-                "from the last checkpoint"
-            ) from broken
-        if stacked is None:
-            return
-        yield stacked
-        asked = time.monotonic()
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Keep signals to stop away from workers that are started here, until they have stepped aside.
-
-    One that is not forked takes seconds to come so far, and is in the terminal's group till then.
-    """
-    resource_tracker.ensure_running()  # before Python 3.13 its start ends by letting them through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _step_aside(niceness: int, _: int) -> None:
-    """Keep a worker out of the way of the step, and of signals meant for the main process.
-
-    Where the step itself needs the cores, one that a worker takes makes the others wait for it: so
-    it is given what nobody else wants (docs/performance.md).
-
-    In a process group of its own it does not hear a Ctrl-C or a kill of the whole group, after
-    which the main process still wants to save; it ends when its loader does.
-    """
-    os.setpgrp()
-    os.nice(niceness)
-    for number in STOPS:  # what came meanwhile was not meant for it
-        signal.signal(number, signal.SIG_IGN)
-    signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
-    for number in STOPS:
-        signal.signal(number, signal.SIG_DFL)
-    torch.set_num_threads(1)
-
-
-def to_unit(pixels: Tensor) -> Float[Tensor, "b c h w"]:
-    """Turn uint8 pictures (b, h, w, c) into floats in [-1, 1], channels first.
-
-    They are turned round while a pixel is a byte: four times faster than afterwards. On a CPU it is
-    NumPy that does it, for it needs no OpenMP: that would give the thread which receives batches a
-    team of its own, and with more threads than cores every barrier of the step is slept at.
-    """
-    if pixels.device.type == "cpu":
-        turned = np.ascontiguousarray(pixels.numpy().transpose(0, 3, 1, 2)).astype(np.float32)
-        turned /= 127.5
-        turned -= 1
-        return torch.from_numpy(turned)
-    return pixels.permute(0, 3, 1, 2).contiguous().float().div_(127.5).sub_(1)
-
-
-def _told(
-    arriving: Generator[Stacked], expect: Callable[[list[str]], object]
-) -> Generator[Stacked]:
-    """Say which captions come, in the thread that receives them."""
-    for stacked in arriving:
-        if not isinstance(stacked, BadData):
-            expect(stacked[1])
-        yield stacked
-
-
-def _as_floats(arriving: Generator[Stacked]) -> Generator[Stacked]:
-    """Turn pictures into floats in the thread that receives them."""
-    for stacked in arriving:
-        yield stacked if isinstance(stacked, BadData) else (to_unit(stacked[0]), *stacked[1:])
-
-
-def foresight(workers: int, share: int, resolution: int) -> int | None:
-    """How many batches each worker makes ahead: one at least, and few enough for the memory."""
-    if not workers:
-        return None
-    return max(1, min(FORESIGHT, UNDERWAY // (workers * share * 3 * resolution**2)))
-
-
-def stream(
-    source: Pictures,
-    config: Config,
-    seed: int,
-    resolution: int,
-    batch: int,
-    first: int,
-    count: int,
-    done: int = 0,
-    device: torch.device | str = "cpu",
-    rank: int = 0,
-    world: int = 1,
-    late: Callable[[float], object] = lambda _: None,
-    expect: Callable[[list[str]], object] = lambda _: None,
-) -> Generator[Batch]:
-    """Yield this rank's slice of `count` global batches of a stage, of which `done` were had.
-
-    `world` divides `batch`.
-
-    `first` is the global index of the stage's first sample; `late` hears now and then how many
-    seconds a batch has been waited for, and `expect`, in a thread of its own, the captions of those
-    that come next.
-
-    On a CPU the next batches are floats before they are asked for. Elsewhere they are received
-    ahead as pinned bytes, and become floats on the device in the caller's thread: that only queues
-    the copy, on the stream of the step that needs it, and no batch waits in the device's memory.
-
-    Errors  BadData, also from a worker, for a picture that cannot be read, or for too many of them;
-            LostPeer for a dead worker.
-    """
-    share = batch // world
-    plan = source.plan(resolution, batch, first)
-    here = torch.device(device).type == "cpu"
-    loader = DataLoader(
-        _Samples(source, config, seed),
-        batch_sampler=(
-            plan(number)[rank * share : (rank + 1) * share] for number in range(done, done + count)
-        ),
-        collate_fn=_stack,
-        num_workers=config.workers,
-        prefetch_factor=foresight(config.workers, share, resolution),
-        timeout=CHECK if config.workers else 0,
-        worker_init_fn=partial(_step_aside, LAST if here else 0),
-        pin_memory=torch.device(device).type == "cuda",
-    )
-    arriving = _told(_arriving(loader), expect)
-    arriving = _as_floats(arriving) if here else arriving
-    failed, told = 0, dict[str, None]()
-    for number, stacked in enumerate(ahead(arriving, READY, late), start=done):
-        if isinstance(stacked, BadData):
-            raise stacked
-        pixels, captions, complaints = stacked
-        failed += len(complaints)
-        read = (number + 1 - done) * share
-        if failed > SPARE + BUDGET * read:
-            raise BadData(
-                f"{failed} of {read} samples could not be read, more than {BUDGET:.0%}: "
-                + " ".join([*dict.fromkeys((*told, *complaints))][:SPARE])
-            )
-        new = dict.fromkeys(complaint for complaint in complaints if complaint not in told)
-        told |= new
-        yield Batch(
-            pixels if here else to_unit(pixels.to(device, non_blocking=True)),
-            captions,
-            first + number * batch + rank * share,
-            len(complaints),
-            tuple(new),
-        )

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from daybreak import host
 from daybreak.data import disk
 from daybreak.data import scenes as scenes_data
-from daybreak.data.batches import to_unit
+from daybreak.data.loader import to_unit
 from daybreak.data.scenes import CANVASES, SPLITS
 from daybreak.evaluate import scenes_questions, scenes_suite, validation
 from daybreak.evaluate.artist import Artist, square

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 
 from daybreak import config
-from daybreak.data import batches, disk
+from daybreak.data import batches, disk, loader
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.model.text_to_image import TextToImage
 from daybreak.optim import groups
@@ -363,7 +363,7 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
     for number, stage in enumerate(recipe.stage):
         had = min(stage.count, max(0, start - before))
         if had < stage.count:
-            stream = batches.stream(
+            stream = loader.stream(
                 run.source,
                 recipe.data,
                 recipe.seed,
