@@ -144,29 +144,6 @@ def test_every_bad_row_is_named_and_the_good_ones_are_read(tmp_path: Path) -> No
     ]
 
 
-def test_every_bad_line_of_csv_is_named(tmp_path: Path) -> None:
-    picture(tmp_path / "a.png")
-    lines = [
-        b"file_name,text",
-        b"a.png,one,two",
-        b'a.png,"quoted" badly',
-        b"a.png," + b"x" * 200_000,
-        b"a.png,K\xe4tzchen",
-        b"",
-        b"a.png",
-        b"b.png,fine",
-    ]
-    (tmp_path / "metadata.csv").write_bytes(b"\r\n".join(lines) + b"\r\n")
-    assert named(read(tmp_path)) == [
-        ("metadata.csv:2", "metadata"),
-        ("metadata.csv:3", "metadata"),
-        ("metadata.csv:4", "metadata"),
-        ("metadata.csv", "metadata"),
-        ("a.png", "record"),
-        ("metadata.csv:8", "missing"),
-    ]
-
-
 def test_pictures_the_metadata_leaves_out_are_named(tmp_path: Path) -> None:
     for name in ("in.png", "out.png", "deep/out.gif"):
         picture(tmp_path / name)

@@ -4,44 +4,26 @@
     picture.png and picture.txt        side by side, in sub-folders too; picture.json adds columns
 
 The first is Hugging Face's `imagefolder`, the second what most training tools and img2dataset
-write. Metadata is read by stretches of its lines, never as a whole; the names and sizes of the
-files in the folder are what memory holds.
+write. Metadata is read by stretches of its lines (data/metadata), never as a whole; the names and
+sizes of the files in the folder are what memory holds.
 
 Nothing outside the folder is ever read, whatever the metadata or a link inside it says.
 """
 
-import csv
 import hashlib
-import json
 import os
 import stat
 from collections.abc import Iterable, Iterator, Sequence
-from itertools import groupby, islice
 from pathlib import Path
-from typing import IO, NamedTuple
+from typing import NamedTuple
 
 from daybreak.data import disk, images, records
+from daybreak.data.metadata import METADATA, Place, Row, metadata_of, rows_of, stretch
 from daybreak.data.records import Fault, Record, Refused, printable
 from daybreak.failure import BadData
 
-METADATA = ("metadata.jsonl", "metadata.csv")
 BESIDE = (".txt", ".json")  # files that stand beside a picture
 FOREIGN = frozenset({".avif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg", ".tga"})
-
-
-class Row(NamedTuple):
-    """A row of the metadata, and the line it stands on."""
-
-    line: int
-    values: dict[str, object]
-
-
-class Place(NamedTuple):
-    """Where a row of the metadata begins; the header of a CSV file goes along."""
-
-    offset: int = 0
-    line: int = 1
-    header: tuple[str, ...] = ()
 
 
 class Rows(NamedTuple):
@@ -54,10 +36,8 @@ class Rows(NamedTuple):
 
     def read(self) -> Iterator[Record | Fault]:
         """Read the rows and the pictures they name; rows that follow one another may name one."""
-        here = (row for row, _ in islice(rows(self.file, self.first), self.rows))
-        for _, same in groupby(here, key=_picture_of):
-            first, *others = same
-            yield first if isinstance(first, Fault) else _named(self.file, joined(first, others))
+        for row in stretch(self.file, self.first, self.rows):
+            yield row if isinstance(row, Fault) else _named(self.file, row)
 
 
 class Files(NamedTuple):
@@ -147,7 +127,7 @@ def _parts_of_metadata(
     name: str, metadata: Path, sizes: dict[str, int], shard: int
 ) -> records.Source:
     named, places, counts, last, end = set[str](), [Place()], [0], None, Place()
-    for row, after in rows(metadata):
+    for row, after in rows_of(metadata):
         one = row.values.get("file_name") if isinstance(row, Row) else None
         if isinstance(one, str):
             named.add(os.path.normpath(one))
@@ -175,27 +155,6 @@ def _parts_of_metadata(
 
 
 # One picture, from either layout
-
-
-def _picture_of(row: Row | Fault) -> object:
-    """What rows of one picture have in common; other rows have nothing in common."""
-    name = row.values.get("file_name") if isinstance(row, Row) else None
-    return name if isinstance(name, str) else object()
-
-
-def joined(row: Row, others: Sequence[Row | Fault]) -> Row:
-    """A row with the values of others that name the same picture: several are a list."""
-    same = [row, *(one for one in others if isinstance(one, Row))]
-    if len(same) == 1:
-        return row
-    values: dict[str, object] = {}
-    for key in dict.fromkeys(key for one in same for key in one.values):
-        found = [one.values.get(key) for one in same]
-        texts = [text for one in found for text in (one if isinstance(one, list) else [one])]
-        different = list(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
-        told = next((one for one in found if one not in (None, "", [])), found[0])
-        values[key] = different if len(different) > 1 else told
-    return row._replace(values=values)
 
 
 def _named(file: Path, row: Row) -> Record | Fault:
@@ -287,14 +246,6 @@ def check_folder(path: Path) -> None:
         raise BadData(f"{path}: there is no such folder; give the folder that holds the pictures.")
 
 
-def metadata_of(path: Path) -> Path | None:
-    """The metadata of a folder, if it has some."""
-    found = [path / name for name in METADATA if (path / name).is_file()]
-    if len(found) == 2:
-        raise BadData(f"{path}: has both metadata.jsonl and metadata.csv; remove one of them.")
-    return found[0] if found else None
-
-
 def _refuse_deeper_metadata(path: Path, there: Sequence[str]) -> None:
     for name in there:
         if Path(name).name in METADATA:
@@ -360,96 +311,3 @@ def _fingerprint(found: Iterable[tuple[str, object]]) -> str:
     for name, size in found:
         digest.update(f"{printable(name)}\0{size}\n".encode())
     return digest.hexdigest()
-
-
-# Rows of the metadata
-
-
-class _Lines:
-    """The lines of a text file, how far they have been read, and which byte is no UTF-8."""
-
-    def __init__(self, file: IO[bytes], offset: int) -> None:
-        file.seek(offset)
-        self.file, self.offset, self.wrong = file, offset, -1
-
-    def __iter__(self) -> Iterator[str]:
-        # Not splitlines(): a caption may hold U+2028, which JSON does not escape.
-        while data := self.file.readline():
-            try:
-                text = data.decode("utf-8" if self.offset else "utf-8-sig")
-            except UnicodeDecodeError as error:
-                self.wrong = self.offset + error.start
-                text = data.decode("utf-8", "replace")
-            self.offset += len(data)
-            yield text
-
-    def complaint(self) -> str | None:
-        """Say what byte was wrong since this was last asked."""
-        wrong, self.wrong = self.wrong, -1
-        return f"is not UTF-8 (byte {wrong}); save it as UTF-8." if wrong >= 0 else None
-
-
-def rows(file: Path, first: Place = Place()) -> Iterator[tuple[Row | Fault, Place]]:  # noqa: B008
-    """The rows of a metadata file from a place on, each with the place after it.
-
-    Errors  BadData if the file cannot be read at all.
-    """
-    reader = _csv_rows if file.suffix == ".csv" else _jsonl_rows
-    try:
-        with file.open("rb") as opened:
-            yield from reader(file.name, _Lines(opened, first.offset), first)
-    except OSError as error:
-        raise BadData(f"{file}: cannot be read ({error.strerror}).") from error
-
-
-def _jsonl_rows(name: str, lines: _Lines, first: Place) -> Iterator[tuple[Row | Fault, Place]]:
-    for line, text in enumerate(lines, start=first.line):
-        if text.strip():
-            yield _json_row(name, line, text, lines.complaint()), Place(lines.offset, line + 1)
-
-
-def _json_row(name: str, line: int, text: str, complaint: str | None) -> Row | Fault:
-    if complaint:
-        return Fault(name, "metadata", complaint)
-    try:
-        values = json.loads(text)
-    except (ValueError, RecursionError):
-        return _fault(name, line, "is not JSON; write one object per line.")
-    if not isinstance(values, dict):
-        return _fault(name, line, "is not a JSON object; write one object per line.")
-    return Row(line, values)
-
-
-def _csv_rows(name: str, lines: _Lines, first: Place) -> Iterator[tuple[Row | Fault, Place]]:
-    reader = csv.reader(lines, strict=True)
-    header = first.header or tuple(next(reader, ()))
-    row: Row | Fault
-    while True:
-        try:
-            cells = next(reader)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            row = _fault(name, first.line - 1 + reader.line_num, f"is not CSV ({error}).")
-        else:
-            row = _csv_row(name, first.line - 1 + reader.line_num, header, cells, lines)
-            if not cells:
-                continue
-        yield row, Place(lines.offset, first.line + reader.line_num, header)
-
-
-def _csv_row(
-    name: str, line: int, header: tuple[str, ...], cells: list[str], lines: _Lines
-) -> Row | Fault:
-    complaint = lines.complaint()
-    if complaint:
-        return Fault(name, "metadata", complaint)
-    if len(cells) > len(header):
-        return _fault(
-            name, line, "has more cells than the header; put captions with commas in quotes."
-        )
-    return Row(line, dict(zip(header, cells, strict=False)))
-
-
-def _fault(name: str, line: int, reason: str) -> Fault:
-    return Fault(f"{name}:{line}", "metadata", reason)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 from daybreak.data import captions, folders, images, scenes
 from daybreak.data.captions import KEYWORDS, USUAL_COLUMNS
-from daybreak.data.folders import Row
+from daybreak.data.metadata import Row, joined, metadata_of, rows_of
 from daybreak.data.records import Columns, Fault, Record, Refused, Source
 from daybreak.failure import BadData, BadRecipe
 
@@ -83,7 +83,7 @@ def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source
             raise BadData(f"{name}: holds several splits; give the folder of one of them.")
         if (path / "state.json").is_file():
             return tables.saved(path, name, wanted, shard)
-        inner = [] if folders.metadata_of(path) else folders.walk(path)
+        inner = [] if metadata_of(path) else folders.walk(path)
         packed = [path / one for one in inner if one.endswith(".tar")]
         listed = [path / one for one in inner if one.endswith(".parquet")]
         loose = [path / one for one in inner if folders.is_picture(one)]
@@ -138,7 +138,7 @@ def folder(path: Path, caption_columns: Sequence[tuple[str, float]] = ()) -> lis
         if not (math.isfinite(weight) and weight > 0):
             raise BadRecipe(f"caption column `{column}` has weight {weight}; it must be positive.")
     folders.check_folder(path)
-    metadata = folders.metadata_of(path)
+    metadata = metadata_of(path)
     if metadata:
         captioned = _from_metadata(metadata, caption_columns)
     elif caption_columns:
@@ -180,7 +180,7 @@ def _complaint(path: Path) -> str | None:
 
 def _from_metadata(file: Path, caption_columns: Sequence[tuple[str, float]]) -> list[Captioned]:
     rows = []
-    for row, _ in folders.rows(file):
+    for row, _ in rows_of(file):
         if isinstance(row, Fault):
             raise BadData(f"{file.parent / row.where}: {row.reason}")
         rows.append(row)
@@ -194,7 +194,7 @@ def _from_metadata(file: Path, caption_columns: Sequence[tuple[str, float]]) -> 
         except Refused as fault:
             raise BadData(f"{file}:{row.line}: {fault}") from fault
     return [
-        _captioned(file, picture, folders.joined(first, others), caption_columns)
+        _captioned(file, picture, joined(first, others), caption_columns)
         for picture, (first, *others) in named.items()
     ]
 

@@ -1,0 +1,162 @@
+"""The metadata of a folder of pictures: what each row of its one table says, and where it stands.
+
+    metadata.jsonl     one object a line
+    metadata.csv       a header, then one row for each picture; a cell may hold lines of its own
+
+A row names its picture (`file_name`); its other values are columns. The table is read from any row
+on without what comes before, and what is wrong with a row is said in the place of that row.
+"""
+
+import csv
+import json
+from collections.abc import Iterator, Sequence
+from itertools import groupby, islice
+from pathlib import Path
+from typing import IO, NamedTuple
+
+from daybreak.data.records import Fault
+from daybreak.failure import BadData
+
+METADATA = ("metadata.jsonl", "metadata.csv")
+
+
+class Row(NamedTuple):
+    """A row of the metadata, and the line it stands on."""
+
+    line: int
+    values: dict[str, object]
+
+
+class Place(NamedTuple):
+    """Where a row of the metadata begins; the header of a CSV file goes along."""
+
+    offset: int = 0
+    line: int = 1
+    header: tuple[str, ...] = ()
+
+
+def metadata_of(path: Path) -> Path | None:
+    """The metadata of a folder, if it has some."""
+    found = [path / name for name in METADATA if (path / name).is_file()]
+    if len(found) == 2:
+        raise BadData(f"{path}: has both metadata.jsonl and metadata.csv; remove one of them.")
+    return found[0] if found else None
+
+
+def rows_of(file: Path, first: Place = Place()) -> Iterator[tuple[Row | Fault, Place]]:  # noqa: B008
+    """The rows of a metadata file from a place on, each with the place after it.
+
+    Errors  BadData if the file cannot be read at all.
+    """
+    reader = _csv_rows if file.suffix == ".csv" else _jsonl_rows
+    try:
+        with file.open("rb") as opened:
+            yield from reader(file.name, _Lines(opened, first.offset), first)
+    except OSError as error:
+        raise BadData(f"{file}: cannot be read ({error.strerror}).") from error
+
+
+def stretch(file: Path, first: Place, count: int) -> Iterator[Row | Fault]:
+    """The rows of a stretch; those that follow one another and name one picture are one."""
+    here = (row for row, _ in islice(rows_of(file, first), count))
+    for _, same in groupby(here, key=_picture_of):
+        row, *others = same
+        yield row if isinstance(row, Fault) else joined(row, others)
+
+
+def joined(row: Row, others: Sequence[Row | Fault]) -> Row:
+    """A row with the values of others that name the same picture: several are a list."""
+    same = [row, *(one for one in others if isinstance(one, Row))]
+    if len(same) == 1:
+        return row
+    values: dict[str, object] = {}
+    for key in dict.fromkeys(key for one in same for key in one.values):
+        found = [one.values.get(key) for one in same]
+        texts = [text for one in found for text in (one if isinstance(one, list) else [one])]
+        different = list(dict.fromkeys(text for text in texts if isinstance(text, str) and text))
+        told = next((one for one in found if one not in (None, "", [])), found[0])
+        values[key] = different if len(different) > 1 else told
+    return row._replace(values=values)
+
+
+def _picture_of(row: Row | Fault) -> object:
+    """What rows of one picture have in common; other rows have nothing in common."""
+    name = row.values.get("file_name") if isinstance(row, Row) else None
+    return name if isinstance(name, str) else object()
+
+
+class _Lines:
+    """The lines of a text file, how far they have been read, and which byte is no UTF-8."""
+
+    def __init__(self, file: IO[bytes], offset: int) -> None:
+        file.seek(offset)
+        self.file, self.offset, self.wrong = file, offset, -1
+
+    def __iter__(self) -> Iterator[str]:
+        # Not splitlines(): a caption may hold U+2028, which JSON does not escape.
+        while data := self.file.readline():
+            try:
+                text = data.decode("utf-8" if self.offset else "utf-8-sig")
+            except UnicodeDecodeError as error:
+                self.wrong = self.offset + error.start
+                text = data.decode("utf-8", "replace")
+            self.offset += len(data)
+            yield text
+
+    def complaint(self) -> str | None:
+        """Say what byte was wrong since this was last asked."""
+        wrong, self.wrong = self.wrong, -1
+        return f"is not UTF-8 (byte {wrong}); save it as UTF-8." if wrong >= 0 else None
+
+
+def _jsonl_rows(name: str, lines: _Lines, first: Place) -> Iterator[tuple[Row | Fault, Place]]:
+    for line, text in enumerate(lines, start=first.line):
+        if text.strip():
+            yield _json_row(name, line, text, lines.complaint()), Place(lines.offset, line + 1)
+
+
+def _json_row(name: str, line: int, text: str, complaint: str | None) -> Row | Fault:
+    if complaint:
+        return Fault(name, "metadata", complaint)
+    try:
+        values = json.loads(text)
+    except (ValueError, RecursionError):
+        return _fault(name, line, "is not JSON; write one object per line.")
+    if not isinstance(values, dict):
+        return _fault(name, line, "is not a JSON object; write one object per line.")
+    return Row(line, values)
+
+
+def _csv_rows(name: str, lines: _Lines, first: Place) -> Iterator[tuple[Row | Fault, Place]]:
+    reader = csv.reader(lines, strict=True)
+    header = first.header or tuple(next(reader, ()))
+    row: Row | Fault
+    while True:
+        try:
+            cells = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            row = _fault(name, first.line - 1 + reader.line_num, f"is not CSV ({error}).")
+        else:
+            row = _csv_row(name, first.line - 1 + reader.line_num, header, cells, lines)
+            if not cells:
+                continue
+        yield row, Place(lines.offset, first.line + reader.line_num, header)
+
+
+def _csv_row(
+    name: str, line: int, header: tuple[str, ...], cells: list[str], lines: _Lines
+) -> Row | Fault:
+    complaint = lines.complaint()
+    if complaint:
+        return Fault(name, "metadata", complaint)
+    if len(cells) > len(header):
+        return _fault(
+            name, line, "has more cells than the header; put captions with commas in quotes."
+        )
+    return Row(line, dict(zip(header, cells, strict=False)))
+
+
+def _fault(name: str, line: int, reason: str) -> Fault:
+    return Fault(f"{name}:{line}", "metadata", reason)
