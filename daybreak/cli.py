@@ -1,24 +1,15 @@
 """The command line: one verb, one deed. A verb imports what it needs: `--help` is instant."""
 
-import errno
 import os
 import sys
-import time
-import traceback
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal, NoReturn
+from typing import Annotated, Literal
 
 import typer
 
-from daybreak import host
-from daybreak.failure import BadData, BadRecipe, BadStorage, Failure
-
-if TYPE_CHECKING:
-    from daybreak.data.shards import Progress
-
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+from daybreak import host, terminal
+from daybreak.failure import BadData, BadRecipe, BadStorage
 
 app = typer.Typer(
     help="Train a text-to-image model from nothing, in pixels, within a budget.",
@@ -210,23 +201,40 @@ def prepare(
         if (out / "manifest.json").is_file():
             print(f"{out} is there already: it is compared with sources and settings")
         try:
-            manifest = work.prepare(source, out, settings, cores, salvage, _remaining())
+            manifest = work.prepare(source, out, settings, cores, salvage, terminal.remaining())
         except KeyboardInterrupt:
             print("\nstopped; the same command goes on from here", file=sys.stderr)
             raise typer.Exit(130) from None
-        if sys.stderr.isatty():
-            print("\x1b[K", end="", file=sys.stderr, flush=True)
+        terminal.clear()
         print(*work.summary(out, manifest), f"now: daybreak inspect {out}", sep="\n")
     datasets = [out] if out else [Path(name) for name in source or ()]
     if cache_text:
         _cache_text(datasets, cache_text, max_tokens, precision, part)
     for dataset in datasets if verify else ():
-        count = work.verify(dataset, _counter("bytes checked"))
+        count = work.verify(dataset, terminal.counter("bytes checked"))
         if (dataset / "text").is_dir():
             from daybreak.model import text_cache
 
             text_cache.verify(dataset)
         print(f"{dataset}: {count:,} pictures, every byte as its manifest says")
+
+
+def _cache_text(
+    datasets: list[Path],
+    encoder: str,
+    max_tokens: int | None,
+    precision: str,
+    share: str | None,
+) -> None:
+    """Encode the captions of datasets, and say where that is."""
+    from daybreak.model import text_cache
+    from daybreak.train import encoded
+
+    part = text_cache.Part.parse(share) if share else text_cache.ALL
+    settings, precision = encoded.asked(encoder, max_tokens, precision)
+    for dataset in datasets:
+        made = encoded.fill(dataset, settings, precision, terminal.counter("captions"), part)
+        print(f"text: {made}")
 
 
 @app.command()
@@ -264,18 +272,11 @@ def train(
     from daybreak.train import trace as tracing
 
     wanted = tracing.parse(trace) if trace else None
-    given = {"out": out, "data.source": data}
-    sets = [f"{key}={config.quoted(str(value))}" for key, value in given.items() if value]
+    sets = config.assigned({"out": out, "data.source": data})
     if budget is not None:
-        from daybreak.train.budget import parse
+        from daybreak.train import budget as paper
 
-        asked = parse(budget)
-        if asked.kind == "pictures":
-            raise BadRecipe(
-                f"--budget {budget}: pictures are steps times batch, so set stage.0.steps; "
-                "a budget is a time, dollars or flop"
-            )
-        sets.append(f"budget.{asked.kind}={asked.amount}")
+        sets.append(paper.assigned(budget))
     loaded = config.load(recipe, (*(set_ or ()), *sets), tuple(without or ()))
     outcome = loop.train(loaded, changed=changed, gone=ledger.age(), trace=wanted)
     if outcome.code == 0 and os.environ.get("RANK", "0") == "0":
@@ -298,46 +299,20 @@ def sample(
     ] = None,
 ) -> None:
     """Draw pictures of a prompt with the averaged weights of a run."""
-    from PIL import Image
+    from daybreak.train import sampling
 
-    from daybreak import config
-    from daybreak.generate import draw, grid
-    from daybreak.train import evaluations, runs
-
-    chosen = evaluations.best(run) if best else None
-    recipe, found, model = runs.trained(run, chosen=chosen)
-    prompts = [words for words in prompt for _ in range(count)]
-    seeds = [seed + number for _ in prompt for number in range(count)]
-    digest = config.digest(recipe)
-    recipe = config.resampled(recipe, tuple(set_ or ()), steps, guidance)
-    how, side = recipe.sample, recipe.stage[-1].resolution
-    several = f"-and-{len(prompt) - 1}-more" if len(prompt) > 1 else ""
-    folder = out or run / "samples" / f"{_file_name(prompt[0])}{several}"
-    given = {"steps": steps, "guidance": guidance}  # other pictures than without: another name
-    apart = "".join(f"-{key}{value:g}" for key, value in given.items() if value is not None)
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise BadStorage(f"cannot write {folder}: {error.strerror}") from error
-    for words in prompt:
-        if (length := model.text.length(words)) > recipe.text.max_tokens:
-            print(
-                f"{_file_name(words)}: of {length} tokens {recipe.text.max_tokens} are read "
-                "(text.max_tokens)",
-                file=sys.stderr,
-            )
-    pictures = draw.draw(model, prompts, seeds, side, side, how, recipe.flow, recipe.tread)
-
-    drawn = how.model_dump_json(exclude={"prompts", "every", "seed"})
-    facts = {"recipe": digest, "step": str(found.step), "guide": how.guide, "sample": drawn}
-    facts |= {"steps": str(how.steps), "guidance": str(how.guidance)}
-    for words, number, picture in zip(prompts, seeds, pictures, strict=True):
-        path = folder / f"{_file_name(words)}-seed{number}{apart}.png"
-        grid.save(Image.fromarray(picture), path, facts | {"prompt": words, "seed": str(number)})
+    wanted = sampling.Wanted(
+        prompts=tuple(prompt),
+        each=count,
+        best=best,
+        steps=steps,
+        guidance=guidance,
+        seed=seed,
+        sets=tuple(set_ or ()),
+        out=out,
+    )
+    for path in sampling.sample(run, wanted, partial(print, file=sys.stderr)):
         print(path)
-    sheet = grid.grid(pictures, prompts, min(count, 8) if len(prompt) > 1 else None)
-    grid.save(sheet, folder / f"grid{apart}.png", facts)
-    print(folder / f"grid{apart}.png")
 
 
 @app.command()
@@ -423,10 +398,10 @@ def evaluate(
         guidance=guidance,
         sets=tuple(set_ or ()),
     )
-    scored = scoring.score(folder, wanted, out or folder / "evaluation", _counter)
+    scored = scoring.score(folder, wanted, out or folder / "evaluation", terminal.counter)
     if scored is None:  # of several processes one speaks
         return
-    _show(table for table in scored.tables if table[1])
+    terminal.tables(table for table in scored.tables if table[1])
     for remark in scored.result.remarks:
         print(f"note: {remark}")
     if "folder" in scored.result.details:
@@ -520,7 +495,7 @@ def compare(
     question = work.Question(metric, plan.unit(given, target), target, margin)
     found = work.compare(arms, [work.read(one, question) for one in runs], question)
     measured = given is not None and given.kind == "seconds"
-    _show(view.tables(found))
+    terminal.tables(view.tables(found))
     print(*view.sentences(found, measured), sep="\n")
     if kept := view.write(found, budget, measured, out):
         print(f"what stood there of another comparison: {kept}")
@@ -608,7 +583,7 @@ def inspect(
         Console().print(of_run.summary(story))
         print(f"page: {page.write(of_run.page(story), path)}")
         return
-    opened = census.read(folder, _counter("bytes checked"))
+    opened = census.read(folder, terminal.counter("bytes checked"))
     found = census.count(opened, batch or 64, world or 1, resolution)
     Console().print(dataset.summary(found))
     print(f"page: {page.write(dataset.page(opened, found), path)}")
@@ -676,8 +651,8 @@ def plan(
         raise BadRecipe(f"--fit {fit} is there already: name another file, or remove it")
     if fit and not fit.absolute().parent.is_dir():
         raise BadStorage(f"cannot write {fit}: there is no folder {fit.parent}")
-    sets = [*(set_ or ()), *([f"data.source={config.quoted(data)}"] if data else ())]
-    wanted = config.load(recipe, tuple(sets), tuple(without or ()))
+    sets = (*(set_ or ()), *config.assigned({"data.source": data}))
+    wanted = config.load(recipe, sets, tuple(without or ()))
     given = paper.granted(wanted) if budget is None else (paper.parse(budget),)
     cluster = paper.cluster(wanted, gpus)
     wanted = fitting.fitted(wanted, cluster) if fit else wanted
@@ -716,132 +691,13 @@ def doctor(
         print(*(f"--set {key}={made[kind]}" for key, kind in keys.items()))
         return
 
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
     from daybreak import doctor as examination
 
-    colours = {"ok": "green", "slow": "yellow", "-": "dim"}
-    table = Table(box=None, show_header=False, pad_edge=False)
-    for finding in examination.report():
-        mark = f"[{colours[finding.mark]}]{finding.mark}[/]"
-        table.add_row(mark, *map(escape, (finding.name, finding.value, finding.remark)))
-    Console().print(table)
-
-
-def _show(tables: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> None:
-    """Print tables, each of a head and lines; brackets in a cell are no markup."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
-
-    for head, lines in tables:
-        rows = Table(*map(escape, head), box=None)
-        for line in lines:
-            rows.add_row(*map(escape, line))
-        Console().print(rows)
-
-
-def _cache_text(
-    datasets: list[Path],
-    encoder: str,
-    max_tokens: int | None,
-    precision: str,
-    share: str | None,
-) -> None:
-    """Encode the captions of datasets, and say where that is."""
-    from daybreak import config
-    from daybreak.model import text, text_cache
-    from daybreak.train import encoded
-
-    part = text_cache.Part.parse(share) if share else text_cache.ALL
-    settings = text.Config(encoder=encoder)
-    if encoder.endswith(".toml"):
-        recipe = config.load(encoder)
-        if recipe.text.encoder is None:
-            raise BadRecipe(
-                f"--cache-text {encoder}: this recipe trains its own text encoder: nothing to cache"
-            )
-        settings, precision = recipe.text, recipe.precision
-    elif max_tokens:
-        if max_tokens % text.LENGTH_STEP:
-            raise BadRecipe(f"--max-tokens {max_tokens} is not a multiple of {text.LENGTH_STEP}")
-        settings = text.Config(encoder=encoder, max_tokens=max_tokens)
-    for dataset in datasets:
-        print(f"text: {encoded.fill(dataset, settings, precision, _counter('captions'), part)}")
-
-
-def _file_name(prompt: str) -> str:
-    """Turn a prompt into a short file name."""
-    words = "".join(sign if sign.isalnum() else "-" for sign in prompt.lower())[:60].strip("-")
-    return words or "empty"
-
-
-def _counter(verb: str) -> Callable[[int, int], None]:
-    """Count on one line of a terminal; say nothing anywhere else."""
-
-    def show(done: int, of: int) -> None:
-        if sys.stderr.isatty():
-            print(f"\r{done}/{of} {verb} ", end="\n" if done == of else "", file=sys.stderr)
-
-    return show
-
-
-def _remaining() -> "Callable[[Progress], None]":
-    """Say on one line of a terminal, and elsewhere once a minute, how far a preparation is."""
-    start = told = time.monotonic()
-
-    def show(now: "Progress") -> None:
-        nonlocal told
-        seconds, terminal = time.monotonic() - start, sys.stderr.isatty()
-        if not terminal and time.monotonic() - told < 60:
-            return
-        told = time.monotonic()
-        line = f"{now.read:,} read, {now.rejected:,} left out, {now.read / seconds:.0f}/s"
-        if now.of and now.bytes:
-            left = int(seconds * max(0, now.of / now.bytes - 1))
-            clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
-            line += f", {min(1, now.bytes / now.of):.0%}, {clock} left"
-        # The next line is written over this one.
-        print(f"\r\x1b[K{line}\r" if terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
-
-    return show
-
-
-@contextmanager
-def _plain_failures() -> Iterator[None]:
-    """Print a failure as one sentence, what nobody foresaw as it is, and leave with its code."""
-    try:
-        if sys.platform == "win32":
-            raise BadRecipe("daybreak runs on Linux and macOS; on Windows, inside of WSL")
-        yield
-    except Exception as error:
-        many, code = int(os.environ.get("WORLD_SIZE", "1")) > 1, 1
-        if isinstance(error, Failure):
-            code = error.code
-            print(f"daybreak: {error}", file=sys.stderr)
-        elif isinstance(error, OSError) and error.errno in FULL:
-            code, what = BadStorage.code, error.filename or "what it says"
-            print(f"daybreak: cannot write {what}: {error.strerror}", file=sys.stderr)
-        elif many:
-            traceback.print_exc()
-        else:
-            raise
-        if many:
-            _leave(code)
-        raise SystemExit(code) from None
-
-
-def _leave(code: int) -> NoReturn:
-    """Leave at once: one of many processes would at its end wait for the others, or abort."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    terminal.findings(examination.report())
 
 
 def main() -> None:
     """Run the command line. Exit codes: daybreak/failure.py, 75 preempted, 130 interrupted."""
     host.settle()
-    with _plain_failures():
+    with terminal.plain_failures():
         app()

@@ -9,6 +9,7 @@ import difflib
 import hashlib
 import math
 import tomllib
+from collections.abc import Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -319,9 +320,10 @@ def dump(recipe: Recipe) -> str:
     return tomli_w.dumps(_without_none(recipe.model_dump(mode="json")))
 
 
-def quoted(text: str) -> str:
-    """Write a string as TOML does, for the right side of `--set`."""
-    return tomli_w.dumps({"value": text}).removeprefix("value = ").strip()
+def assigned(given: Mapping[str, str | Path | None]) -> list[str]:
+    """Write texts as `--set` has them, `data.source="pictures"`; those that are given."""
+    written = {key: tomli_w.dumps({"value": str(text)}) for key, text in given.items() if text}
+    return [f"{key}={text.removeprefix('value = ').strip()}" for key, text in written.items()]
 
 
 def digest(recipe: Recipe) -> str:

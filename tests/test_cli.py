@@ -169,37 +169,6 @@ def test_doctor_looks_at_this_machine() -> None:
     assert "usable" in done.stdout or "daybreak[dev]" in done.stdout
 
 
-@pytest.mark.parametrize(
-    ("error", "code", "said"),
-    [
-        ("RuntimeError('no such luck')", 1, "RuntimeError: no such luck"),
-        ("OSError(28, 'No space left on device', 'run/x')", 7, "daybreak: cannot write run/x: No "),
-        ("BadData('tooth.png is no picture')", 3, "daybreak: tooth.png is no picture"),
-    ],
-)
-@pytest.mark.parametrize("ranks", [1, 2])
-def test_one_of_many_processes_leaves_at_once(error: str, code: int, said: str, ranks: int) -> None:
-    lines = (
-        "import atexit",
-        "from daybreak import cli",
-        "from daybreak.failure import BadData",
-        "atexit.register(print, 'took its time')",  # as a device that is broken
-        f"with cli._plain_failures(): raise {error}",
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join(lines)],
-        capture_output=True,
-        text=True,
-        timeout=60,
-        env=ENVIRONMENT | {"WORLD_SIZE": str(ranks)},
-        check=False,
-    )
-    assert done.returncode == code
-    assert said in done.stderr
-    assert ("Traceback" in done.stderr) == (code == 1)
-    assert done.stdout == ("took its time\n" if ranks == 1 else "")
-
-
 def test_it_says_its_version() -> None:
     done = warm.run("-m", "daybreak", "--version")
     assert done.returncode == 0

@@ -433,13 +433,6 @@ def test_a_share_above_one_is_refused_before_anything_is_trained(
     assert not (tmp_path / "o").exists()
 
 
-def test_brackets_in_a_table_are_no_markup(capsys: pytest.CaptureFixture[str]) -> None:
-    cli._show([(("recipe", "[b]"), [("sample.prompts=['x [/b]']", "[red]")])])
-    said = capsys.readouterr().out
-    assert "sample.prompts=['x [/b]']" in said
-    assert "[red]" in said
-
-
 def test_one_command_trains_compares_and_records(
     quick: tuple[Path, Evaluate], tmp_path: Path
 ) -> None:

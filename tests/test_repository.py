@@ -35,7 +35,8 @@ MAY_IMPORT = {
     "config": {"data", "model", "objective", "optim", "generate", "evaluate"},
     "train": EVERYTHING | {"train"},
     "web": EVERYTHING | {"train", "web"},
-    "cli": EVERYTHING | {"train", "web", "host"},
+    "terminal": {"data", "doctor"},
+    "cli": EVERYTHING | {"train", "web", "terminal"},
     "__main__": {"cli"},
 }
 

@@ -179,6 +179,17 @@ def parse(text: str) -> Budget:
     return Budget(kind, amount)
 
 
+def assigned(text: str) -> str:
+    """Write a budget as `--set` has it, for a run. Errors: BadRecipe, also for one of pictures."""
+    asked = parse(text)
+    if asked.kind == "pictures":
+        raise BadRecipe(
+            f"--budget {text}: pictures are steps times batch, so set stage.0.steps; "
+            "a budget is a time, dollars or flop"
+        )
+    return f"budget.{asked.kind}={asked.amount}"
+
+
 def granted(recipe: Recipe) -> tuple[Budget, ...]:
     """What the recipe's own [budget] lets a run spend: seconds, dollars and FLOPs."""
     if recipe.budget is None:

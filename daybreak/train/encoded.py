@@ -12,8 +12,28 @@ import torch
 
 from daybreak import config
 from daybreak.data import prepared
+from daybreak.failure import BadRecipe
 from daybreak.model import text, text_cache
 from daybreak.train import accelerator, runs
+
+
+def asked(encoder: str, max_tokens: int | None, precision: str) -> tuple[text.Config, str]:
+    """Return how captions are encoded, and how exactly; as in a recipe, if `encoder` is one.
+
+    Errors  BadRecipe if it trains an encoder of its own, or for a `max_tokens` that cannot be had.
+    """
+    if encoder.endswith(".toml"):
+        recipe = config.load(encoder)
+        if recipe.text.encoder is None:
+            raise BadRecipe(
+                f"--cache-text {encoder}: this recipe trains its own text encoder: nothing to cache"
+            )
+        return recipe.text, recipe.precision
+    if not max_tokens:
+        return text.Config(encoder=encoder), precision
+    if max_tokens % text.LENGTH_STEP:
+        raise BadRecipe(f"--max-tokens {max_tokens} is not a multiple of {text.LENGTH_STEP}")
+    return text.Config(encoder=encoder, max_tokens=max_tokens), precision
 
 
 def fill(

@@ -1,0 +1,87 @@
+"""`daybreak sample`: pictures of some prompts, as files that say how to make them again.
+
+    RUN/samples/a-red-circle/    a-red-circle-seed0.png, ...; grid.png
+
+A setting that draws other pictures stands in the name: a-red-circle-seed0-steps20.png.
+"""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+from PIL import Image
+
+from daybreak import config
+from daybreak.failure import BadStorage
+from daybreak.generate import draw, grid
+from daybreak.train import evaluations, runs
+
+
+class Wanted(NamedTuple):
+    """What the command line says; None where it says nothing."""
+
+    prompts: tuple[str, ...]
+    each: int = 4  # pictures of a prompt
+    best: bool = False
+    steps: int | None = None
+    guidance: float | None = None
+    seed: int = 0  # of each prompt's first picture
+    sets: tuple[str, ...] = ()
+    out: Path | None = None
+
+
+def sample(run: Path, wanted: Wanted, tell: Callable[[str], None]) -> Iterator[Path]:
+    """Draw with the averaged weights of a run; yields each file when it is there.
+
+    `tell` hears of prompts of which the model reads only the beginning.
+
+    Errors  NoCheckpoint, BadRecipe, BadStorage.
+    """
+    chosen = evaluations.best(run) if wanted.best else None
+    recipe, found, model = runs.trained(run, chosen=chosen)
+    prompts = [words for words in wanted.prompts for _ in range(wanted.each)]
+    seeds = [wanted.seed + number for _ in wanted.prompts for number in range(wanted.each)]
+    digest = config.digest(recipe)
+    recipe = config.resampled(recipe, wanted.sets, wanted.steps, wanted.guidance)
+    how, side = recipe.sample, recipe.stage[-1].resolution
+    folder, apart = wanted.out or run / "samples" / _folder_name(wanted.prompts), _apart(wanted)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadStorage(f"cannot write {folder}: {error.strerror}") from error
+    for words in wanted.prompts:
+        if (length := model.text.length(words)) > recipe.text.max_tokens:
+            tell(
+                f"{_file_name(words)}: of {length} tokens {recipe.text.max_tokens} are read "
+                "(text.max_tokens)"
+            )
+    pictures = draw.draw(model, prompts, seeds, side, side, how, recipe.flow, recipe.tread)
+
+    drawn = how.model_dump_json(exclude={"prompts", "every", "seed"})
+    facts = {"recipe": digest, "step": str(found.step), "guide": how.guide, "sample": drawn}
+    facts |= {"steps": str(how.steps), "guidance": str(how.guidance)}
+    for words, seed, picture in zip(prompts, seeds, pictures, strict=True):
+        path = folder / f"{_file_name(words)}-seed{seed}{apart}.png"
+        grid.save(Image.fromarray(picture), path, facts | {"prompt": words, "seed": str(seed)})
+        yield path
+    columns = min(wanted.each, 8) if len(wanted.prompts) > 1 else None
+    grid.save(grid.grid(pictures, prompts, columns), folder / f"grid{apart}.png", facts)
+    yield folder / f"grid{apart}.png"
+
+
+def _folder_name(prompts: tuple[str, ...]) -> str:
+    """The first prompt, and how many others there are."""
+    others = len(prompts) - 1
+    return _file_name(prompts[0]) + (f"-and-{others}-more" if others else "")
+
+
+def _file_name(prompt: str) -> str:
+    """Turn a prompt into a short file name."""
+    words = "".join(sign if sign.isalnum() else "-" for sign in prompt.lower())[:60].strip("-")
+    return words or "empty"
+
+
+def _apart(wanted: Wanted) -> str:
+    """What tells the files of other settings from those of the recipe's."""
+    given = {"steps": wanted.steps, "guidance": wanted.guidance}
+    return "".join(f"-{key}{value:g}" for key, value in given.items() if value is not None)
