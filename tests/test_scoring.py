@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from daybreak import config
-from daybreak.evaluate import geneval, scenes_suite
+from daybreak.evaluate import geneval, scenes_questions
 from daybreak.failure import BadData, BadRecipe, Failure, NoCheckpoint
 from daybreak.train import loop, scoring
 from daybreak.train.scoring import Scored, Wanted
@@ -257,7 +257,7 @@ def test_scenes_that_chose_a_checkpoint_are_not_those_that_score_it(tiny: Path) 
     assert len(scoring.chosen_by(recipe, wanted, recipe.seed)) == 1, "asked for with --seed"
     assert recipe.drawn is not None
     chose, scores = (
-        [(item.seed, item.scene) for item in scenes_suite.tasks(recipe.drawn, seed, 20)]
+        [(item.seed, item.scene) for item in scenes_questions.tasks(recipe.drawn, seed, 20)]
         for seed in (recipe.seed, 12345)
     )
     assert not any(one in chose for one in scores)
