@@ -16,10 +16,9 @@ import torch
 from PIL import Image
 
 from daybreak import config, doctor
-from daybreak.evaluate import interim
 from daybreak.failure import BadData, BadRecipe, BadStorage, NotFinite
 from daybreak.generate.draw import draw
-from daybreak.train import checkpoint, evaluations, flops, loop, runs
+from daybreak.train import checkpoint, loop, runs
 from tests import warm
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
@@ -330,105 +329,12 @@ def test_it_learns_eight_pictures_and_draws_them_when_asked(tiny: Path, pictures
         assert off.mean() < 30, (off, guidance)  # 7 to 19 with other seeds
 
 
-@pytest.mark.parametrize("sets", [("budget.seconds=0.5",), ("budget.flops=1000",)])
-def test_a_budget_too_small_for_a_step_is_refused_before_there_is_a_run(
-    tiny: Path, sets: tuple[str, ...]
-) -> None:
-    recipe = config.load(tiny, sets)
-    with pytest.raises(BadRecipe, match="give at least --budget"):
-        loop.train(recipe, lambda line: None)
-    assert not Path(recipe.out, "recipe.toml").exists()
-
-
-def imported(tiny: Path) -> None:
-    """Load what a run loads late, so that a small budget is not spent on that."""
-    out = f"out={(tiny.parent / 'first').as_posix()}"
-    loop.train(config.load(tiny, ("stage.0.steps=1", out)), lambda line: None, trial=True)
-
-
-def test_what_lies_between_steps_is_paid_from_the_budget(tiny: Path) -> None:
-    imported(tiny)
-    sets = ("budget.seconds=8", "sample.every=3", "sample.steps=2500", "stage.0.steps=100")
-    recipe = config.load(tiny, sets)
-    assert loop.train(recipe, lambda line: None) == (3, 0), "no step after a grid so long"
-    assert checkpoint.required(Path(recipe.out), print).step == 3
-
-
-def test_a_budget_of_all_the_flops_of_a_run_leaves_it_its_last_grid(tiny: Path) -> None:
-    whole = config.load(tiny)
-    step = flops.of_step(whole, whole.stage[0])
-    recipe = config.load(tiny, (f"budget.flops={whole.steps * step}",))
-    assert loop.train(recipe, lambda line: None) == (10, 0)
-    assert len(list(Path(recipe.out, "samples").iterdir())) == 1
-
-
-def test_flops_that_are_spent_leave_time_for_a_grid_and_an_evaluation(tiny: Path) -> None:
-    whole = config.load(tiny)
-    sets = (f"budget.flops={4.5 * flops.of_step(whole, whole.stage[0])}",)
-    evaluate = ("evaluate.every=100", 'evaluate.suites=["validation"]', "evaluate.pictures=32")
-    recipe = config.load(tiny, (*sets, *evaluate))
-    assert loop.train(recipe, lambda line: None) == (4, 0)
-    assert (Path(recipe.out) / "samples" / "step-0000004" / "grid.png").is_file()
-    assert [line["step"] for line in evaluations.lines(Path(recipe.out))] == [4]
-
-
 def test_a_run_goes_on_where_its_folder_has_gone(tiny: Path, tmp_path: Path) -> None:
     loop.train(config.load(tiny, ("stage.0.steps=3",)), lambda line: None)
     (tmp_path / "run").rename(tmp_path / "moved")
     moved = config.load(tiny, ("stage.0.steps=3", f"out={(tmp_path / 'moved').as_posix()}"))
     assert loop.train(moved, lambda line: None) == (3, 0)
     assert not (tmp_path / "run").exists()
-
-
-def test_the_log_counts_the_words_that_were_read(tiny: Path, pictures: Path) -> None:
-    source = f"data.source='{pictures.as_posix()}'"
-    recipe = config.load(tiny, (source, "text.max_tokens=64"), ("scenes",))
-    loop.train(recipe, lambda line: None)
-    lines = (Path(recipe.out) / "metrics.jsonl").read_text().splitlines()
-    for line in map(json.loads, lines):
-        assert line["words"] == 16
-        step = flops.of_step(flops.as_read(recipe, 16), recipe.stage[0])
-        reached = line["flops_per_second"] / line["images_per_second"]
-        assert reached == pytest.approx(step / recipe.stage[0].batch, rel=0.01)
-
-
-def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(tiny: Path) -> None:
-    whole = config.load(tiny)
-    step = flops.of_step(whole, whole.stage[0])
-    sets = (f"budget.flops={6.5 * step}", "budget.cooldown=0.5", "stage.0.cooldown=0.0")
-    recipe = config.load(tiny, sets)
-    said: list[str] = []
-    assert loop.train(recipe, said.append) == (6, 0)
-    run = Path(recipe.out)
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    rates = [line["lr"] for line in lines]
-    assert rates[2:4] == [3e-3, 3e-3]
-    assert rates[4] == pytest.approx(3e-3 * (2.5 / 6.5) / 0.5)
-    assert rates[5] == pytest.approx(3e-3 * (1.5 / 6.5) / 0.5)
-    assert checkpoint.required(run, print).step == 6
-    assert json.loads((run / "run.json").read_text())["ledger"]["flops"] == pytest.approx(6 * step)
-    assert loop.train(recipe, said.append) == (6, 0)
-    assert said[-1] == f"{run} has spent its budget: 6 steps of 10; a larger one goes on"
-
-
-def test_an_evaluation_that_outlasts_the_budget_is_broken_off(tiny: Path) -> None:
-    imported(tiny)
-    recipe = config.load(tiny, ("budget.seconds=8", "stage.0.steps=1000", "sample.every=1000"))
-    long = interim.Config(every=3, suites=("scenes",), per_task=1000)
-    outcome = loop.train(recipe.model_copy(update={"evaluate": long}), lambda line: None)
-    assert outcome == (3, 0)
-    run = Path(recipe.out)
-    assert checkpoint.required(run, print).step == 3
-    assert not (run / "evaluation").exists(), "not a result was written"
-
-
-def test_a_budget_spent_before_the_first_checkpoint_is_no_success(tiny: Path) -> None:
-    recipe = config.load(tiny, ("budget.seconds=300",))
-    Path(recipe.out).mkdir()
-    told = {"ledger": {"seconds": 299.5, "sessions": 1}}
-    Path(recipe.out, "run.json").write_text(json.dumps(told))
-    with pytest.raises(BadRecipe, match="earlier starts"):
-        loop.train(recipe, lambda line: None)
 
 
 def test_a_run_whose_facts_were_removed_goes_on_and_writes_them_anew(tiny: Path) -> None:

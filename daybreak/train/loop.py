@@ -10,10 +10,9 @@ Under torchrun every rank walks this loop with its share of each batch. What the
 travels with the loss, once a step; the first rank speaks and writes for all.
 """
 
-import math
 import time
 from collections.abc import Callable, Iterator
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,7 +20,7 @@ import torch
 
 from daybreak import config
 from daybreak.data import batches, disk, loader
-from daybreak.failure import BadRecipe, BadStorage
+from daybreak.failure import BadStorage
 from daybreak.model.text_to_image import TextToImage
 from daybreak.optim import groups
 from daybreak.train import (
@@ -29,13 +28,12 @@ from daybreak.train import (
     checkpoint,
     encoded,
     evaluations,
-    flops,
     grids,
-    hardware,
     health,
     ledger,
     parallel,
     runs,
+    spending,
 )
 from daybreak.train.checkpoint import Checkpoint
 from daybreak.train.ledger import Ledger
@@ -48,7 +46,6 @@ from daybreak.train.stop import PREEMPTED, BrokenOff, Stop
 from daybreak.train.trace import Trace, traced
 from daybreak.train.watchdog import Watchdog
 
-FORECAST = 10  # steps after which it is said how far a budget will reach
 LOOK = 3600.0  # seconds that an evaluation may take
 
 
@@ -138,13 +135,13 @@ def _train(
     objective, state, ema = building.build(
         recipe, source, here, found, dtype, known.tokens if known else None, tell
     )
-    model, counted = state.model, _counted(recipe, known is not None, here)
+    model, counted = state.model, spending.of_steps(recipe, known is not None, here)
     size = checkpoint.size(model)
     if not trial:
         runs.check_space(folder, size, recipe.keep)
     if found:
         checkpoint.load(found, state, alone=here.mesh is None)
-    peak, price = _rates(recipe, here, dtype)
+    peak, price = spending.rates(recipe, here, dtype)
     book = partial(Ledger, folder / "run.json", recipe.budget, clock, here.first, price, size)
     if not found:
         parallel.together(here, lambda: book().check(counted[0]) if here.first else None)
@@ -182,7 +179,7 @@ def _train(
             pace=health.Pace(here.device),
             ledger=book(),
             flops=counted,
-            worked=_worked(recipe, known is not None, here),
+            worked=spending.of_words(recipe, known is not None, here),
             expect=known.expect if known else _silent,
             saver=saver,
             status=status,
@@ -236,38 +233,6 @@ def _announce(
         )
 
 
-def _counted(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
-    """FLOPs of a step of each stage. Errors: BadRecipe if a budget of them cannot be kept."""
-    try:
-        return [flops.of_step(recipe, stage, cached, here.replicas) for stage in recipe.stage]
-    except BadRecipe:
-        if recipe.budget and recipe.budget.flops:
-            raise
-        return [0.0] * len(recipe.stage)
-
-
-def _worked(recipe: config.Recipe, cached: bool, here: World) -> Callable[[int, int], float]:
-    """FLOPs of a step of a stage whose captions had so many words; 0 if of unknown size."""
-
-    @cache
-    def worked(number: int, words: int) -> float:
-        return _counted(flops.as_read(recipe, words), cached, here)[number]
-
-    return worked
-
-
-def _rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float, float | None]:
-    """FLOP/s that all devices can do, and dollars an hour of them costs, if that is known."""
-    device = hardware.here(dtype).device
-    return device.flops * here.size, _rate(recipe, here, device.price)
-
-
-def _rate(recipe: config.Recipe, here: World, usual: float | None = None) -> float | None:
-    """Dollars an hour of all devices costs, by the recipe's price or the usual one."""
-    price = recipe.budget.price if recipe.budget and recipe.budget.price else usual
-    return price * here.size if price else None
-
-
 def _open(
     recipe: config.Recipe,
     folder: Path,
@@ -295,7 +260,7 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
         _keep(run, start)
     run.ledger.each = run.flops[recipe.stage_at(start + 1)]
     run.ledger.write()
-    done, (factor, over, late) = start, _budget(run, start)
+    done, (factor, over, late) = start, spending.allowed(run, start)
     if code := _heard(here, stop.code):
         return _leave(run, done, code, "stopped before the first step")
     if over and start < recipe.steps:
@@ -324,12 +289,12 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
             new=now == 1 or done == start + 1,
             compiles=recipe.stage[ahead].resolution != stage.resolution,
         )
-        factor, over, late = _budget(run, done)
+        factor, over, late = spending.allowed(run, done)
         run.watchdog.beat(done)
         if done == start + 1:
             log.note(f"first step after {time.monotonic() - began:.0f} s")
-        if done == start + FORECAST:
-            _forecast(run, done)
+        if done == start + spending.FORECAST:
+            spending.forecast(run, done)
         last = done == recipe.steps or over
         if done % recipe.health.check_every == 0:
             compare(run)
@@ -343,7 +308,7 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
         last = last or over
         if done % recipe.save_every == 0 or last or code or best:
             _save(run, done, wait=bool(last or code or best))
-            factor, over, late = _budget(run, done)
+            factor, over, late = spending.allowed(run, done)
         if over:
             run.saver.finish()  # there is no time to save again what is being written
         if best:
@@ -399,7 +364,7 @@ def _save(run: Run, step: int, wait: bool) -> None:
 
 def _show(run: Run, step: int, side: int) -> None:
     """Draw the recipe's prompts, on all ranks; one writes them down, if the disk lets it."""
-    if _budget(run, step, first=run.ledger.drawing)[2]:
+    if spending.allowed(run, step, first=run.ledger.drawing)[2]:
         run.log.note(f"no grid at step {step}: the budget leaves no time for one")
         return
     began = time.monotonic()
@@ -459,39 +424,11 @@ def _spent(run: Run, step: int) -> Outcome:
     """Say that no more steps can be paid for."""
     run.log.note(
         f"the budget is spent: {run.ledger.spent:.0f} s, {run.ledger.flops:.3g} FLOP, {step:,} of "
-        f"{run.recipe.steps:,} steps{_unreached(run.recipe, step)}"
+        f"{run.recipe.steps:,} steps{spending.unreached(run.recipe, step)}"
     )
     run.ledger.end()
     run.status.end(0, "the budget is spent")
     return Outcome(step, 0)
-
-
-def _forecast(run: Run, done: int) -> None:
-    """Say so if at this pace a budget ends before the last stage begins."""
-    left, usual = run.ledger.left, run.ledger.usual
-    if not math.isfinite(left) or not usual:
-        return
-    each, ahead = run.flops[run.recipe.stage_at(done)] or 1.0, done
-    while ahead < run.recipe.steps and left > 0:
-        ahead += 1
-        left -= usual * (run.flops[run.recipe.stage_at(ahead)] or 1.0) / each
-    if unreached := _unreached(run.recipe, ahead):
-        run.log.note(
-            f"at this pace the budget pays for about {ahead:,} of {run.recipe.steps:,} "
-            f"steps{unreached}"
-        )
-
-
-def _unreached(recipe: config.Recipe, step: int) -> str:
-    """Say which stages a run that ends at a step leaves out, if it does."""
-    last, reached = len(recipe.stage) - 1, recipe.stage_at(max(1, step))
-    if reached == last:
-        return ""
-    many = f"stages {reached + 1} to {last} are" if reached + 1 < last else f"stage {last} is"
-    return (
-        f"; {many} not reached: `daybreak plan` with the same recipe and budget says how to fit "
-        "every stage"
-    )
 
 
 def _heard(here: World, code: int) -> int:
@@ -501,22 +438,7 @@ def _heard(here: World, code: int) -> int:
 
 def _listen(run: Run, done: int, code: int) -> tuple[int, float, bool, bool]:
     """Ask again, after what takes long, who was asked to stop, and what the budget says."""
-    return max(code, _heard(run.here, run.stop.code)), *_budget(run, done)
-
-
-def _budget(run: Run, done: int, first: float = 0.0) -> tuple[float, bool, bool]:
-    """Return the factor on the rate, whether no more steps fit, and whether it is time that lacks.
-
-    The first rank's clock decides: another rate on another rank would be another step. So many
-    seconds come `first`.
-    """
-    if run.recipe.budget is None:
-        return 1.0, False, False
-    late = run.ledger.late(first)
-    over = late or (run.ledger.full and done < run.recipe.steps)
-    mine = torch.tensor([run.ledger.factor, over, late], dtype=torch.float64)
-    factor, over, late = parallel.gather(run.here, mine)[0].tolist()
-    return factor, bool(over), bool(late)
+    return max(code, _heard(run.here, run.stop.code)), *spending.allowed(run, done)
 
 
 def _is_over(
@@ -532,12 +454,9 @@ def _is_over(
         more = f"more steps, as with --set stage.{len(recipe.stage) - 1}.steps=... --changed"
         done = f"is finished: {found.step} steps of {recipe.steps}; to go on, give it {more}"
         return "" if late else done
-    rate = _rate(recipe, here)
-    spent = parallel.together(
-        here, lambda: Ledger(folder / "run.json", recipe.budget, clock, rate=rate).over
-    )
     done = f"{found.step} steps of {recipe.steps}"
-    return f"has spent its budget: {done}; a larger one goes on" if spent[0] else ""
+    spent = spending.spent(recipe, folder, here, clock)
+    return f"has spent its budget: {done}; a larger one goes on" if spent else ""
 
 
 def _silent(_: object) -> None:

@@ -1,0 +1,104 @@
+"""What steps of a run cost, and what its budget still allows, on all ranks alike.
+
+The first rank keeps account (train/ledger); the loop asks here, before each step and each thing
+between steps. Without a budget all is allowed, and what steps cost goes to the log.
+
+Units   FLOPs of all devices together; dollars an hour of all of them.
+"""
+
+import math
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+import torch
+
+from daybreak import config
+from daybreak.failure import BadRecipe
+from daybreak.train import flops, hardware, parallel
+from daybreak.train.ledger import Ledger
+from daybreak.train.parallel import World
+from daybreak.train.step import Run
+
+FORECAST = 10  # steps after which it is said how far a budget will reach
+
+
+def of_steps(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
+    """FLOPs of a step of each stage. Errors: BadRecipe if a budget of them cannot be kept."""
+    try:
+        return [flops.of_step(recipe, stage, cached, here.replicas) for stage in recipe.stage]
+    except BadRecipe:
+        if recipe.budget and recipe.budget.flops:
+            raise
+        return [0.0] * len(recipe.stage)
+
+
+def of_words(recipe: config.Recipe, cached: bool, here: World) -> Callable[[int, int], float]:
+    """FLOPs of a step of a stage whose captions had so many words; 0 if of unknown size."""
+
+    @cache
+    def worked(number: int, words: int) -> float:
+        return of_steps(flops.as_read(recipe, words), cached, here)[number]
+
+    return worked
+
+
+def rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float, float | None]:
+    """FLOP/s that all devices can do, and dollars an hour of them costs, if that is known."""
+    device = hardware.here(dtype).device
+    return device.flops * here.size, _rate(recipe, here, device.price)
+
+
+def allowed(run: Run, done: int, first: float = 0.0) -> tuple[float, bool, bool]:
+    """Return the factor on the rate, whether no more steps fit, and whether it is time that lacks.
+
+    The first rank's clock decides: another rate on another rank would be another step. So many
+    seconds come `first`.
+    """
+    if run.recipe.budget is None:
+        return 1.0, False, False
+    late = run.ledger.late(first)
+    over = late or (run.ledger.full and done < run.recipe.steps)
+    mine = torch.tensor([run.ledger.factor, over, late], dtype=torch.float64)
+    factor, over, late = parallel.gather(run.here, mine)[0].tolist()
+    return factor, bool(over), bool(late)
+
+
+def spent(recipe: config.Recipe, folder: Path, here: World, clock: Callable[[], float]) -> bool:
+    """Whether a run that would go on has nothing left, by the first rank's clock."""
+    file, rate = folder / "run.json", _rate(recipe, here)
+    return parallel.together(here, lambda: Ledger(file, recipe.budget, clock, rate=rate).over)[0]
+
+
+def forecast(run: Run, done: int) -> None:
+    """Say so if at this pace a budget ends before the last stage begins."""
+    left, usual = run.ledger.left, run.ledger.usual
+    if not math.isfinite(left) or not usual:
+        return
+    each, ahead = run.flops[run.recipe.stage_at(done)] or 1.0, done
+    while ahead < run.recipe.steps and left > 0:
+        ahead += 1
+        left -= usual * (run.flops[run.recipe.stage_at(ahead)] or 1.0) / each
+    if missed := unreached(run.recipe, ahead):
+        run.log.note(
+            f"at this pace the budget pays for about {ahead:,} of {run.recipe.steps:,} "
+            f"steps{missed}"
+        )
+
+
+def unreached(recipe: config.Recipe, step: int) -> str:
+    """Say which stages a run that ends at a step leaves out, if it does."""
+    last, reached = len(recipe.stage) - 1, recipe.stage_at(max(1, step))
+    if reached == last:
+        return ""
+    many = f"stages {reached + 1} to {last} are" if reached + 1 < last else f"stage {last} is"
+    return (
+        f"; {many} not reached: `daybreak plan` with the same recipe and budget says how to fit "
+        "every stage"
+    )
+
+
+def _rate(recipe: config.Recipe, here: World, usual: float | None = None) -> float | None:
+    """Dollars an hour of all devices costs, by the recipe's price or the usual one."""
+    price = recipe.budget.price if recipe.budget and recipe.budget.price else usual
+    return price * here.size if price else None
