@@ -7,6 +7,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -234,11 +235,55 @@ def test_a_worker_that_is_killed_is_named_at_once() -> None:
     assert caught.value.code == 6
 
 
+class Sleepy:
+    """Steps aside as a worker should, but for the first so many, which hang, deaf to signals."""
+
+    def __init__(self, place: Path, many: int) -> None:
+        self.place, self.many, self.real = place, many, loader._step_aside
+
+    def __call__(self, *arguments: Any) -> None:
+        for number in range(self.many):
+            with suppress(FileExistsError):
+                (self.place / str(number)).touch(exist_ok=False)
+                (self.place / f"pid-{os.getpid()}").touch()
+                time.sleep(1000)
+        self.real(*arguments)
+
+
+def hanging(place: Path, many: int, patch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    patch.setattr(loader, "START", 1.0)
+    patch.setattr(loader, "_step_aside", Sleepy(place, many))
+    config = batches.Config(source="scenes", workers=1)
+    return [batch.image for batch in read(config, batches.Scenes(SCENES, seed=5))]
+
+
+def test_a_worker_that_hangs_at_its_start_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = hanging(tmp_path, 1, monkeypatch)
+    config = batches.Config(source="scenes", workers=0)
+    expected = [batch.image for batch in read(config, batches.Scenes(SCENES, seed=5))]
+    assert all(map(torch.equal, found, expected))
+    (hung,) = tmp_path.glob("pid-*")
+    with pytest.raises(ProcessLookupError):
+        os.kill(int(hung.name.removeprefix("pid-")), 0)
+
+
+def test_workers_that_hang_again_and_again_are_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with pytest.raises(LostPeer, match="3 times a loader worker has not begun within 1 s"):
+        hanging(tmp_path, 3, monkeypatch)
+
+
 class Loader:
     """Does what it is told, batch by batch."""
 
     def __init__(self, *does: Exception | None) -> None:
         self.does = iter(does)
+
+    def __call__(self) -> "Loader":
+        return self
 
     def __iter__(self) -> "Loader":
         return self

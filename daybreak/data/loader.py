@@ -12,12 +12,15 @@ Letters  b pictures of the batch, c channels, h height, w width.
 """
 
 import contextlib
+import multiprocessing
 import os
 import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
 from multiprocessing import resource_tracker
+from multiprocessing.synchronize import Semaphore
+from typing import Any
 
 import numpy as np
 import torch
@@ -38,6 +41,7 @@ CHECK = 1.0  # seconds of silence after which the workers are looked after
 MOMENT = 0.2  # seconds until a process that was killed is known to be dead
 PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
 HUSH = 0.05  # seconds after which threads of an exchange that is over rest
+START, STARTS = 60.0, 3  # seconds until a worker has begun, and how often it is tried
 LAST = 19  # niceness of a worker beside a step on the same processor
 STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what train/stop hears
 READY = 2  # batches that lie received when a step asks for one
@@ -81,19 +85,23 @@ def stream(
     share = batch // world
     plan = source.plan(resolution, batch, first)
     here = torch.device(device).type == "cpu"
-    loader = DataLoader(
-        _Samples(source, config, seed),
-        batch_sampler=(
-            plan(number)[rank * share : (rank + 1) * share] for number in range(done, done + count)
-        ),
-        collate_fn=_stack,
-        num_workers=config.workers,
-        prefetch_factor=foresight(config.workers, share, resolution),
-        timeout=CHECK if config.workers else 0,
-        worker_init_fn=partial(_step_aside, LAST if here else 0),
-        pin_memory=torch.device(device).type == "cuda",
-    )
-    arriving = _told(_arriving(loader), expect)
+
+    def make(begun: Semaphore) -> DataLoader[Any]:
+        return DataLoader(
+            _Samples(source, config, seed),
+            batch_sampler=(
+                plan(number)[rank * share : (rank + 1) * share]
+                for number in range(done, done + count)
+            ),
+            collate_fn=_stack,
+            num_workers=config.workers,
+            prefetch_factor=foresight(config.workers, share, resolution),
+            timeout=CHECK if config.workers else 0,
+            worker_init_fn=partial(_step_aside, LAST if here else 0, begun),
+            pin_memory=torch.device(device).type == "cuda",
+        )
+
+    arriving = _told(_arriving(partial(_begun, make, config.workers)), expect)
     arriving = _as_floats(arriving) if here else arriving
     failed, told = 0, dict[str, None]()
     for number, stacked in enumerate(ahead(arriving, READY, late), start=done):
@@ -157,22 +165,41 @@ def _stack(samples: list[Sample | BadData]) -> Stacked:
     return torch.from_numpy(np.stack(pixels)), list(captions), list(filter(None, complaints))
 
 
-def _arriving(loader: Iterable[Stacked]) -> Generator[Stacked]:
+def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iterator[Stacked]:
+    """Start the workers; where one hangs at its start, all of them once more.
+
+    Before Python 3.12 a forked one can, if a thread of C++, as one of gloo's or Arrow's that lets
+    go of what Python owns, asks for the interpreter's lock at that moment. So workers are forked a
+    while after the last exchange, and say when they have begun.
+
+    Errors  LostPeer if they hang again and again.
+    """
+    if dist.is_initialized():
+        time.sleep(HUSH)
+    for _ in range(STARTS):
+        before, begun = multiprocessing.active_children(), multiprocessing.Semaphore(0)
+        with _deaf():
+            arriving = iter(make(begun))
+        if all(begun.acquire(timeout=START) for _ in range(workers)):
+            return arriving
+        for worker in set(multiprocessing.active_children()) - set(before):
+            worker.kill()  # it is still deaf to what is kinder
+        del arriving
+    raise LostPeer(
+        f"{STARTS} times a loader worker has not begun within {START:.0f} s: the same command "
+        "continues from the last checkpoint; data.workers = 0 does without them"
+    )
+
+
+def _arriving(begin: Callable[[], Iterator[Stacked]]) -> Generator[Stacked]:
     """Yield what the workers send. Errors: LostPeer, when one of them has died or hangs.
 
     The loader looks after its workers whenever it has waited for CHECK seconds, and gives up; it
     can be asked again. It begins in this thread (data/ahead), so that no signal of a dying worker
     is raised in the middle of a step. Of a worker that is killed while it sends, only the broken
     connection is seen at first; asked again a moment later, the loader names it.
-
-    Before Python 3.12 a forked worker can hang at its start if a thread of C++, as one of gloo's
-    that lets go of a tensor, asks for the interpreter's lock at that moment. So workers are forked
-    a while after the last exchange.
     """
-    if dist.is_initialized():
-        time.sleep(HUSH)
-    with _deaf():
-        arriving, asked = iter(loader), time.monotonic()
+    arriving, asked = begin(), time.monotonic()
     broken: Exception | None = None
     while True:
         try:
@@ -218,7 +245,7 @@ def _deaf() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _step_aside(niceness: int, _: int) -> None:
+def _step_aside(niceness: int, begun: Semaphore, _: int) -> None:
     """Keep a worker out of the way of the step, and of signals meant for the main process.
 
     Where the step itself needs the cores, one that a worker takes makes the others wait for it: so
@@ -235,6 +262,7 @@ def _step_aside(niceness: int, _: int) -> None:
     for number in STOPS:
         signal.signal(number, signal.SIG_DFL)
     torch.set_num_threads(1)
+    begun.release()
 
 
 def to_unit(pixels: Tensor) -> Float[Tensor, "b c h w"]:
