@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from daybreak.data import batches, loader
@@ -136,3 +137,42 @@ def test_a_picture_that_is_kept_is_not_read_again(pictures: Path) -> None:
         np.testing.assert_array_equal(one.picture, other.picture)
     larger = source.samples(source.plan(24, batch=8, first=0)(0))
     assert all(isinstance(sample, BadData) for sample in larger), "of another size they are not"
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
+def test_any_ranks_and_workers_make_the_same_global_batches(prepared: Write) -> None:
+    shapes = ("64x64", "32x128", "128x32")
+    rows = [{"bucket": shapes[n % 3], "captions": [f"number {n}"]} for n in range(40)]
+    folder = str(prepared(rows, shards=3))
+    made: dict[tuple[int, int], list[tuple[list[str], torch.Tensor, int]]] = {}
+    for world in (1, 2, 4):
+        for workers in (0, 1, 3):
+            config = batches.Config(source=folder, workers=workers, mirrored=0.5)
+            source = batches.pictures(config, None, 9, patch=16)
+            ranks = [
+                list(
+                    loader.stream(
+                        source, config, 9, 64, 4, first=12, count=14, rank=rank, world=world
+                    )
+                )
+                for rank in range(world)
+            ]
+            assert all(len(part.image) == 4 // world for rank in ranks for part in rank)
+            assert [rank[0].first for rank in ranks] == [12 + 4 // world * r for r in range(world)]
+            made[world, workers] = [
+                (
+                    [caption for part in parts for caption in part.captions],
+                    torch.cat([part.image for part in parts]),
+                    parts[0].first,
+                )
+                for parts in zip(*ranks, strict=True)
+            ]
+    expected = made[1, 0]
+    assert {tuple(image.shape[2:]) for _, image, _ in expected} == {(64, 64), (32, 128), (128, 32)}
+    for batch in made.values():
+        for (captions, image, first), (captions0, image0, first0) in zip(
+            batch, expected, strict=True
+        ):
+            assert captions == captions0
+            assert torch.equal(image, image0)
+            assert first == first0

@@ -126,43 +126,6 @@ def damaged(count: int, *bad: int) -> list[dict[str, Any]]:
     return made
 
 
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 3 worker processes")
-def test_any_ranks_and_workers_make_the_same_global_batches(prepared: Write) -> None:
-    folder = str(prepared(rows(40), shards=3))
-    made: dict[tuple[int, int], list[tuple[list[str], torch.Tensor, int]]] = {}
-    for world in (1, 2, 4):
-        for workers in (0, 1, 3):
-            config = batches.Config(source=folder, workers=workers, mirrored=0.5)
-            source = batches.pictures(config, None, 9, patch=16)
-            ranks = [
-                list(
-                    loader.stream(
-                        source, config, 9, 64, 4, first=12, count=14, rank=rank, world=world
-                    )
-                )
-                for rank in range(world)
-            ]
-            assert all(len(part.image) == 4 // world for rank in ranks for part in rank)
-            assert [rank[0].first for rank in ranks] == [12 + 4 // world * r for r in range(world)]
-            made[world, workers] = [
-                (
-                    [caption for part in parts for caption in part.captions],
-                    torch.cat([part.image for part in parts]),
-                    parts[0].first,
-                )
-                for parts in zip(*ranks, strict=True)
-            ]
-    expected = made[1, 0]
-    assert {tuple(image.shape[2:]) for _, image, _ in expected} == {(64, 64), (32, 128), (128, 32)}
-    for batch in made.values():
-        for (captions, image, first), (captions0, image0, first0) in zip(
-            batch, expected, strict=True
-        ):
-            assert captions == captions0
-            assert torch.equal(image, image0)
-            assert first == first0
-
-
 def test_a_stage_taken_up_in_the_middle_meets_the_rest_of_its_batches(prepared: Write) -> None:
     config = batches.Config(source=str(prepared(rows(20))), workers=0)
     source = batches.pictures(config, None, 9, patch=16)
