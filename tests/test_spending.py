@@ -86,7 +86,7 @@ def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(tiny: Path) -> N
 
 def test_an_evaluation_that_outlasts_the_budget_is_broken_off(tiny: Path) -> None:
     imported(tiny)
-    recipe = config.load(tiny, ("budget.seconds=8", "stage.0.steps=1000", "sample.every=1000"))
+    recipe = config.load(tiny, ("budget.seconds=20", "stage.0.steps=1000", "sample.every=1000"))
     long = interim.Config(every=3, suites=("scenes",), per_task=1000)
     outcome = loop.train(recipe.model_copy(update={"evaluate": long}), lambda line: None)
     assert outcome == (3, 0)
