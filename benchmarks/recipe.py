@@ -65,6 +65,7 @@ from daybreak.train.checkpoint import State
 from daybreak.train.dice import Dice
 from daybreak.train.memory import Mesh
 from daybreak.train.parallel import World
+from daybreak.train.step import networks
 
 SETTLE = 4  # steps of a stage that do not count: they compile
 Parts = dict[str, float]
@@ -126,8 +127,6 @@ def step(
 ) -> Parts:
     """Take one step as the loop does; returns the seconds of its parts."""
     model, began = state.model, now()
-    words = [model.text] if model.text.trained else []
-    networks = [model.dit, *words, *objective.learned.children()]
     with clock.part("pictures"):
         batch = next(stream)
     count = len(batch.image)
@@ -135,7 +134,7 @@ def step(
     for first in range(0, count, size):
         image, captions = batch.image[first : first + size], batch.captions[first : first + size]
         dice = Dice(recipe.seed, number, batch.first + first, len(image), image.device)
-        parallel.accumulate(networks, recipe.parallel, first + size >= count)
+        parallel.accumulate(networks(model, objective), recipe.parallel, first + size >= count)
         with clock.part("forward"):
             loss, _ = objective(
                 model, state.average, image, captions, dice, stage.without, stage.shift

@@ -64,9 +64,13 @@ class Run(NamedTuple):
     @property
     def networks(self) -> list[nn.Module]:
         """What is prepared, each as a whole (train/parallel)."""
-        model = self.state.model
-        words = [model.text] if model.text.trained else []
-        return [model.dit, *words, *self.objective.learned.children()]
+        return networks(self.state.model, self.objective)
+
+
+def networks(model: TextToImage, objective: Objective) -> list[nn.Module]:
+    """Return what learns, each as it is prepared as a whole (train/parallel)."""
+    words = [model.text] if model.text.trained else []
+    return [model.dit, *words, *objective.learned.children()]
 
 
 def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -> int:
