@@ -67,8 +67,10 @@ def mesh_of_one(alone: World) -> Iterator[World]:
     backend = "cpu:gloo,cuda:nccl" if alone.device.type == "cuda" else "gloo"
     dist.init_process_group(backend, store=HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(alone.device.type, (1,), mesh_dim_names=("dp_shard",))
-    yield alone._replace(mesh=mesh, group=dist.new_group(backend="gloo"))
-    dist.destroy_process_group()
+    try:
+        yield alone._replace(mesh=mesh, group=dist.new_group(backend="gloo"))
+    finally:
+        parallel.leave()
 
 
 def step(arm: Arm, recipe: config.Recipe, batch: batches.Batch) -> None:

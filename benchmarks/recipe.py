@@ -110,8 +110,10 @@ def alone_among(mesh: Mesh) -> Iterator[World]:
     names = ("dp_replicate", "dp_shard")
     whole = init_device_mesh(kind, (mesh.replicate, mesh.shard), mesh_dim_names=names)
     cut = whole if mesh.replicate > 1 else whole["dp_shard"]
-    yield World(0, mesh.devices, accelerator.choose(), cut, dist.HashStore())  # type: ignore[attr-defined]
-    dist.destroy_process_group()
+    try:
+        yield World(0, mesh.devices, accelerator.choose(), cut, dist.HashStore())  # type: ignore[attr-defined]
+    finally:
+        parallel.leave()
 
 
 def step(

@@ -3,6 +3,7 @@
 Run as a script under torchrun, this file is what each rank does.
 """
 
+import gc
 import json
 import os
 import re
@@ -18,13 +19,16 @@ from typing import Any, NamedTuple
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from daybreak.data import batches, loader, scenes
 from daybreak.failure import BadData, BadRecipe, Failure, LostPeer
 from daybreak.model import dit, text
 from daybreak.optim import ema, groups
@@ -155,6 +159,22 @@ CASES = {
     "recompute": (Config(recompute=True), 1),
     "recompute, reshard": (Config(recompute=True, reshard_after_forward=True), 0),
 }
+
+
+def test_workers_begin_after_a_world_has_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    dist.init_process_group("gloo", store=HashStore(), rank=0, world_size=1)
+    linear = nn.Linear(4, 4)
+    fully_shard(linear, mesh=init_device_mesh("cpu", (1,)))
+    with torch.no_grad():
+        linear.weight.mul_(2.0)
+    del linear
+    parallel.leave()
+    gc.collect()  # nobody holds the group but what torch remembers
+    monkeypatch.setattr(loader, "START", 15.0)
+    monkeypatch.setattr(loader, "STARTS", 1)
+    config = batches.Config(source="scenes", workers=1)
+    source = batches.Scenes(scenes.Config(canvas="32"), seed=5)
+    assert len(list(loader.stream(source, config, 5, 32, batch=2, first=0, count=2))) == 2
 
 
 def train(out: Path) -> None:

@@ -12,6 +12,7 @@ Letters  b pictures of the batch, c channels, h height, w width.
 """
 
 import contextlib
+import gc
 import multiprocessing
 import os
 import signal
@@ -168,9 +169,11 @@ def _stack(samples: list[Sample | BadData]) -> Stacked:
 def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iterator[Stacked]:
     """Start the workers; where one hangs at its start, all of them once more.
 
-    Before Python 3.12 a forked one can, if a thread of C++, as one of gloo's or Arrow's that lets
-    go of what Python owns, asks for the interpreter's lock at that moment. So workers are forked a
-    while after the last exchange, and say when they have begun.
+    A forked one has no other thread, and hangs if it lets go of what waits for its threads, as a
+    group of gloo does (train/parallel, `leave`): so what the main process has not swept up yet is
+    not swept up there. Before Python 3.12 it can hang, too, if a thread of C++, as one of gloo's or
+    Arrow's, asks for the interpreter's lock at that moment: so it is forked a while after the last
+    exchange, and says when it has begun.
 
     Errors  LostPeer if they hang again and again.
     """
@@ -178,8 +181,10 @@ def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iter
         time.sleep(HUSH)
     for _ in range(STARTS):
         before, begun = multiprocessing.active_children(), multiprocessing.Semaphore(0)
+        gc.freeze()
         with _deaf():
             arriving = iter(make(begun))
+        gc.unfreeze()
         if all(begun.acquire(timeout=START) for _ in range(workers)):
             return arriving
         for worker in set(multiprocessing.active_children()) - set(before):

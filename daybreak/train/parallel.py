@@ -23,7 +23,7 @@ import itertools
 import math
 import os
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from datetime import timedelta
 from typing import Any, NamedTuple, TypeVar
 
@@ -146,7 +146,21 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
             gone[0] if gone else None,
         ) from error
     rendezvous.farewell(store, rank, size)
-    dist.destroy_process_group()  # only where nobody is lost: it may wait for them
+    leave()  # only where nobody is lost: it may wait for them
+
+
+def leave() -> None:
+    """Leave the other ranks, and forget them.
+
+    The thread that has worked with sharded tensors remembers how, and so the group. A worker forked
+    by another thread lets go of that at once: were it the last to hold the group, it would wait for
+    ever for the group's threads, which it has not.
+    """
+    dist.destroy_process_group()
+    with suppress(ImportError):  # a name that torch may change
+        from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+
+        _clear_sharding_prop_cache()
 
 
 def check_shares(batches: Sequence[int], count: int) -> None:

@@ -1,5 +1,6 @@
 """The loader: the same batches, however many help, and no silence about what goes wrong."""
 
+import gc
 import os
 import re
 import signal
@@ -196,6 +197,38 @@ def test_a_worker_that_is_killed_is_named_at_once() -> None:
         list(islice(stream, 20))
     assert time.monotonic() - began < 8
     assert caught.value.code == 6
+
+
+class Leaving:
+    """Says in which process it is swept up."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.itself = file, self  # only a sweep finds it
+
+    def __del__(self) -> None:
+        with self.file.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+
+
+class Sweeping(batches.Scenes):
+    """Sweeps up before it makes pictures."""
+
+    def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
+        gc.collect()
+        return super().samples(slots)
+
+
+def test_a_worker_does_not_sweep_up_what_the_main_process_has_left(tmp_path: Path) -> None:
+    file = tmp_path / "swept"
+    gc.disable()
+    try:
+        Leaving(file)
+        read(batches.Config(source="scenes", workers=1), Sweeping(SCENES, seed=5))
+        assert not file.exists()
+    finally:
+        gc.enable()
+    gc.collect()
+    assert file.read_text() == f"{os.getpid()}\n"
 
 
 class Sleepy:
