@@ -27,9 +27,10 @@ def imported(tiny: Path) -> None:
     loop.train(config.load(tiny, ("stage.0.steps=1", out)), lambda line: None, trial=True)
 
 
+@pytest.mark.slow
 def test_what_lies_between_steps_is_paid_from_the_budget(tiny: Path) -> None:
     imported(tiny)
-    sets = ("budget.seconds=8", "sample.every=3", "sample.steps=2500", "stage.0.steps=100")
+    sets = ("budget.seconds=12", "sample.every=3", "sample.steps=4000", "stage.0.steps=100")
     recipe = config.load(tiny, sets)
     assert loop.train(recipe, lambda line: None) == (3, 0), "no step after a grid so long"
     assert checkpoint.required(Path(recipe.out), print).step == 3
@@ -84,6 +85,7 @@ def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(tiny: Path) -> N
     assert said[-1] == f"{run} has spent its budget: 6 steps of 10; a larger one goes on"
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_outlasts_the_budget_is_broken_off(tiny: Path) -> None:
     imported(tiny)
     recipe = config.load(tiny, ("budget.seconds=20", "stage.0.steps=1000", "sample.every=1000"))
