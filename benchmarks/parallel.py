@@ -91,10 +91,10 @@ def step(arm: Arm, recipe: config.Recipe, batch: batches.Batch) -> None:
     norm = parallel.clip(
         here, [*state.model.parameters(), *objective.learned.parameters()], recipe.clip
     )
-    parallel.gather(here, norm[None])
+    refused = parallel.gather(here, norm[None]).isnan().any().float()
     groups.set_rate(state.optimizers, recipe.stage[0].lr)
+    groups.step(state.optimizers, refused)
     for optimizer, _ in state.optimizers.values():
-        optimizer.step()
         optimizer.zero_grad()
     ema.update(state.model, 1)
 

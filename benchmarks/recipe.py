@@ -144,11 +144,12 @@ def step(
         with clock.part("backward"):
             (loss * (len(image) / count)).backward()
     with clock.part("clipping"):
-        parallel.clip(here, [*model.parameters(), *objective.learned.parameters()], recipe.clip)
+        learned = [*model.parameters(), *objective.learned.parameters()]
+        refused = parallel.clip(here, learned, recipe.clip).isnan().float()
     groups.set_rate(state.optimizers, stage.lr)
-    for name, (optimizer, _) in state.optimizers.items():
+    for name, (optimizer, rate) in state.optimizers.items():
         with clock.part(name):
-            optimizer.step()
+            groups.step({name: (optimizer, rate)}, refused)
             optimizer.zero_grad()
     with clock.part("average"):
         ema.update(model, number)

@@ -1,8 +1,13 @@
 """Which weight learns with which optimiser."""
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from daybreak.model import dit, text
 from daybreak.model.text_to_image import TextToImage, build
@@ -88,6 +93,56 @@ def test_a_muon_step_is_orthogonal_and_of_the_size_of_an_adamw_step() -> None:
     singular = torch.linalg.svdvals(-weight.detach() / (0.01 * 0.2 * 8))
     assert 0.6 < float(singular.min()) <= float(singular.max()) < 1.3
     assert abs(float(weight.square().mean().sqrt()) / (0.01 * 0.2) - 1) < 0.2
+
+
+def told(shared: dict[str, tuple[Optimizer, float]], refused: Tensor) -> None:
+    """Take a step as on a device that no host waits for."""
+    for optimizer, _ in shared.values():
+        optimizer.found_inf = refused  # type: ignore[attr-defined]
+        optimizer.step()
+
+
+@pytest.mark.parametrize("take", [groups.step, told])
+def test_a_step_that_is_refused_changes_nothing(
+    model: TextToImage, take: Callable[[dict[str, tuple[Optimizer, float]], Tensor], None]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    shared = groups.optimizers(
+        model, groups.MuonConfig(weight_decay=0.1), groups.AdamWConfig(weight_decay=0.1)
+    )
+    twin = copy.deepcopy(model)
+    undisturbed = groups.optimizers(
+        twin, groups.MuonConfig(weight_decay=0.1), groups.AdamWConfig(weight_decay=0.1)
+    )
+
+    def gradients(*of: TextToImage) -> None:
+        for weights in zip(*(one.parameters() for one in of), strict=True):
+            given = torch.randn(weights[0].shape, generator=generator)
+            for weight in weights:
+                weight.grad = given.clone()
+
+    def held(*parts: Any) -> list[Tensor]:
+        weights, optimizers = parts
+        states = [state for one, _ in optimizers.values() for state in one.state.values()]
+        return [*weights.parameters(), *(value for state in states for value in state.values())]
+
+    for one in (shared, undisturbed):
+        groups.set_rate(one, 0.02)
+    for refused in (0.0, 1.0, 0.0):
+        if refused:
+            before = [value.clone() for value in held(model, shared)]
+            gradients(model)
+            for weight in model.parameters():
+                assert weight.grad is not None
+                weight.grad.view(-1)[0] = torch.nan
+            take(shared, torch.tensor(1.0))
+            assert all(map(torch.equal, held(model, shared), before))
+            continue
+        gradients(model, twin)
+        take(shared, torch.tensor(0.0))
+        for optimizer, _ in undisturbed.values():
+            optimizer.step()
+    assert all(map(torch.equal, held(model, shared), held(twin, undisturbed)))
 
 
 def test_the_schedule_rises_holds_and_falls() -> None:

@@ -104,6 +104,26 @@ def test_a_loss_that_leaps_is_recorded_and_answered(
     assert incident["usual"] == 0.5
 
 
+@pytest.mark.parametrize("policy", ["log", "skip", "rollback"])
+def test_what_the_device_refuses_is_what_the_host_says_was_refused(
+    tmp_path: Path, policy: str
+) -> None:
+    watching = settled(guard(tmp_path, spike=policy, bad_steps=10_000))
+    generator = torch.Generator().manual_seed(0)
+    seen = set()
+    for step in range(20, 400):
+        around = watching.limit * (1 + 1e-7 * torch.randn(7, generator=generator))
+        rows = torch.stack((around, torch.ones(7)), dim=1)
+        if step % 50 == 0:
+            rows[step % 7, 1] = NAN
+        refused = bool(watching.refuses(rows))
+        assert refused == bool(watching.refuses(rows.flip(0)))  # in whatever order it adds up
+        assert refused is not watching.judge(step, rows, range(1)).step
+        watching.recent.extend([0.5] * health.RECENT)
+        seen.add((refused, step % 50 == 0))
+    assert seen == {(False, False), (True, True), *([(True, False)] if policy != "log" else [])}
+
+
 def test_a_loss_below_zero_leaps_too(tmp_path: Path) -> None:
     watching = settled(guard(tmp_path, spike="skip"), loss=-0.5)
     assert watching.judge(20, numbers(-0.1), range(1)) == LEARN

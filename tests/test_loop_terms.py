@@ -14,7 +14,7 @@ from torch.distributed import HashStore  # type: ignore[attr-defined]
 from daybreak import config
 from daybreak.data import batches
 from daybreak.failure import BadRecipe
-from daybreak.train import accelerator, building, checkpoint, loop, parallel
+from daybreak.train import accelerator, building, checkpoint, health, loop, parallel
 from daybreak.train.dice import Dice
 from tests import warm
 
@@ -223,7 +223,10 @@ def test_a_step_keeps_to_its_device_and_never_waits_for_it(
     assert set(parts) == {*WEIGHTS, "words"}
     loss.backward()
     assert all(weight.grad is not None and weight.grad.is_meta for weight in learning)
-    assert parallel.clip(here, learning, recipe.clip).is_meta
+    norm = parallel.clip(here, learning, recipe.clip)
+    rows = parallel.gather(here, torch.stack((loss.detach(), norm)))
+    guard = health.Guard(health.Config(spike="skip"), None)
+    state.optimizers["muon"][0].found_inf = guard.refuses(rows)  # type: ignore[attr-defined]
     for optimizer, _ in state.optimizers.values():
         for group in optimizer.param_groups:
             group["fused"] = False  # which this device has not

@@ -117,6 +117,27 @@ def by_columns() -> str:
     return ""
 
 
+def refused() -> bool:
+    """Whether sharded weights stay where they are in a step that no rank takes."""
+    matrices = Matrices(UNEVEN)
+    fully_shard(matrices, mesh=init_device_mesh("cpu", (dist.get_world_size(),)))
+    half = len(UNEVEN) // 2
+    weights = list(matrices.parameters())
+    optimizers = ours(weights[:half]), torch.optim.AdamW(weights[half:], lr=0.02, fused=True)
+    kept = []
+    for refuses in (0.0, 1.0):
+        matrices(
+            [torch.full(shape, 1.0 if not refuses else math.nan) for shape in UNEVEN]
+        ).backward()
+        before = [weight.detach().clone() for weight in weights]
+        for optimizer in optimizers:
+            optimizer.found_inf = torch.tensor(refuses)  # type: ignore[union-attr]
+            optimizer.step()
+            optimizer.zero_grad()
+        kept.append([torch.equal(*pair) for pair in zip(weights, before, strict=True)])
+    return not any(kept[0]) and all(kept[1])
+
+
 def owned() -> list[int]:
     """How many matrices each rank owns of some that all differ in shape."""
     mesh = init_device_mesh("cpu", (dist.get_world_size(),))
@@ -138,6 +159,7 @@ def main(out: Path) -> None:
     }
     found["by columns"] = by_columns()
     found["owned"] = owned()
+    found["refused"] = refused()
     if dist.get_rank() == 0:
         out.write_text(json.dumps(found))
     dist.barrier()  # gloo aborts now and then where one rank leaves and the other still listens
@@ -317,6 +339,10 @@ def test_state_is_sharded_like_the_weights(measured: dict[str, Any]) -> None:
 
 def test_every_rank_owns_as_many_though_all_shapes_differ(measured: dict[str, Any]) -> None:
     assert set(measured["owned"]) == {2}
+
+
+def test_a_step_that_is_refused_moves_no_row(measured: dict[str, Any]) -> None:
+    assert measured["refused"] is True
 
 
 def test_matrices_cut_by_columns_are_refused(measured: dict[str, Any]) -> None:

@@ -14,8 +14,9 @@ Source  kellerjordan.github.io/posts/muon; scale 0.2 sqrt(max(rows, columns)): a
 from typing import Literal
 
 import torch
+from jaxtyping import Float
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 from torch.optim import AdamW, Optimizer
 
 from daybreak.optim import polar_express
@@ -110,6 +111,22 @@ def set_rate(shared: dict[str, tuple[Optimizer, float]], rate: float) -> None:
     for optimizer, factor in shared.values():
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
+
+
+def step(shared: dict[str, tuple[Optimizer, float]], refused: Float[Tensor, ""]) -> None:
+    """Let every optimiser take its step, unless it is `refused` (1): then nothing changes.
+
+    A processor looks first. Any other device is told, and decides when it gets there: a host that
+    looked would stand still until the backward pass is done, with nothing queued behind it.
+    """
+    if refused.device.type == "cpu":
+        if refused:
+            return
+    else:
+        for optimizer, _ in shared.values():
+            optimizer.found_inf = refused  # type: ignore[attr-defined]  # torch's name for that
+    for optimizer, _ in shared.values():
+        optimizer.step()
 
 
 def schedule(step: int, steps: int, warmup: int, cooldown: float) -> float:

@@ -40,6 +40,9 @@ class Muon(Optimizer):
     `match_rms_adamw`, to rounding, if the `rounds` are its five; on many, two collectives move all
     matrices of one shape. Every rank must have gradients for the same matrices.
 
+    Where `found_inf` is set, as torch's fused optimisers have it, a step changes nothing if that
+    tensor is 1, and no host has to know whether it is.
+
     Shapes  parameters (rows, columns): plain, or DTensors sharded by rows, evenly or not, on a mesh
             of one dimension or replicated along others. State is of the parameter's kind.
     Units   lr as in AdamW: the update has RMS near 0.2 lr whatever the shape.
@@ -69,17 +72,20 @@ class Muon(Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
         """Take one step. All that can be on its way at once is; what need not travel waits."""
+        refused: Tensor | None = getattr(self, "found_inf", None)
         for number, group in enumerate(self.param_groups):
             stacks = self._stacks(number, [p for p in group["params"] if p.grad is not None])
             alone = all(stack.group is None for stack in stacks)
             for some in [[stack] for stack in stacks] if alone else [stacks]:
-                coming = [stack.gather(self._updates(stack, group["momentum"])) for stack in some]
+                coming = [
+                    stack.gather(self._updates(stack, group["momentum"], refused)) for stack in some
+                ]
                 going = [
                     stack.scatter(orthogonal(stack.whole(rows.open()), self.rounds))
                     for stack, rows in zip(some, coming, strict=True)
                 ]
                 for stack, rows in zip(some, going, strict=True):
-                    stack.move(rows.open(), group["lr"], group["weight_decay"])
+                    stack.move(rows.open(), group["lr"], group["weight_decay"], refused)
 
     def _stacks(self, number: int, weights: list[nn.Parameter]) -> list["Stack"]:
         """Deal out the matrices of a group, or return what the last step dealt if they are those.
@@ -94,10 +100,13 @@ class Muon(Optimizer):
             self._dealt[number] = which, stacks
         return stacks
 
-    def _updates(self, stack: "Stack", momentum: float) -> Float[Tensor, "k held columns"]:
+    def _updates(
+        self, stack: "Stack", momentum: float, refused: Float[Tensor, ""] | None
+    ) -> Float[Tensor, "k held columns"]:
         """Let the momentum follow the gradients; return this rank's rows of what it points to.
 
-        On a CPU one matrix after the other, which stays in its cache; else all at once.
+        On a CPU one matrix after the other, which stays in its cache; else all at once. A momentum
+        that follows itself stays where it is: so does that of a step which is refused.
         """
         buffers, gradients = [], []
         for weight in stack.weights:
@@ -107,6 +116,8 @@ class Muon(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             buffers.append(_local(state["momentum_buffer"]))
             gradients.append(_local(gradient))
+            if refused is not None:
+                torch.where(refused > 0, buffers[-1], gradients[-1], out=gradients[-1])
         first = gradients[0]
         ahead = first.new_empty((len(gradients), *first.shape), dtype=self.precision)
         at_once = 1 if first.device.type == "cpu" else len(gradients)
@@ -158,14 +169,24 @@ class Stack(NamedTuple):
         pieces = _joined([rows.flatten() for rows in matrices.split(self.held, dim=1)])
         return self._exchange(pieces, self._by_holder(), self._by_owner())
 
-    def move(self, pieces: Float[Tensor, " n"], lr: float, weight_decay: float) -> None:
-        """Move the rows held here along what has come home."""
+    def move(
+        self,
+        pieces: Float[Tensor, " n"],
+        lr: float,
+        weight_decay: float,
+        refused: Float[Tensor, ""] | None,
+    ) -> None:
+        """Move the rows held here along what has come home, unless the step is refused."""
         rows, columns = self.weights[0].shape
-        directions = pieces.view(len(self.weights), self.held[self.rank], columns)
-        for weight, direction in zip(map(_local, self.weights), directions, strict=True):
-            if weight_decay:
-                weight.mul_(1 - lr * weight_decay)
-            weight.add_(direction, alpha=-0.2 * lr * math.sqrt(max(rows, columns)))
+        weights = [_local(weight) for weight in self.weights]
+        directions = pieces.view(len(weights), self.held[self.rank], columns)
+        decay: float | Tensor = lr * weight_decay
+        if refused is not None:
+            decay, directions = decay * (1 - refused), directions * (1 - refused)
+        if weight_decay:
+            torch._foreach_mul_(weights, 1 - decay)
+        scale = -0.2 * lr * math.sqrt(max(rows, columns))
+        torch._foreach_add_(weights, list(directions), alpha=scale)
 
     def _by_owner(self) -> list[int]:
         held = self.held[self.rank] * self.weights[0].shape[1]

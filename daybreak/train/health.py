@@ -1,4 +1,4 @@
-"""Is the run well? Asked between the backward pass and the step, answered alike on all ranks.
+"""Is the run well? Asked after the backward pass, answered alike on all ranks.
 
     Guard       a loss or gradient that is not finite is never learned from; a loss that leaps is
                 logged, skipped, or answered with a return to the last checkpoint
@@ -63,7 +63,10 @@ class Verdict(NamedTuple):
 
 
 class Guard:
-    """Decides about a step before it is taken, from every rank's loss and gradient norm.
+    """Decides whether a step is taken, from every rank's loss and gradient norm.
+
+    `refuses` is the decision, on the device where those are; `judge` is told afterwards what they
+    were, and comes to the same one.
 
     Incidents go to RUN/incidents.jsonl, with the samples of the batch. A checkpoint has to hold
     `state`, so that a replay judges alike.
@@ -83,17 +86,35 @@ class Guard:
         if file:
             disk.cut_lines(file, start)
 
+    @property
+    def usual(self) -> float:
+        """The median of late losses, or infinity as long as there are few."""
+        return statistics.median(self.recent) if len(self.recent) >= ENOUGH else math.inf
+
+    @property
+    def limit(self) -> float:
+        """The loss above which one leaps."""
+        return self.usual + (self.config.spike_ratio - 1) * abs(self.usual)
+
+    def refuses(self, rows: Float[Tensor, "r 2"]) -> Float[Tensor, ""]:
+        """Return 1 for a step that must not be taken, else 0; no host has to wait for it.
+
+        A mean of float32 in float64 is the same in any order.
+        """
+        good = rows.isfinite().all()
+        if self.config.spike != "log":
+            good &= rows[:, 0].double().mean() <= self.limit
+        return 1 - good.float()
+
     def judge(self, step: int, rows: Float[Tensor, "r 2"], samples: Sequence[int]) -> Verdict:
-        """Decide, and remember the loss. A step that is not taken has used its batch up.
+        """Say what was decided, and remember the loss. A batch that is refused is used up.
 
         Errors  NotFinite after `bad_steps` in a row that were not taken, on all ranks.
         """
         losses, norms = rows.T.tolist()
-        loss, norm = rows.mean(0).tolist()
-        usual = statistics.median(self.recent) if len(self.recent) >= ENOUGH else math.inf
-        finite = all(map(math.isfinite, (*losses, *norms)))
-        leaps = loss - usual > (self.config.spike_ratio - 1) * abs(usual)
-        if finite and not leaps:
+        loss, norm = rows.double().mean(0).tolist()
+        usual, finite = self.usual, all(map(math.isfinite, (*losses, *norms)))
+        if finite and loss <= self.limit:
             return self._taken(loss)
         where = f"samples {samples[0]} to {samples[-1]}"
         bad = [
@@ -103,7 +124,7 @@ class Guard:
         what += (
             f", median of late {usual:.4g}" if finite else f" on rank {bad[0]}" * (len(losses) > 1)
         )
-        take = finite and self.config.spike == "log"
+        take = not self.refuses(rows)
         self._record(
             f"step {step}: {what} ({where}); {'learned from all the same' if take else 'skipped'}",
             {"step": step, "loss": losses, "norm": norms, "usual": usual, "samples": list(samples)},

@@ -5,6 +5,9 @@
     if the guard lets it    theta <- Muon or AdamW
     always                  average <- average + (1 - decay) (theta - average)
 
+All this is on its way before the host looks at a number: it waits once, for what was exchanged,
+while the device has the optimisers left to do, and then for nothing until the next step's end.
+
 `Run` is what the steps of a run have in common; train/loop puts it together and takes the steps.
 """
 
@@ -23,7 +26,7 @@ from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.optim.ema import Ema
-from daybreak.train import checkpoint, health, parallel
+from daybreak.train import accelerator, checkpoint, health, parallel
 from daybreak.train.checkpoint import State
 from daybreak.train.dice import Dice
 from daybreak.train.ledger import Ledger
@@ -91,17 +94,17 @@ def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) ->
     norm = parallel.clip(here, run.trained, run.recipe.clip)
     counts = [norm.new_full((), count) for count in (batch.substituted, run.stop.code)]  # no copy
     parts = [sums[name] for name in sums if name != "loss"]
-    table = parallel.gather(here, torch.stack([sums["loss"], norm, *parts, *counts])).cpu()
-
-    first = batch.first - parallel.share(here, stage.batch)[0]
-    verdict = run.guard.judge(step, table[:, :2], range(first, first + stage.batch))
-    if verdict.step:
-        groups.set_rate(run.state.optimizers, rate)
-        for optimizer, _ in run.state.optimizers.values():
-            optimizer.step()
+    table = parallel.gather(here, torch.stack([sums["loss"], norm, *parts, *counts]))
+    arrived = accelerator.fetch(table)
+    groups.set_rate(run.state.optimizers, rate)
+    groups.step(run.state.optimizers, run.guard.refuses(table[:, :2]))
     run.ema.update(run.state.model, step)  # also towards weights that have not moved
     for optimizer, _ in run.state.optimizers.values():
         optimizer.zero_grad()
+
+    table = arrived()
+    first = batch.first - parallel.share(here, stage.batch)[0]
+    verdict = run.guard.judge(step, table[:, :2], range(first, first + stage.batch))
     if verdict.back:
         _return(run, step)
 
