@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from daybreak import config
+from daybreak.evaluate import distances, interim
 from daybreak.failure import BadData, BadRecipe, BadStorage, Failure, NoCheckpoint
 from daybreak.train import checkpoint, evaluations, loop, runs
 
@@ -244,6 +246,12 @@ def test_what_an_evaluation_lacks_is_missed_before_the_first_step(
     with pytest.raises(kind, match=words):
         loop.train(recipe, lambda line: None)
     assert not Path(recipe.out).exists()
+
+
+def test_as_few_pictures_are_allowed_as_their_distances_need() -> None:
+    interim.Config(every=1, pictures=distances.FEWEST)
+    with pytest.raises(ValidationError, match="pictures"):
+        interim.Config(every=1, pictures=distances.FEWEST - 1)
 
 
 def test_a_dataset_that_is_too_small_is_refused_before_the_first_step(

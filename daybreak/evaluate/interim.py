@@ -41,7 +41,7 @@ class Config(BaseModel):
     )
     best: str | None = None
     per_task: int = Field(default=20, ge=5)
-    pictures: int = Field(default=512, ge=32)
+    pictures: int = Field(default=512, ge=20)  # evaluate/distances needs so many
     data: str | None = None
     features: str | None = None
 
