@@ -139,8 +139,12 @@ def test_a_torch_without_cuda_has_no_gpu_that_computes_nothing() -> None:
 @pytest.mark.skipif(
     torch.version.cuda is None or torch.cuda.is_available(), reason="for CUDA without a GPU"
 )
-def test_a_run_walks_its_path_on_a_gpu_that_computes_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("recompute", ["false", "true"])
+def test_a_run_walks_its_path_on_a_gpu_that_computes_nothing(
+    tmp_path: Path, recompute: str
+) -> None:
     steps = [word for stage in range(3) for word in ("--set", f"stage.{stage}.steps=2")]
+    steps += ["--set", f"parallel.recompute={recompute}"]
     more = ["--set", "sample.every=3", "--set", "save_every=4", *SMALL, *steps]
     done = run_on_nothing("-m", "daybreak", "train", "quickstart", "--out", tmp_path / "run", *more)
     assert done.returncode == 0, done.stderr

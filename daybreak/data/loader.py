@@ -1,7 +1,7 @@
 """How batches get to the step that learns from them.
 
     workers       make pictures and captions of the slots of a plan, and stack them
-    a thread      receives what they send (data/ahead), and makes floats of it on a CPU
+    a thread      receives what they send (data/ahead), makes floats of it or pins it for a GPU
     the caller    asks for the next batch, and makes floats of it on any other device
 
 Which pictures they are is settled before (data/batches), and nothing here can change it. Workers
@@ -51,6 +51,7 @@ FORESIGHT, UNDERWAY = 4, 2 * 2**30  # a worker's batches ahead, and the bytes of
 # Pictures, captions, and complaints about those that could not be read. The pictures are bytes
 # (b, h, w, c), or what `to_unit` makes of them.
 Stacked = tuple[Tensor, list[str], list[str]] | BadData
+Ready = Callable[[Tensor], Tensor]
 
 
 def stream(
@@ -85,7 +86,8 @@ def stream(
     """
     share = batch // world
     plan = source.plan(resolution, batch, first)
-    here = torch.device(device).type == "cpu"
+    kind = torch.device(device).type
+    here = kind == "cpu"
 
     def make(begun: Semaphore) -> DataLoader[Any]:
         return DataLoader(
@@ -99,11 +101,12 @@ def stream(
             prefetch_factor=foresight(config.workers, share, resolution),
             timeout=CHECK if config.workers else 0,
             worker_init_fn=partial(_step_aside, LAST if here else 0, begun),
-            pin_memory=torch.device(device).type == "cuda",
         )
 
     arriving = _told(_arriving(partial(_begun, make, config.workers)), expect)
-    arriving = _as_floats(arriving) if here else arriving
+    ready: dict[str, Ready] = {"cpu": to_unit, "cuda": lambda pixels: pixels.pin_memory()}
+    if kind in ready:
+        arriving = _made_ready(arriving, ready[kind])
     failed, told = 0, dict[str, None]()
     for number, stacked in enumerate(ahead(arriving, READY, late), start=done):
         if isinstance(stacked, BadData):
@@ -295,7 +298,12 @@ def _told(
         yield stacked
 
 
-def _as_floats(arriving: Generator[Stacked]) -> Generator[Stacked]:
-    """Turn pictures into floats in the thread that receives them."""
+def _made_ready(arriving: Generator[Stacked], ready: Ready) -> Generator[Stacked]:
+    """Make floats of pictures, or bytes that a GPU fetches, in the thread that receives them.
+
+    torch's loader would pin them in one of its own, which tells all threads that begin later to
+    compute alone. One of those is the backward pass's: to a block that is recomputed there the
+    world has changed, it is compiled again, into another one, and the step fails.
+    """
     for stacked in arriving:
-        yield stacked if isinstance(stacked, BadData) else (to_unit(stacked[0]), *stacked[1:])
+        yield stacked if isinstance(stacked, BadData) else (ready(stacked[0]), *stacked[1:])
