@@ -73,7 +73,7 @@ class Network(nn.Module):
 
     def __init__(self, spoken: bool, compute: torch.dtype) -> None:
         super().__init__()
-        size = dit.Config(patch=4, bottleneck=0, width=24, depth=2, heads=2)
+        size = dit.Config(patch=4, bottleneck=0, width=24, depth=3, heads=2)
         self.dit = dit.DiT(size, WORDS.width, compute=compute)
         self.text: text.TextEncoder | None = None
         if spoken:
@@ -293,7 +293,7 @@ def test_micro_batches_move_no_more_than_one_batch(found: Found) -> None:
     if found.ranks == 2:
         once, often = (found.taken[name].collectives for name in ("shards", "micro-batches"))
         assert once == often
-        # Two blocks and the rest of the denoiser: gathered and reduced once.
+        # Two blocks, one, and the rest of the denoiser: each gathered and reduced once.
         assert once == {"allgather_base": 3, "reduce_scatter_base": 3}
 
 
