@@ -184,10 +184,8 @@ def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iter
         time.sleep(HUSH)
     for _ in range(STARTS):
         before, begun = multiprocessing.active_children(), multiprocessing.Semaphore(0)
-        gc.freeze()
-        with _deaf():
+        with _deaf(), _unswept():
             arriving = iter(make(begun))
-        gc.unfreeze()
         if all(begun.acquire(timeout=START) for _ in range(workers)):
             return arriving
         for worker in set(multiprocessing.active_children()) - set(before):
@@ -251,6 +249,16 @@ def _deaf() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+@contextlib.contextmanager
+def _unswept() -> Iterator[None]:
+    """Let a process that is forked here never sweep up what it inherits."""
+    gc.freeze()
+    try:
+        yield
+    finally:
+        gc.unfreeze()
 
 
 def _step_aside(niceness: int, begun: Semaphore, _: int) -> None:

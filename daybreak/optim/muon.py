@@ -109,6 +109,7 @@ class Muon(Optimizer):
         that follows itself stays where it is: so does that of a step which is refused.
         """
         buffers, gradients = [], []
+        stays = None if refused is None else refused > 0
         for weight in stack.weights:
             gradient, state = weight.grad, self.state[weight]
             assert gradient is not None
@@ -116,8 +117,8 @@ class Muon(Optimizer):
                 state["momentum_buffer"] = torch.zeros_like(gradient)
             buffers.append(_local(state["momentum_buffer"]))
             gradients.append(_local(gradient))
-            if refused is not None:
-                torch.where(refused > 0, buffers[-1], gradients[-1], out=gradients[-1])
+            if stays is not None:
+                torch.where(stays, buffers[-1], gradients[-1], out=gradients[-1])
         first = gradients[0]
         ahead = first.new_empty((len(gradients), *first.shape), dtype=self.precision)
         at_once = 1 if first.device.type == "cpu" else len(gradients)
