@@ -92,7 +92,7 @@ def parts(
     state = 2 * weights - FULL * sum(shape.numel() for shape in matrices)
     saved = activations(recipe, stage, dtype, kind)
     gathered = dtype.itemsize / FULL * weights
-    if recipe.parallel.reshard_after_forward:  # one block at work, and the next on its way
+    if recipe.parallel.reshard_after_forward:  # two blocks are gathered at once
         gathered = min(gathered, 2 * gathered / recipe.dit.depth)
     several = stage.batch // mesh.devices > pictures  # passes of a step: the gradients wait whole
     always = {
