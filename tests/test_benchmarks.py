@@ -171,6 +171,7 @@ def test_parallel_sets_steps_and_saves_against_one_another(measured: dict[str, A
     assert all(len(times) == 1 for times in measured["seconds"].values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "measured", [["prepare.py", "--source", "scenes:400", "--kills", "1"]], indirect=True
 )

@@ -52,7 +52,7 @@ POINTS += [(1, 1, ""), (1, 2, "")]
 POINTS += [(rank, point, "save_async") for rank, point in ((0, 10), (0, 12), (1, 2))]
 
 
-@pytest.mark.parametrize(("rank", "point", "how"), few(POINTS, 1))
+@pytest.mark.parametrize(("rank", "point", "how"), few(POINTS, 0))
 def test_C1_a_kill_inside_a_save_leaves_one_that_loads(
     tmp_path: Path, five: Five, unbroken: Unbroken, rank: int, point: int, how: str
 ) -> None:
