@@ -173,10 +173,10 @@ def test_parallel_sets_steps_and_saves_against_one_another(measured: dict[str, A
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    "measured", [["prepare.py", "--source", "scenes:400", "--kills", "1"]], indirect=True
+    "measured", [["prepare.py", "--source", "scenes:400", "--kills", "2"]], indirect=True
 )
 def test_prepare_is_killed_and_leaves_the_same_manifest(measured: dict[str, Any]) -> None:
     assert measured["pictures"] == 400
-    assert measured["killed"] == 1
+    assert measured["killed"] >= 1  # one that is faster than the unbroken one may get through
     assert measured["same manifest"]
     assert measured["peak_mib"]["all"] >= measured["peak_mib"]["tenth"] > 0
