@@ -1,6 +1,6 @@
 # make quickstart     set-up, training, samples, score, export: minutes on two cores
 # make test           everything that takes seconds
-# make test-faults    the fault matrix: kills, full disks, flipped bits; twenty minutes on two cores
+# make test-faults    the fault matrix: kills, full disks, flipped bits; twenty to thirty-five minutes on two cores
 # make lint           style, format and types
 #
 # All of it works in .venv, which the first command makes and later ones reuse.

@@ -43,6 +43,7 @@ from daybreak.train.checkpoint import State
 from daybreak.train.dice import Dice
 from daybreak.train.parallel import World
 from daybreak.train.saving import Saver
+from daybreak.train.step import networks
 
 PLAIN, CUT = "step, plain", "step, FSDP2 over a mesh of one"
 PROCESSOR = f"{CUT}: processor"
@@ -78,11 +79,11 @@ def step(arm: Arm, recipe: config.Recipe, batch: batches.Batch) -> None:
     here, objective, state, ema = arm
     count = len(batch.image)
     size = recipe.micro or count
-    networks = [state.model.dit, *([state.model.text] if state.model.text.trained else [])]
     for first in range(0, count, size):
         image, captions = batch.image[first : first + size], batch.captions[first : first + size]
         dice = Dice(recipe.seed, 1, first, len(image), image.device)
-        parallel.accumulate(networks, recipe.parallel, first + size >= count)
+        learning = networks(state.model, objective)
+        parallel.accumulate(learning, recipe.parallel, first + size >= count)
         stage = recipe.stage[0]
         loss, _ = objective(
             state.model, state.average, image, captions, dice, stage.without, stage.shift

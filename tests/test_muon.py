@@ -126,9 +126,7 @@ def refused() -> bool:
     optimizers = ours(weights[:half]), torch.optim.AdamW(weights[half:], lr=0.02, fused=True)
     kept = []
     for refuses in (0.0, 1.0):
-        matrices(
-            [torch.full(shape, 1.0 if not refuses else math.nan) for shape in UNEVEN]
-        ).backward()
+        matrices([torch.full(shape, math.nan if refuses else 1.0) for shape in UNEVEN]).backward()
         before = [weight.detach().clone() for weight in weights]
         for optimizer in optimizers:
             optimizer.found_inf = torch.tensor(refuses)  # type: ignore[union-attr]

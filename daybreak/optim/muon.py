@@ -183,7 +183,8 @@ class Stack(NamedTuple):
         directions = pieces.view(len(weights), self.held[self.rank], columns)
         decay: float | Tensor = lr * weight_decay
         if refused is not None:
-            decay, directions = decay * (1 - refused), directions * (1 - refused)
+            taken = 1 - refused
+            decay, directions = decay * taken, directions * taken
         if weight_decay:
             torch._foreach_mul_(weights, 1 - decay)
         scale = -0.2 * lr * math.sqrt(max(rows, columns))

@@ -37,7 +37,7 @@ from daybreak.model import dit
 from daybreak.model.text import Text
 from daybreak.objective import lpips
 from daybreak.optim.polar_express import pairing
-from daybreak.train import flops
+from daybreak.train import flops, parallel
 from daybreak.train.hardware import PER_NODE
 from daybreak.train.networks import CHANNELS, Network
 
@@ -92,8 +92,8 @@ def parts(
     state = 2 * weights - FULL * sum(shape.numel() for shape in matrices)
     saved = activations(recipe, stage, dtype, kind)
     gathered = dtype.itemsize / FULL * weights
-    if recipe.parallel.reshard_after_forward:  # two blocks are gathered at once
-        gathered = min(gathered, 2 * gathered / recipe.dit.depth)
+    if recipe.parallel.reshard_after_forward:
+        gathered = min(gathered, parallel.TOGETHER * gathered / recipe.dit.depth)
     several = stage.batch // mesh.devices > pictures  # passes of a step: the gradients wait whole
     always = {
         "weights": weights / mesh.shard,
