@@ -150,16 +150,16 @@ def ratios(seconds: dict[str, list[float]], one: str, other: str) -> Sequence[fl
 
 def measured(recipe: config.Recipe, batch: int | None, rounds: int) -> dict[str, Any]:
     """Time steps and saves; prints the table."""
-    source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
+    sources = building.sources(recipe)
     dtype, stage = runs.precision(recipe), recipe.stage[0]
     with parallel.world(recipe.parallel) as alone, mesh_of_one(alone) as one:
         plain, cut = (
-            Arm(here, *building.build(recipe, source, here, None, dtype, None, print))
+            Arm(here, *building.build(recipe, sources, here, None, dtype, None, print))
             for here in (alone, one)
         )
         share = batch or stage.batch
         stream = loader.stream(
-            source,
+            sources[0],
             recipe.data,
             recipe.seed,
             stage.resolution,
@@ -176,7 +176,7 @@ def measured(recipe: config.Recipe, batch: int | None, rounds: int) -> dict[str,
         noted = {name: partial(processor, arm, spent[name]) for name, arm in arms.items()}
         seconds = in_turn(noted, rounds, warm=WARM)
         seconds |= {f"{name}: processor": taken[WARM:] for name, taken in spent.items()}
-        runs.begin(Path(recipe.out), recipe, dtype, source.files)
+        runs.begin(Path(recipe.out), recipe, dtype, batches.files(sources))
         seconds |= saves(plain, recipe, arms[PLAIN], rounds)
         stored = checkpoint.size(plain.state.model)
 

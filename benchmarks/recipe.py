@@ -215,10 +215,10 @@ def measured(
     recipe: config.Recipe, batch: int | None, steps: int, cached: bool, mesh: Mesh | None = None
 ) -> list[dict[str, Any]]:
     """Measure every stage of a recipe; prints a table of each."""
-    source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
     devices = mesh.devices if mesh else 1
     stages = [s.model_copy(update={"batch": devices * (batch or s.batch)}) for s in recipe.stage]
     recipe = recipe.model_copy(update={"stage": tuple(stages)})
+    sources = building.sources(recipe)
     dtype, rows, number = runs.precision(recipe), [], 0
     clock, cluster = Clock(), hardware.here(dtype)
     with alone_among(mesh) if mesh else parallel.world(recipe.parallel) as here:
@@ -226,14 +226,14 @@ def measured(
         asked = known.tokens if known else encoded_before(recipe, dtype) if cached else None
         expect: Callable[[list[str]], object] = known.expect if known else lambda _: None
         cached = asked is not None
-        objective, state, ema = building.build(recipe, source, here, None, dtype, asked, print)
+        objective, state, ema = building.build(recipe, sources, here, None, dtype, asked, print)
         clock.watch(state.model.text, "text, forward")
         clock.watch(state.model.dit, "denoiser")
         words = [0]
         state.model.text.register_forward_hook(
             lambda _, __, text: words.append(text.tokens.shape[1])
         )
-        for stage in recipe.stage:
+        for stage, source in zip(recipe.stage, sources, strict=True):
             stream = loader.stream(
                 source, recipe.data, recipe.seed, stage.resolution, stage.batch,
                 first=0, count=SETTLE + steps, device=here.device, expect=expect,

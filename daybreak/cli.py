@@ -529,7 +529,7 @@ def export(
         ("checkpoint", f"sha256 of its manifest: {found.digest[:16]}"),
     )
     prompts = recipe.sample.prompts or ("",)
-    data = ", ".join(folder for folder, _ in recipe.data.folders)
+    data = ", ".join(path.as_posix() for path in recipe.paths)
     taught = tuple(sorted(recipe.taught))
     card = pipeline.Card(run.name, prompts[0], data, facts, config.dump(recipe), taught)
     side = recipe.stage[-1].resolution

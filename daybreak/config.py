@@ -18,6 +18,7 @@ import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from daybreak.data.batches import Config as Data
+from daybreak.data.batches import Source
 from daybreak.data.scenes import CANVASES
 from daybreak.data.scenes import Config as Scenes
 from daybreak.evaluate.interim import Config as Evaluate
@@ -74,7 +75,8 @@ class Stage(BaseModel):
     It is as long as its `steps`, or as it takes to see so many `samples`. The rate rises over
     `warmup` steps and falls to zero over the last `cooldown` share of them all. `shift` stands in
     for that of [flow] where noise levels are drawn: a side twice as long wants it doubled, for the
-    same noise hides half as much. `without` names sections that rest: terms of the loss, or tread.
+    same noise hides half as much. `source` stands in for that of [data]: a last stage on few and
+    chosen pictures. `without` names sections that rest: terms of the loss, or tread.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -87,6 +89,7 @@ class Stage(BaseModel):
     warmup: int = Field(default=0, ge=0)
     cooldown: float = Field(default=0.0, ge=0, le=1)
     shift: float | None = Field(default=None, gt=0)
+    source: Source | None = None
     without: tuple[Literal["tread", "repa", "lpips", "dino", "contrastive"], ...] = ()
 
     @model_validator(mode="after")
@@ -170,6 +173,17 @@ class Recipe(BaseModel):
         return self
 
     @model_validator(mode="after")
+    def _sources_fit(self) -> "Recipe":
+        for number, stage in enumerate(self.stage):
+            if stage.source is not None and "scenes" in (stage.source, self.data.source):
+                raise ValueError(
+                    f"stage.{number}.source = {stage.source!r} beside data.source = "
+                    f"{self.data.source!r}: scenes are drawn for all stages or for none; `daybreak "
+                    "prepare scenes:10000` makes a dataset of them"
+                )
+        return self
+
+    @model_validator(mode="after")
     def _route_fits(self) -> "Recipe":
         depth, route = self.dit.depth, self.tread
         if route is not None and route.stop > depth:
@@ -223,6 +237,17 @@ class Recipe(BaseModel):
                 return number
             step -= stage.count
         return len(self.stage) - 1
+
+    def data_of(self, stage: Stage) -> Data:
+        """[data] as a stage has it; `caption_columns` are those of its own source alone."""
+        if stage.source is None:
+            return self.data
+        return self.data.model_copy(update={"source": stage.source, "caption_columns": ()})
+
+    @property
+    def paths(self) -> list[Path]:
+        """The folders of the pictures of all stages, each once."""
+        return list(dict.fromkeys(path for s in self.stage for path in self.data_of(s).paths))
 
     @property
     def drawn(self) -> Scenes | None:

@@ -58,7 +58,7 @@ def test_captions_are_chosen_by_weight_and_dropped_by_share(tmp_path: Path) -> N
     ("config", "said"),
     [
         ({"source": "scenes", "mirrored": 0.5}, "tell left from right"),
-        ({"source": []}, "empty list"),
+        ({"source": []}, "no source is named"),
         ({"source": [["a", 0.5], ["b", -1.0]]}, "'b' has weight -1"),
         ({"source": [["a", 0.5], ["b", math.inf]]}, "'b' has weight inf"),
         ({"source": "a", "mirrored": 1.5}, "less than or equal to 1"),

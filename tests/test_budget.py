@@ -417,6 +417,19 @@ def test_a_prepared_dataset_says_how_often_it_is_seen(
     assert plan.remarks(recipe, made)["pictures"] == "80: 16 times each of 5"
 
 
+def test_a_stage_of_other_pictures_is_counted_by_itself(
+    tiny: Path, prepared: Callable[..., Path]
+) -> None:
+    many, few = (prepared([{}] * count, called=f"{count}") for count in (20, 8))
+    row = f"resolution=32, batch=8, lr=1e-3, steps=10, source={few.as_posix()!r}"
+    tiny.write_text(tiny.read_text().replace('source = "scenes"', f"source = {many.as_posix()!r}"))
+    tiny.write_text(tiny.read_text() + "".join(f"[[stage]]\n{row}\n".replace(", ", "\n")))
+    recipe = config.load(tiny, (), ("scenes",))
+    made = budget.plan(recipe, Cluster(1, H200))
+    said = plan.remarks(recipe, made)["pictures"]
+    assert said == "160: 4 times each of 20, then 10 times each of 8"
+
+
 @pytest.mark.parametrize(("steps", "by_heart"), [(125, False), (126, True)])
 def test_pictures_that_a_run_would_learn_by_heart_are_told(
     tiny: Path, prepared: Callable[..., Path], steps: int, by_heart: bool

@@ -61,6 +61,11 @@ WRONG = [
     ("seed.x=1", r"seed is a value, not a section"),
     ('precision="int8"', r"precision = 'int8'"),
     ("data.source=pictures", r"\[scenes\] is for data\.source"),
+    (
+        "stage.0.source=pictures",
+        r"stage\.0\.source = 'pictures' beside .*for all stages or for none",
+    ),
+    ("stage.0.source=[['a', 1.0], ['b', 0]]", r"stage\.0\.source: 'b' has weight 0"),
     ("tread.stop=3", r"tread\.stop = 3 is beyond dit\.depth = 2"),
     ("tread={ start = 2, stop = 2 }", r"tread: start = 2 is not before stop = 2"),
     ('tread={ kind = "deferred", start = 0, stop = 1 }', r"never comes back: .* dit\.depth = 2"),

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import load_file
 
 from daybreak import config, doctor
-from daybreak.train import checkpoint, loop, runs
+from daybreak.data import batches
+from daybreak.failure import BadRecipe
+from daybreak.train import building, checkpoint, loop, runs
 
 STAGES = """
 [tread]
@@ -129,6 +132,78 @@ def test_a_stages_shift_changes_the_noise_of_that_stage_alone(
     by_recipe = [[line["flow"] for line in log(run)] for run in (shifted, plain)]
     assert by_recipe[0][:4] == by_recipe[1][:4]
     assert by_recipe[0][4] != by_recipe[1][4]
+
+
+@pytest.fixture
+def chosen(tiny: Path, prepared: Callable[..., Path]) -> Path:
+    """Four steps on twelve red pictures, then four on eight blue ones with longer captions."""
+    torch.set_num_threads(1)
+    red, blue = (
+        prepared([{"captions": [f"{number} {words}"]} for number in range(count)], called=name)
+        for name, count, words in (("red", 12, "red"), ("blue", 8, "blue " * 12))
+    )
+    recipe = tiny.read_text().replace("steps = 10", "steps = 4").replace("[scenes]", "")
+    recipe = recipe.replace('canvas = "32"', "")
+    recipe = recipe.replace('"scenes"', f'"{red.as_posix()}"\nempty_captions = 0')
+    stage = recipe[recipe.index("[[stage]]") :] + f'source = "{blue.as_posix()}"\n'
+    tiny.write_text(recipe + stage)
+    return tiny
+
+
+def test_a_stage_learns_from_pictures_of_its_own(chosen: Path) -> None:
+    run = trained(config.load(chosen))
+    words = [line["words"] for line in log(run)]
+    assert max(words[:4]) < min(words[4:])
+    facts = json.loads((run / "run.json").read_text())
+    assert {Path(name).parent.name for name in facts["data"]} == {"red", "blue"}
+    tokenizer = (run / "latest" / "tokenizer" / "tokenizer.json").read_text()
+    assert "red" in tokenizer
+    assert "blue" in tokenizer
+
+
+def test_stages_that_share_their_pictures_open_them_once(chosen: Path) -> None:
+    recipe = config.load(chosen)
+    first, last = building.sources(recipe)
+    assert first is not last
+    again = recipe.model_copy(update={"stage": (*recipe.stage, recipe.stage[0])})
+    one, _, other = building.sources(again)
+    assert one is other
+
+
+def test_a_run_goes_on_bit_for_bit_where_its_pictures_change(chosen: Path) -> None:
+    recipe = config.load(chosen, ("save_every=3", "keep=4", "sample.every=100"))
+    run = trained(recipe)
+    losses, weights = [line["loss"] for line in log(run)], state(run, 8, "model")
+    for step in (6, 3):
+        for later in (found for found in checkpoint.found(run) if found.step > step):
+            shutil.rmtree(later.folder)
+        trained(recipe)
+        assert [line["loss"] for line in log(run)] == losses
+        assert all(torch.equal(state(run, 8, "model")[name], one) for name, one in weights.items())
+
+
+def test_a_finished_run_goes_on_with_a_stage_of_other_pictures(chosen: Path) -> None:
+    both = config.load(chosen)
+    trained(both.model_copy(update={"stage": both.stage[:1]}))
+    with pytest.raises(BadRecipe, match=r"stage\.1\.batch: absent -> 8"):
+        loop.train(both)
+    told: list[str] = []
+    assert loop.train(both, told.append, changed=True) == (8, 0)
+    assert any("data: " in line and "blue/data-" in line for line in told)
+    assert len(log(Path(both.out))) == 8
+
+
+def test_two_folders_of_one_name_are_told_apart(
+    chosen: Path, pictures: Path, tmp_path: Path
+) -> None:
+    other = tmp_path / "others" / pictures.name
+    shutil.copytree(pictures, other)
+    (other / "3.txt").write_text("another colour")
+    recipe = config.load(chosen, (f"data.source={pictures}", f"stage.1.source={other}"))
+    sources = building.sources(recipe)
+    assert list(batches.files(sources)) == ["pictures", "pictures of stage 1"]
+    same = config.load(chosen, (f"data.source={pictures}", f"stage.1.source={pictures}"))
+    assert list(batches.files(building.sources(same))) == ["pictures"]
 
 
 @pytest.mark.slow

@@ -12,7 +12,6 @@ from safetensors.torch import load_file
 from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from daybreak import config
-from daybreak.data import batches
 from daybreak.failure import BadRecipe
 from daybreak.train import accelerator, building, checkpoint, health, loop, parallel
 from daybreak.train.dice import Dice
@@ -213,9 +212,9 @@ def test_a_step_keeps_to_its_device_and_never_waits_for_it(
     monkeypatch.setattr(torch.Tensor, "__bool__", note)
     monkeypatch.setattr(accelerator, "choose", lambda: torch.device("meta"))
     recipe = config.load(full, ("compile=false",))
-    source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
+    sources = building.sources(recipe)
     here = parallel.World(0, 1, torch.device("meta"), None, HashStore())
-    objective, state, ema = building.build(recipe, source, here, None, torch.bfloat16, None, print)
+    objective, state, ema = building.build(recipe, sources, here, None, torch.bfloat16, None, print)
     learning = [*state.model.parameters(), *objective.learned.parameters()]
     image = torch.zeros(8, 3, 32, 32, device="meta")
     dice = Nowhere(recipe.seed, 1, 0, 8)

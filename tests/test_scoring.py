@@ -220,6 +220,10 @@ def test_pictures_of_the_training_are_remarked_upon(
     assert "is what this model was trained on" in said
     assert scoring.trained_on(recipe, other) == scoring.trained_on(recipe, None) == []
     assert scoring.trained_on(config.load(tiny), mine) == []
+    last = recipe.stage[0].model_copy(update={"source": other.as_posix()})
+    both = recipe.model_copy(update={"stage": (*recipe.stage, last)})
+    assert scoring.trained_on(both, mine)
+    assert scoring.trained_on(both, other)
 
 
 def test_a_best_checkpoint_is_asked_other_than_what_chose_it_or_it_is_said(

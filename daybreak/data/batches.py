@@ -18,12 +18,12 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import ClassVar, NamedTuple, Protocol
+from typing import Annotated, ClassVar, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from daybreak.data import images, scenes, sources
@@ -33,6 +33,19 @@ from daybreak.failure import BadData, BadRecipe
 from daybreak.train import dice
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures that one worker keeps
+
+
+def _weighed(source: str | tuple[tuple[str, float], ...]) -> str | tuple[tuple[str, float], ...]:
+    """Refuse several datasets that cannot share the samples."""
+    if not source:
+        raise ValueError("no source is named; name a prepared dataset or a folder of pictures")
+    for folder, weight in () if isinstance(source, str) else source:
+        if not (math.isfinite(weight) and weight > 0):
+            raise ValueError(f"{folder!r} has weight {weight}; it must be positive")
+    return source
+
+
+Source = Annotated[str | tuple[tuple[str, float], ...], AfterValidator(_weighed)]
 
 
 class Config(BaseModel):
@@ -46,19 +59,14 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    source: str | tuple[tuple[str, float], ...]
+    source: Source
     caption_columns: tuple[tuple[str, float], ...] = ()
     empty_captions: float = Field(default=0.1, ge=0, le=1)
     mirrored: float = Field(default=0.0, ge=0, le=1)
     workers: int = Field(default=1, ge=0)
 
     @model_validator(mode="after")
-    def _can_be_had(self) -> "Config":
-        if not self.folders:
-            raise ValueError("source is an empty list; name a prepared dataset")
-        for folder, weight in self.folders:
-            if not (math.isfinite(weight) and weight > 0):
-                raise ValueError(f"source {folder!r} has weight {weight}; it must be positive")
+    def _tells_left_from_right(self) -> "Config":
         if self.source == "scenes" and self.mirrored:
             raise ValueError(
                 "mirrored is not for scenes, whose captions tell left from right; set it to 0"
@@ -214,6 +222,19 @@ def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
     """Return the shuffle of an epoch, a permutation of 0 .. count - 1."""
     generator = np.random.Generator(np.random.Philox(dice.key(seed, "order", epoch)))
     return generator.permutation(count)
+
+
+def files(sources: Sequence[Pictures]) -> dict[str, str]:
+    """The sha256 of the files that the pictures of all stages come from.
+
+    Other files of a name that is taken, as of two folders called alike, are told by their stage.
+    """
+    found: dict[str, str] = {}
+    for number, source in enumerate(sources):
+        for name, digest in source.files.items():
+            taken = found.get(name, digest) != digest
+            found[f"{name} of stage {number}" if taken else name] = digest
+    return found
 
 
 def _in_order(row: Callable[[int], int], resolution: int, batch: int, first: int) -> Slots:

@@ -20,6 +20,7 @@ import torch
 
 from daybreak.config import Recipe, Stage
 from daybreak.data import prepared
+from daybreak.data.batches import Config as Data
 from daybreak.failure import BadRecipe
 from daybreak.model import text_cache
 from daybreak.train import flops, hardware, length, log, measure, memory, parallel, runs
@@ -307,21 +308,19 @@ def check_here(recipe: Recipe, cluster: Cluster) -> None:
 
 def has_words(recipe: Recipe, dtype: torch.dtype) -> bool:
     """Whether the datasets are here and hold their captions, encoded as the run wants them."""
-    folders = recipe.data.paths
     try:
         return recipe.text.encoder is not None and not text_cache.partial(
-            folders, recipe.text, dtype
+            recipe.paths, recipe.text, dtype
         )
     except BadRecipe:  # the encoder is not here, so it is not known which one of that name it was
         return False
 
 
-def different(recipe: Recipe) -> int | None:
+def different(data: Data) -> int | None:
     """How many pictures the datasets hold, if they are prepared and here. Errors: BadData."""
-    folders = recipe.data.paths
-    if not all((folder / "manifest.json").is_file() for folder in folders):
+    if not all((folder / "manifest.json").is_file() for folder in data.paths):
         return None
-    return sum(len(prepared.open_dataset(folder).numbers) for folder in folders)
+    return sum(len(prepared.open_dataset(folder).numbers) for folder in data.paths)
 
 
 def precision(recipe: Recipe, cluster: Cluster) -> torch.dtype:

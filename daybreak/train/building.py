@@ -5,7 +5,7 @@ frozen (a text encoder by name, teachers) stays whole on every rank.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -27,9 +27,24 @@ VARIANTS = 256  # of a block that may be compiled
 WRITING = 5.0  # seconds in which a linker fills the file that it has made
 
 
+def sources(recipe: config.Recipe) -> tuple[batches.Pictures, ...]:
+    """Open the pictures of each stage. Errors: BadData, BadRecipe also for what no stage can have.
+
+    Where stages share them, they are opened once.
+    """
+    kinds = dict.fromkeys(recipe.data_of(stage) for stage in recipe.stage)
+    opened = {
+        data: batches.pictures(data, recipe.scenes, recipe.seed, recipe.dit.patch) for data in kinds
+    }
+    found = tuple(opened[recipe.data_of(stage)] for stage in recipe.stage)
+    for stage, source in zip(recipe.stage, found, strict=True):
+        source.plan(stage.resolution, stage.batch, first=0)  # refused here, not when its turn comes
+    return found
+
+
 def build(
     recipe: config.Recipe,
-    source: batches.Pictures,
+    sources: Sequence[batches.Pictures],
     here: World,
     found: Checkpoint | None,
     dtype: torch.dtype,
@@ -46,7 +61,7 @@ def build(
         tokenizer = (
             text.load_tokenizer(found.folder / "tokenizer")
             if found
-            else text.learn_tokenizer(source.captions(), recipe.text)
+            else text.learn_tokenizer(_captions(sources), recipe.text)
         )
     of = (recipe.dit, recipe.text, tokenizer, recipe.seed, dtype, recipe.tread, known)
     model = text_to_image.build(*of).to(here.device)
@@ -67,6 +82,13 @@ def build(
     optimizers = groups.optimizers(model, recipe.muon, recipe.adamw, objective.learned, dtype)
     ema = Ema(twin, recipe.ema)
     return objective, State(model, ema.model, optimizers, objective.learned), ema
+
+
+def _captions(sources: Sequence[batches.Pictures]) -> Iterator[str]:
+    """What is said of the pictures of all stages; of those that share their source, once."""
+    for number, source in enumerate(sources):
+        if source not in sources[:number]:
+            yield from source.captions()
 
 
 # What CPU kernels say when there is no memory: torch's own, and those of oneDNN.

@@ -62,7 +62,7 @@ def known(
     """What a run need not encode; None if nothing was encoded for its encoder."""
     if recipe.text.encoder is None:
         return None
-    folders = recipe.data.paths
+    folders = recipe.paths
     reader = text_cache.reader(folders, recipe.text, dtype)
     if reader is not None:
         tell(f"{len(reader.digests):,} captions are already encoded")

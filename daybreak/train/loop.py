@@ -11,7 +11,7 @@ travels with the loss, once a step; the first rank speaks and writes for all.
 """
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -75,11 +75,9 @@ def train(
     """
     began, clock = time.monotonic(), ledger.stopwatch(gone)
     folder = runs.enter(recipe)
-    source = batches.pictures(recipe.data, recipe.scenes, recipe.seed, recipe.dit.patch)
-    for stage in recipe.stage:  # what no stage can have is refused here, not when its turn comes
-        source.plan(stage.resolution, stage.batch, first=0)
+    sources = building.sources(recipe)
     evaluations.check(recipe)
-    changes = runs.changes(folder, recipe, source.files, changed)
+    changes = runs.changes(folder, recipe, batches.files(sources), changed)
     sizes = [stage.batch for stage in recipe.stage]
     with (
         Status(folder, tell) as status,
@@ -100,7 +98,7 @@ def train(
         return _train(
             recipe,
             folder,
-            source,
+            sources,
             here,
             found,
             status,
@@ -117,7 +115,7 @@ def train(
 def _train(
     recipe: config.Recipe,
     folder: Path,
-    source: batches.Pictures,
+    sources: Sequence[batches.Pictures],
     here: World,
     found: Checkpoint | None,
     status: Status,
@@ -133,7 +131,7 @@ def _train(
     dtype, start = runs.precision(recipe), found.step if found else 0
     known = encoded.known(recipe, dtype, tell)
     objective, state, ema = building.build(
-        recipe, source, here, found, dtype, known.tokens if known else None, tell
+        recipe, sources, here, found, dtype, known.tokens if known else None, tell
     )
     model, counted = state.model, spending.of_steps(recipe, known is not None, here)
     size = checkpoint.size(model)
@@ -145,7 +143,7 @@ def _train(
     book = partial(Ledger, folder / "run.json", recipe.budget, clock, here.first, price, size)
     if not found:
         parallel.together(here, lambda: book().check(counted[0]) if here.first else None)
-    parallel.together(here, lambda: _open(recipe, folder, source, here, dtype, start, changes))
+    parallel.together(here, lambda: _open(recipe, folder, sources, here, dtype, start, changes))
     status.begin(here.first, start, start or None)
     _announce(recipe, folder, model, here, found, dtype, tell)
     with (
@@ -170,7 +168,7 @@ def _train(
             recipe=recipe,
             folder=folder,
             here=here,
-            source=source,
+            sources=sources,
             objective=objective,
             state=state,
             trained=[*model.parameters(), *objective.learned.parameters()],
@@ -236,7 +234,7 @@ def _announce(
 def _open(
     recipe: config.Recipe,
     folder: Path,
-    source: batches.Pictures,
+    sources: Sequence[batches.Pictures],
     here: World,
     dtype: torch.dtype,
     start: int,
@@ -246,7 +244,7 @@ def _open(
     if not here.first:
         return
     if changes or not all((folder / name).is_file() for name in ("recipe.toml", "run.json")):
-        runs.begin(folder, recipe, dtype, source.files, changes)
+        runs.begin(folder, recipe, dtype, batches.files(sources), changes)
     disk.sweep(folder)
     checkpoint.clear_unfinished(folder)
     evaluations.cut(folder, start)
@@ -329,7 +327,7 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
         had = min(stage.count, max(0, start - before))
         if had < stage.count:
             stream = loader.stream(
-                run.source,
+                run.sources[number],
                 recipe.data,
                 recipe.seed,
                 stage.resolution,

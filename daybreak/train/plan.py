@@ -2,6 +2,7 @@
 
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -10,6 +11,7 @@ from rich.text import Text
 
 from daybreak import config, host
 from daybreak.config import Recipe
+from daybreak.data.batches import Config as Data
 from daybreak.train import budget, flops, measure
 from daybreak.train.budget import Plan
 
@@ -241,12 +243,14 @@ def _traffic(recipe: Recipe, made: Plan) -> tuple[float, float]:
 
 def _epochs(recipe: Recipe, made: Plan) -> str:
     """How often the run sees the pictures it has, where that is known."""
-    there = budget.different(recipe)
-    if not there:
-        return ""
-    times = made.pictures / there
-    known = f" (past some {BY_HEART} times a model knows them by heart)" if times > BY_HEART else ""
-    return f": {_three(times)} times each of {there:,}{known}"
+    seen: dict[Data, int] = defaultdict(int)
+    for stage, paper in zip(recipe.stage, made.stages, strict=True):
+        seen[recipe.data_of(stage)] += paper.steps * paper.batch
+    there = {data: budget.different(data) for data in seen}
+    times = [(seen[data] / count, count) for data, count in there.items() if count]
+    said = ", then ".join(f"{_three(often)} times each of {count:,}" for often, count in times)
+    known = f" (past some {BY_HEART} times a model knows them by heart)"
+    return (f": {said}" if said else "") + known * any(often > BY_HEART for often, _ in times)
 
 
 def _time(seconds: float) -> str:

@@ -105,13 +105,18 @@ def changes(
     had = facts.read(run).get("data") or files  # nothing is known where run.json was removed
     data = [name for name in sorted(had.keys() | files.keys()) if had.get(name) != files.get(name)]
     if data and not allowed:
-        more = f" and {len(data) - 3} more" if len(data) > 3 else ""
         raise BadRecipe(
-            f"{run} was begun with other data: {', '.join(data[:3])}{more} differ from their "
-            "sha256 in run.json; bring the data back, choose another folder with --out, or "
-            "continue all the same with --changed"
+            f"{run} was begun with other data: {_few(data)} differ from their sha256 in run.json; "
+            "bring the data back, choose another folder with --out, or continue all the same with "
+            "--changed"
         )
-    return keys + [f"data: {name}" for name in data]
+    return keys + ([f"data: {_few(data)}"] if data else [])
+
+
+def _few(names: Sequence[str]) -> str:
+    """Name three, and count the others."""
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    return ", ".join(names[:3]) + more
 
 
 def begin(

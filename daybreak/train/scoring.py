@@ -241,7 +241,7 @@ def _plain(value: object) -> str:
 def trained_on(recipe: config.Recipe | None, data: Path | None) -> list[str]:
     """What has to be said of pictures to measure with that the model has been shown."""
     this = _known(data)
-    if recipe is None or this is None or this not in map(_known, recipe.data.paths):
+    if recipe is None or this is None or this not in map(_known, recipe.paths):
         return []
     return [f"{data} is what this model was trained on: whoever knows it by heart does best"]
 

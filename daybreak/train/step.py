@@ -12,7 +12,7 @@ while the device has the optimisers left to do, and then for nothing until the n
 """
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +46,7 @@ class Run(NamedTuple):
     recipe: config.Recipe
     folder: Path
     here: World
-    source: batches.Pictures
+    sources: Sequence[batches.Pictures]  # by stage
     objective: Objective
     state: State
     trained: list[nn.Parameter]
