@@ -27,10 +27,10 @@ def linear(seed: int) -> sampler.Denoiser:
 
 def test_a_scale_of_one_is_the_strong_denoiser_and_an_interval_confines_any_other() -> None:
     strong, weak, x_t = constant(1.0), constant(0.0), torch.zeros(1, 3, 2, 2)
-    assert guidance.guided(strong, weak, 1.0) is strong
-    assert guidance.guided(strong, weak, 3.0)(x_t, 0.5).unique() == 3
+    assert guidance.guided(strong, sampler.in_turn(strong, weak), 1.0) is strong
+    assert guidance.guided(strong, sampler.in_turn(strong, weak), 3.0)(x_t, 0.5).unique() == 3
     for apg in (None, sampler.Apg(eta=1, momentum=0)):
-        confined = guidance.guided(strong, weak, 3.0, (0.2, 0.8), apg)
+        confined = guidance.guided(strong, sampler.in_turn(strong, weak), 3.0, (0.2, 0.8), apg)
         guesses = [float(confined(x_t, t).mean()) for t in (0.1, 0.2, 0.8, 0.9)]
         assert guesses == [1, 3, 3, 1]
 
@@ -38,7 +38,7 @@ def test_a_scale_of_one_is_the_strong_denoiser_and_an_interval_confines_any_othe
 def test_outside_the_interval_the_weak_denoiser_is_not_asked() -> None:
     asked = []
     weak: sampler.Denoiser = lambda x_t, t: asked.append(t) or x_t  # type: ignore[func-returns-value]
-    denoise = guidance.guided(constant(1.0), weak, 3.0, (0.3, 0.6))
+    denoise = guidance.guided(constant(1.0), sampler.in_turn(constant(1.0), weak), 3.0, (0.3, 0.6))
     for t in (0.9, 0.6, 0.45, 0.3, 0.1):
         denoise(torch.zeros(1, 3, 2, 2), t)
     assert asked == [0.6, 0.45, 0.3]
@@ -46,8 +46,9 @@ def test_outside_the_interval_the_weak_denoiser_is_not_asked() -> None:
 
 def test_projected_guidance_that_takes_nothing_away_is_classifier_free_guidance() -> None:
     x_t = torch.randn(2, 3, 4, 4)
-    plain = guidance.guided(linear(0), linear(1), 4.0)
-    same = guidance.guided(linear(0), linear(1), 4.0, apg=sampler.Apg(eta=1, momentum=0))
+    both = sampler.in_turn(linear(0), linear(1))
+    plain = guidance.guided(linear(0), both, 4.0)
+    same = guidance.guided(linear(0), both, 4.0, apg=sampler.Apg(eta=1, momentum=0))
     for t in (0.9, 0.5, 0.1):
         torch.testing.assert_close(same(x_t, t), plain(x_t, t), atol=1e-5, rtol=1e-5)
 
@@ -56,7 +57,7 @@ def test_projected_guidance_equals_diffusers() -> None:
     from diffusers.guiders.adaptive_projected_guidance import MomentumBuffer, normalized_guidance
 
     strong, weak, memory = linear(0), linear(1), MomentumBuffer(APG.momentum)
-    ours = guidance.guided(strong, weak, 4.0, apg=APG)
+    ours = guidance.guided(strong, sampler.in_turn(strong, weak), 4.0, apg=APG)
     assert APG.norm is not None
     bound = APG.norm * (3 * 4 * 4) ** 0.5
     for t in (0.9, 0.5, 0.1):
@@ -94,6 +95,24 @@ def model() -> TextToImage:
 
 def dice(*seeds: int) -> list[Dice]:
     return [Dice(seed, 0, 0, 1) for seed in seeds]
+
+
+@pytest.mark.parametrize("interval", [(0.0, 1.0), (0.3, 0.6)])
+def test_with_and_without_words_in_one_pass_is_what_it_is_in_two(
+    model: TextToImage, interval: tuple[float, float]
+) -> None:
+    """The words are of several lengths, so what stands in for none is padded."""
+    prompts = ["a red circle " * 3, "a blue square"]
+    how = sampler.Config(steps=6, guidance=3.0, interval=interval)
+    noise, _ = sampler.begin(dice(5, 6), (3, 32, 32), 1.0, None, 8, torch.device("cpu"))
+    strong = sampler.denoiser(model.dit, model.text(prompts))
+    weak = sampler.denoiser(model.dit, model.text(["", ""]))
+    apart = guidance.guided(strong, sampler.in_turn(strong, weak), 3.0, interval)
+    expected = sampler.euler(apart, noise, 6, flow.Config().shift)
+    shown = expected.add(1).mul(127.5).round().clamp(0, 255).permute(0, 2, 3, 1).numpy()
+    drawn = draw(model, prompts, [5, 6], 32, 32, how, flow.Config())
+    assert np.abs(drawn - shown).max() <= 1
+    assert len(np.unique(drawn)) > 100
 
 
 def test_self_guidance_is_the_dense_network_against_the_routed_one(model: TextToImage) -> None:
@@ -152,8 +171,8 @@ def test_what_is_remembered_reaches_back_to_the_first_step() -> None:
     differences = iter((1.0, 0.0, 0.0))
     apg = sampler.Apg(eta=1.0, momentum=-0.5)
     denoise = guidance.guided(
-        lambda x_t, t: torch.zeros_like(x_t),
-        lambda x_t, t: torch.full_like(x_t, -next(differences)),
+        constant(0.0),
+        lambda x_t, t: (torch.zeros_like(x_t), torch.full_like(x_t, -next(differences))),
         2.0,
         apg=apg,
     )

@@ -67,12 +67,10 @@ def apart(
     theirs.set_progress_bar_config(disable=True)
     start = torch.randn(1, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     torch.manual_seed(1)  # of the noise that a stochastic scheduler draws
+    both = sampler.in_one(sampler.denoiser(model.dit, model.text([PROMPT, ""])))
+    strong = sampler.denoiser(model.dit, model.text([PROMPT]))
     ours = sampler.euler(
-        guidance.guided(
-            sampler.denoiser(model.dit, model.text([PROMPT])),
-            sampler.denoiser(model.dit, model.text([""])),
-            scale,
-        ),
+        guidance.guided(strong, both, scale),
         flow_.noise_scale * start,
         how.steps,
         flow_.shift,
@@ -383,11 +381,9 @@ def test_a_negative_prompt_is_what_it_is_guided_away_from(
     drawn = pipe(
         PROMPT, negative_prompt="a blue square", generator=generator, output_type="pt"
     ).images
-    denoise = guidance.guided(
-        sampler.denoiser(model.dit, model.text([PROMPT])),
-        sampler.denoiser(model.dit, model.text(["a blue square"])),
-        3.0,
-    )
+    strong = sampler.denoiser(model.dit, model.text([PROMPT]))
+    weak = sampler.denoiser(model.dit, model.text(["a blue square"]))
+    denoise = guidance.guided(strong, sampler.in_turn(strong, weak), 3.0)
     ours = sampler.euler(denoise, FLOW.noise_scale * dice_noise(4), 4, FLOW.shift)
     torch.testing.assert_close(drawn, ours, atol=1e-3, rtol=1e-3)
 

@@ -100,16 +100,21 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
         )
         kept = None
         if how.guide == "self" and how.route is not None:
-            weak_words, weak_mask = words, mask
             tokens = height * width // transformer.config.patch_size**2
             kept = draw(how.route, len(prompts), tokens, generator).to(device)
 
         grid = times(how.steps, how.shift)
         difference = None
         for now, then in zip(self.progress_bar(grid[:-1]), grid[1:], strict=True):
-            guess = denoise(transformer, x, now, words, mask)
-            if how.guidance > 1 and how.interval[0] <= now <= how.interval[1]:
-                weak = denoise(transformer, x, now, weak_words, weak_mask, how.route, kept)
+            if how.guidance <= 1 or not how.interval[0] <= now <= how.interval[1]:
+                guess = denoise(transformer, x, now, words, mask)
+            else:
+                if kept is None:  # with and without the words in one pass
+                    twice = torch.cat((words, weak_words)), torch.cat((mask, weak_mask))
+                    guess, weak = denoise(transformer, torch.cat((x, x)), now, *twice).chunk(2)
+                else:
+                    guess = denoise(transformer, x, now, words, mask)
+                    weak = denoise(transformer, x, now, words, mask, how.route, kept)
                 if how.apg is None:
                     guess = weak + how.guidance * (guess - weak)
                 else:

@@ -16,6 +16,7 @@ from torch import Tensor
 from daybreak.generate import sampler
 from daybreak.generate.guidance import guided
 from daybreak.model import flow, tread
+from daybreak.model.text import Text
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train.dice import Dice
 
@@ -43,8 +44,9 @@ def draw(
 ) -> Picture:
     """Return one picture per prompt, uint8 (n, height, width, 3).
 
-    Self-guidance needs to know how the model was `routed` ([tread] of its recipe). `progress` hears
-    how many pictures were finished, batch by batch.
+    A pass of the network takes `batch` of them, or where it guesses with and without words at once
+    half as many. Self-guidance needs to know how the model was `routed` ([tread] of its recipe).
+    `progress` hears how many pictures were finished, pass by pass.
 
     Errors  ValueError for self-guidance without a route.
     """
@@ -54,12 +56,14 @@ def draw(
     device = next(model.dit.parameters()).device
     shift = sampler.shift(how, flow_config)
     shape = (model.dit.channels, height, width)
+    twice = how.guidance > 1 and not by_route
+    batch = max(1, batch // 2) if twice else batch
     parts = []
     with torch.no_grad():
         for first in range(0, len(prompts), batch):
             some = slice(first, first + batch)
-            words = model.text(prompts[some])
             dice = [Dice(seed, 0, 0, 1) for seed in seeds[some]]
+            words = model.text([*prompts[some], *[""] * (len(dice) * twice)])
             anew = partial(sampler.noise, dice, shape, flow_config.noise_scale, device)
             start, route = sampler.begin(
                 dice,
@@ -69,14 +73,10 @@ def draw(
                 model.dit.config.patch,
                 device,
             )
-            weak_words = words if by_route else model.text([""] * len(start))
-            denoise = guided(
-                sampler.denoiser(model.dit, words),
-                sampler.denoiser(model.dit, weak_words, route),
-                how.guidance,
-                how.interval,
-                how.apg,
-            )
+            strong = sampler.denoiser(model.dit, Text(*(each[: len(dice)] for each in words)))
+            other = sampler.denoiser(model.dit, words, route)
+            both = sampler.in_one(other) if twice else sampler.in_turn(strong, other)
+            denoise = guided(strong, both, how.guidance, how.interval, how.apg)
             image = sampler.euler(
                 denoise, start, how.steps, shift, anew if how.stochastic else None
             )

@@ -3,8 +3,8 @@
     x_hat = weak + scale (strong - weak)
 
 Strong is the whole network and knows the prompt. Weak is the same network, either with the empty
-prompt (classifier-free guidance) or with the prompt but with part of its tokens on the route it
-was trained with (self-guidance).
+prompt (classifier-free guidance: one pass for both, since only the words differ) or with the prompt
+but with part of its tokens on the route it was trained with (self-guidance).
 
 With `apg` (adaptive projected guidance) the difference first remembers those of earlier steps, is
 shortened to a longest length, and loses its part along x_strong, which is what makes colours
@@ -21,32 +21,32 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from daybreak.generate.sampler import Apg, Denoiser
+from daybreak.generate.sampler import Apg, Denoiser, Pair
 
 
 def guided(
     strong: Denoiser,
-    weak: Denoiser,
+    both: Pair,
     scale: float,
     interval: tuple[float, float] = (0.0, 1.0),
     apg: Apg | None = None,
 ) -> Denoiser:
-    """Extrapolate from `weak` through `strong`; outside the interval of t use `strong` alone.
+    """Extrapolate from the weak guess through the strong one, which `both` makes.
 
-    A scale of 1 is `strong` alone everywhere, and costs one pass instead of two. What has momentum
-    remembers: make a new denoiser for each walk from noise to picture.
+    Outside the interval of t `strong` is used alone, and with a scale of 1 everywhere: that costs
+    half. What has momentum remembers: make a new denoiser for each walk from noise to picture.
     """
     if scale == 1.0:
         return strong
     memory: list[Tensor] = []
 
     def denoise(x_t: Float[Tensor, "b c h w"], t: float) -> Float[Tensor, "b c h w"]:
-        guess = strong(x_t, t)
         if not interval[0] <= t <= interval[1]:
-            return guess
+            return strong(x_t, t)
+        guess, weak = both(x_t, t)
         if apg is None:
-            return torch.lerp(weak(x_t, t), guess, scale)
-        difference = guess - weak(x_t, t)
+            return torch.lerp(weak, guess, scale)
+        difference = guess - weak
         if memory:
             difference = difference + apg.momentum * memory.pop()
         memory.append(difference)

@@ -8,7 +8,8 @@
 What an Euler step gets wrong stays in x for good. A stochastic step keeps the guess alone and hides
 it in other noise, so the next step judges it afresh.
 
-`Denoiser` is any function (x_t, t) -> x_hat; guidance makes one out of two.
+`Denoiser` is any function (x_t, t) -> x_hat; guidance makes one of a `Pair`, (x_t, t) -> (strong
+x_hat, weak x_hat).
 
 Letters  b pictures, c channels.
 Source   Euler on the flow's ODE: arXiv 2403.03206; the grid is that of training, not diffusers'.
@@ -32,6 +33,7 @@ from daybreak.model.tread import Route
 from daybreak.train.dice import Dice
 
 Denoiser = Callable[[Tensor, float], Tensor]
+Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 
 
 class Apg(BaseModel):
@@ -90,6 +92,23 @@ def denoiser(model: DiT, words: Text, route: Route | None = None) -> Denoiser:
         return guess
 
     return denoise
+
+
+def in_one(denoise: Denoiser) -> Pair:
+    """Two guesses in one pass, of a denoiser that has the words of both for twice the pictures."""
+
+    def both(
+        x_t: Float[Tensor, "b c h w"], t: float
+    ) -> tuple[Float[Tensor, "b c h w"], Float[Tensor, "b c h w"]]:
+        strong, weak = denoise(torch.cat((x_t, x_t)), t).chunk(2)
+        return strong, weak
+
+    return both
+
+
+def in_turn(strong: Denoiser, weak: Denoiser) -> Pair:
+    """The guesses of two denoisers, one after the other."""
+    return lambda x_t, t: (strong(x_t, t), weak(x_t, t))
 
 
 def noise(
