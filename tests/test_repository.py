@@ -3,10 +3,10 @@ package must never contain.
 """
 
 import ast
+import os
 import re
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -281,11 +281,13 @@ def test_commands_the_readme_shows_exist() -> None:
 def test_help_is_instant_and_does_not_import_torch() -> None:
     times = []
     for _ in range(3):
-        start = time.perf_counter()
+        before = os.times()
         done = subprocess.run(
             [sys.executable, "-m", "daybreak", "--help"], cwd=ROOT, capture_output=True, check=True
         )
-        times.append(time.perf_counter() - start)
+        after = os.times()  # seconds of the processor: what else it does is not ours
+        worked = after.children_user - before.children_user
+        times.append(worked + after.children_system - before.children_system)
     assert b"train" in done.stdout
     assert min(times) < 1.0
     traced = subprocess.run(
