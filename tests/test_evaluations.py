@@ -14,7 +14,7 @@ from pydantic import ValidationError
 from daybreak import config
 from daybreak.evaluate import distances, interim
 from daybreak.failure import BadData, BadRecipe, BadStorage, Failure, NoCheckpoint
-from daybreak.train import checkpoint, evaluations, loop, runs
+from daybreak.train import checkpoint, evaluations, loop, parallel, runs
 
 FEW = 'evaluate={every=4, suites=["validation"], pictures=32, best="validation.loss"}'
 
@@ -114,7 +114,8 @@ def test_a_network_that_went_wrong_is_evaluated_and_said_to_be_so(tiny: Path) ->
     _, _, model = runs.trained(Path(recipe.out))
     for weight in model.parameters():
         weight.data.fill_(float("nan"))
-    note, best = evaluations.take(recipe, Path(recipe.out), model, 11)
+    with parallel.world(recipe.parallel) as here:
+        note, best = evaluations.take(recipe, Path(recipe.out), model, 11, here)
     assert "validation.loss not finite" in note
     assert not best
 

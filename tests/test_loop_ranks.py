@@ -15,8 +15,10 @@ from safetensors import safe_open
 
 from daybreak import config
 from daybreak.failure import BadRecipe
-from daybreak.train import checkpoint, loop, runs
+from daybreak.train import checkpoint, evaluations, loop, runs
 from tests import test_text, warm
+from tests.faults.faults import Calling, Sleep
+from tests.faults.jobs import Place
 
 pytestmark = pytest.mark.xdist_group("loop_ranks")  # one process makes what its tests share
 
@@ -129,6 +131,16 @@ def test_a_frozen_encoder_stays_whole_beside_what_is_cut_up(recipe: Path) -> Non
     averages = [runs.trained(run)[2].dit.state_dict() for run in (one, two)]
     for name, weight in averages[0].items():
         torch.testing.assert_close(averages[1][name], weight, rtol=1e-3, atol=1e-4)
+
+
+def test_an_evaluation_that_one_rank_is_slow_to_write_down_is_nothing_to_the_others(
+    tmp_path: Path,
+) -> None:
+    place = Place(tmp_path / "slow")
+    slow = Calling("daybreak.train.evaluations", "_write", Sleep(1, 1.0))
+    sets = ("evaluate.every=2", "evaluate.pictures=32", "evaluate.best=validation.loss")
+    place.finish("stage.0.steps=2", *sets, ranks=2, fault=slow, faulty=0)
+    assert evaluations.best(place.run).step == 2
 
 
 def test_killed_without_warning_it_continues_bit_for_bit(recipe: Path, pair: Path) -> None:

@@ -20,7 +20,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 
 from daybreak.config import Recipe
 from daybreak.data import disk
@@ -28,6 +27,7 @@ from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import checkpoint, runs
 from daybreak.train.checkpoint import Checkpoint
+from daybreak.train.parallel import World, gather
 
 if TYPE_CHECKING:
     from daybreak.evaluate.artist import Draw, Pictures
@@ -91,9 +91,12 @@ def take(
     run: Path,
     model: TextToImage,
     step: int,
+    here: World,
     heed: Callable[[], object] = lambda: None,
 ) -> Taken:
     """Evaluate averaged weights after a step, and write down what was found.
+
+    Whether they are the best the first rank says: the others may not see its file yet.
 
     `heed` is called before each batch of pictures; what it raises breaks the evaluation off.
 
@@ -125,17 +128,18 @@ def take(
     }
     took = round(time.monotonic() - began, 3)
     line = {"step": step, "images": runs.pictures_seen(recipe, step), "resolution": resolution}
-    note, written = _note(step, values, took), True
-    if not dist.is_initialized() or dist.get_rank() == 0:
+    note, best = _note(step, values, took), False
+    if here.first:
         try:
-            _write(run, [*lines(run), line | {"sides": sides, "took": took, "values": values}])
+            taken = [*lines(run), line | {"sides": sides, "took": took, "values": values}]
+            _write(run, taken)
             for name, result in found.items():
                 kept = suite.record(name, drawn_by, result, recipe.seed, {"step": step})
                 suite.write(run / "evaluation" / "interim" / f"{name}.json", kept)
+            best = config.best is not None and is_best(taken, config.best)
         except (OSError, BadStorage) as error:
-            note, written = f"{note}; it is not written down: {error}", False
-    best = _agreed(written and config.best is not None and is_best(lines(run), config.best))
-    return Taken(note, best)
+            note = f"{note}; it is not written down: {error}"
+    return Taken(note, bool(gather(here, torch.tensor([int(best)]))[0]))
 
 
 def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
@@ -229,15 +233,6 @@ def _note(step: int, values: Mapping[str, Mapping[str, float | None]], took: flo
         shown = "not finite" if value is None else f"{value:.4g}"
         heads.setdefault(name.partition(".")[0], f"{name} {shown}")
     return f"evaluation after step {step}: {', '.join(heads.values())} ({took:.0f} s)"
-
-
-def _agreed(answer: bool) -> bool:
-    """The first rank's answer, on every rank: the others may not see its file yet."""
-    if not dist.is_initialized():
-        return answer
-    said = torch.tensor([answer])
-    dist.broadcast(said, 0)
-    return bool(said)
 
 
 def _write(run: Path, kept: list[dict[str, Any]]) -> None:

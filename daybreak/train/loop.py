@@ -393,7 +393,9 @@ def _evaluate(run: Run, step: int) -> bool:
     try:
         with run.watchdog.patience(LOOK):
             heed()
-            note, best = evaluations.take(run.recipe, run.folder, run.ema.model, step, heed)
+            note, best = evaluations.take(
+                run.recipe, run.folder, run.ema.model, step, run.here, heed
+            )
     except BrokenOff:
         return False
     run.ledger.drew(0.0)
