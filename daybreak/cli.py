@@ -458,7 +458,7 @@ def compare(
     from daybreak.train import compare as work
     from daybreak.train import record as view
 
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if host.processes() > 1:
         raise BadRecipe(
             "daybreak compare trains with one process and takes turns between recipes: start it "
             "without torchrun"

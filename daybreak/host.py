@@ -41,6 +41,11 @@ def cores() -> int:
     return max(1, int(usable()))
 
 
+def processes() -> int:
+    """How many processes torchrun has started, or who sets what it sets."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
 def cpu_quota(cgroup: Path) -> float | None:
     """Cores a container may keep busy, by version 2 or 1 of Linux' control groups."""
     second = _words(cgroup / "cpu.max")

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, NoReturn
 
+from daybreak import host
 from daybreak.failure import BadRecipe, BadStorage, Failure
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ def plain_failures() -> Iterator[None]:
             raise BadRecipe("daybreak runs on Linux and macOS; on Windows, inside of WSL")
         yield
     except Exception as error:
-        many, code = int(os.environ.get("WORLD_SIZE", "1")) > 1, 1
+        many, code = host.processes() > 1, 1
         if isinstance(error, Failure):
             code = error.code
             print(f"daybreak: {error}", file=sys.stderr)

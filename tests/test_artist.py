@@ -20,6 +20,7 @@ from daybreak.failure import BadRecipe
 from daybreak.generate import pipeline, sampler
 from daybreak.model import dit, flow, text
 from daybreak.model.text_to_image import TextToImage, build
+from daybreak.train import parallel
 
 PROMPTS = ["a red circle", "a blue square", "", "a green star above a red cross", "two circles"]
 HOW = sampler.Config(steps=3, guidance=2.5)
@@ -180,17 +181,14 @@ def noise(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int)
 
 
 if __name__ == "__main__":
-    import torch.distributed as dist
-
-    dist.init_process_group("gloo")
     drawn_here: list[int] = []
 
     def part(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:
         drawn_here.extend(seeds)
         return noise(prompts, seeds, height, width)
 
-    together = artist.shared(part)(PROMPTS, [7, 8, 9, 10, 11], 4, 6)
+    with parallel.world(parallel.Config()) as here:
+        together = artist.shared(part, here)(PROMPTS, [7, 8, 9, 10, 11], 4, 6)
     assert len(drawn_here) == 3
     np.testing.assert_array_equal(together, noise(PROMPTS, [7, 8, 9, 10, 11], 4, 6))
     sys.stdout.write("the same five\n")
-    dist.destroy_process_group()

@@ -25,11 +25,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
 from jaxtyping import Float
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from daybreak import host
 from daybreak.data.ahead import ahead
 from daybreak.data.batches import Batch, Config, Pictures
 from daybreak.data.plan import Slot
@@ -180,7 +180,7 @@ def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iter
 
     Errors  LostPeer if they hang again and again.
     """
-    if dist.is_initialized():
+    if host.processes() > 1:
         time.sleep(HUSH)
     for _ in range(STARTS):
         before, begun = multiprocessing.active_children(), multiprocessing.Semaphore(0)

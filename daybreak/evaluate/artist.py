@@ -3,9 +3,9 @@
     artist.draw(prompts, seeds, height, width) -> pictures (n, height, width, 3) uint8
 
 Each picture's noise comes from its own seed. A pipeline gets one prompt a call: what it draws for a
-seed then depends on nothing that is drawn beside it, and some classes mix up several prompts. Under
-torchrun each process draws its part and every process has all pictures, the same ones on any number
-of processes.
+seed then depends on nothing that is drawn beside it, and some classes mix up several prompts. Where
+the work is `shared` each process draws its part and every process has all of them, the same ones
+on any number of processes.
 
 A folder of diffusers is data: code that lies in it is not run, and weights are read from
 safetensors alone. One that `daybreak export` has written is drawn with the class that knows its
@@ -25,7 +25,6 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 from PIL import Image
 from safetensors import SafetensorError
 
@@ -36,6 +35,7 @@ from daybreak.generate import sampler
 from daybreak.model import flow, tread
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import dice
+from daybreak.train.parallel import World, gather
 
 Pictures = npt.NDArray[np.uint8]
 Draw = Callable[[Sequence[str], Sequence[int], int, int], Pictures]
@@ -72,14 +72,12 @@ def ours(
 ) -> Artist:
     """A model of ours, with the settings of its recipe."""
 
-    def alone(
-        prompts: Sequence[str], seeds: Sequence[int], height: int, width: int
-    ) -> sampling.Picture:
+    def draw(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:
         return sampling.draw(model, prompts, seeds, height, width, how, flow_config, route)
 
     settings = how.model_dump(mode="json", exclude={"prompts", "every", "seed"})
     return Artist(
-        draw=shared(alone) if dist.is_initialized() else alone,
+        draw=draw,
         side=side,
         unit=model.dit.config.patch,
         digest=digest,
@@ -88,26 +86,21 @@ def ours(
     )
 
 
-def shared(draw: Draw) -> Draw:
+def shared(draw: Draw, here: World) -> Draw:
     """The same pictures, each process drawing its part of them.
 
     All draw equally many, because weights that are spread over processes are gathered by all at
     once; what is one too many is drawn twice and left out.
     """
 
-    def together(
-        prompts: Sequence[str], seeds: Sequence[int], height: int, width: int
-    ) -> sampling.Picture:
-        world, n = dist.get_world_size(), len(prompts)
-        share = math.ceil(n / world)
-        mine = [min(dist.get_rank() * share + place, n - 1) for place in range(share)]
+    def part(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:
+        n, share = len(prompts), math.ceil(len(prompts) / here.size)
+        mine = [min(here.rank * share + place, n - 1) for place in range(share)]
         drawn = draw([prompts[i] for i in mine], [seeds[i] for i in mine], height, width)
-        part = torch.from_numpy(drawn)
-        parts = [torch.empty_like(part) for _ in range(world)]
-        dist.all_gather(parts, part)
-        return torch.cat(parts)[:n].numpy()
+        whole: Pictures = gather(here, torch.from_numpy(drawn)).flatten(0, 1)[:n].numpy()
+        return whole
 
-    return together
+    return draw if here.size == 1 else part
 
 
 def is_pipeline(folder: Path) -> bool:
@@ -183,9 +176,8 @@ def pipeline(
         "sampler": given | {"class": type(loaded.scheduler).__name__},
         "precision": str(dtype).removeprefix("torch."),
     }
-    draws = shared(draw) if dist.is_initialized() else draw
     taught = frozenset(_scheduler(folder).get("_taught", ()))
-    return Artist(draws, first.width, _unit(loaded, first.width), _digest(folder), facts, taught)
+    return Artist(draw, first.width, _unit(loaded, first.width), _digest(folder), facts, taught)
 
 
 def _load(folder: Path, dtype: torch.dtype) -> Any:

@@ -22,7 +22,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import torch
-import torch.distributed as dist
 
 from daybreak import host
 from daybreak.data import disk
@@ -81,8 +80,7 @@ def scenes(
             f"px: give --resolution {size}, or the canvas it was trained for"
         )
     asked = (len(scenes_questions.TASKS) + len(config.held_out)) * per_task
-    ranks = dist.get_world_size() if dist.is_initialized() else 1
-    workers = 1 if asked < FEW else max(1, host.cores() // ranks)
+    workers = 1 if asked < FEW else max(1, host.cores() // host.processes())
     found = scenes_suite.evaluate(square(artist), config, seed, per_task, progress, workers)
     groups: list[Any] = [found[group] for group in ("tasks", "held_out", "controls")]
     shares: dict[str, Any] = {"exact": found["overall"]}

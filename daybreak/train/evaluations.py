@@ -115,7 +115,7 @@ def take(
     found = interim.measure(
         config,
         model,
-        drawn_by._replace(draw=_heeding(drawn_by.draw, heed)),
+        drawn_by._replace(draw=_heeding(artist.shared(drawn_by.draw, here), heed)),
         scenes,
         recipe.flow.noise_scale,
         recipe.seed,

@@ -40,6 +40,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, though 
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import get_total_norm
 
+from daybreak import host
 from daybreak.failure import BadRecipe, Failure, LostPeer, told
 from daybreak.train import accelerator, rendezvous
 
@@ -101,7 +102,7 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
     Errors  BadRecipe before any rank meets another, if mesh or batches do not fit their number;
             LostPeer if they do not all meet, or if one is lost later.
     """
-    size = int(os.environ.get("WORLD_SIZE", "1"))
+    size = host.processes()
     shards = _shards(config, size, batches)
     device = _device()
     if size == 1:  # nothing to cut: FSDP would copy, and change nothing
@@ -273,8 +274,8 @@ def clip(here: World, parameters: Iterable[nn.Parameter], limit: float) -> Float
     return norm
 
 
-def gather(here: World, row: Shaped[Tensor, " n"]) -> Shaped[Tensor, "r n"]:
-    """Return the row of numbers that every rank has given, in the order of the ranks.
+def gather(here: World, row: Shaped[Tensor, "..."]) -> Shaped[Tensor, "r ..."]:
+    """Return the row of numbers, or table, that every rank has given, in the order of the ranks.
 
     Means, maxima and "any of them" follow from it, the same on all ranks to the last bit: a loss,
     whether it is finite, whether somebody was asked to stop. A row in the processor's memory

@@ -238,7 +238,7 @@ def machine() -> dict[str, Any]:
     }
     if torch.cuda.is_available():
         found["gpu"] = torch.cuda.get_device_name()
-    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) > 1:
+    if (processes := host.processes()) > 1:
         found["processes"] = processes
     return found
 

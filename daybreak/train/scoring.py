@@ -131,7 +131,7 @@ def _help(here: World, folder: Path, wanted: Wanted) -> None:
     said = _hear(here)
     if isinstance(said, Scored):  # read from a file, without a picture
         return
-    draw = opened(folder, wanted, said).artist.draw
+    draw = artist.shared(opened(folder, wanted, said).artist.draw, here)
     while isinstance(said := _hear(here), Asked):
         draw(*said)
 
@@ -142,18 +142,19 @@ def _hear(here: World) -> Any:
     return said[0]
 
 
-def _asking(here: World, artist: Artist) -> Artist:
+def _asking(here: World, alone: Artist) -> Artist:
     """The artist, with all other processes to help him."""
     if here.size == 1:
-        return artist
+        return alone
+    part = artist.shared(alone.draw, here)
 
     def draw(
         prompts: Sequence[str], seeds: Sequence[int], height: int, width: int
     ) -> npt.NDArray[np.uint8]:
         together(here, lambda: Asked(list(prompts), list(seeds), height, width))
-        return artist.draw(prompts, seeds, height, width)
+        return part(prompts, seeds, height, width)
 
-    return artist._replace(draw=draw)
+    return alone._replace(draw=draw)
 
 
 def _score(
