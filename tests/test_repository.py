@@ -20,7 +20,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.toml"))
 # Who may import whom. These are free for all, and import only one another.
 ANYONE = {"failure", "train/dice", "train/health", "train/ledger", "train/log", "train/parallel"}
 ANYONE |= {"data/disk", "host", "model/flow", "train/accelerator", "train/facts"}
-ANYONE |= {"train/rendezvous"}
+ANYONE |= {"train/rendezvous", "train/stop"}
 EVERYTHING = {"data", "model", "objective", "optim", "generate", "evaluate", "config", "doctor"}
 MAY_IMPORT = {
     "failure": set[str](),

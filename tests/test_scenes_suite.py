@@ -13,6 +13,7 @@ from daybreak.evaluate import scenes_suite
 from daybreak.evaluate.scenes_checker import Marks, Verdict
 from daybreak.evaluate.scenes_questions import TASKS, Item, held_out, tasks
 from daybreak.evaluate.scenes_suite import evaluate, table
+from daybreak.train import stop
 
 Pictures = npt.NDArray[np.uint8]
 pytestmark = pytest.mark.xdist_group("scenes_suite")  # one process makes what its tests share
@@ -172,10 +173,10 @@ def test_a_table_has_a_row_for_each_share(perfect: dict[str, object]) -> None:
 
 def test_its_workers_do_not_hear_what_asks_to_stop() -> None:
     with scenes_suite._pool(2) as pool:
-        with scenes_suite.deaf():
+        with stop.deaf():
             asked = pool.submit(signal.pthread_sigmask, signal.SIG_BLOCK, [])
-        assert set(scenes_suite.STOPS) <= set(asked.result())
-    assert not set(scenes_suite.STOPS) & set(signal.pthread_sigmask(signal.SIG_BLOCK, []))
+        assert set(stop.STOPS) <= set(asked.result())
+    assert not set(stop.STOPS) & set(signal.pthread_sigmask(signal.SIG_BLOCK, []))
 
 
 def verdict(

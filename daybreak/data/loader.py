@@ -19,7 +19,6 @@ import signal
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
-from multiprocessing import resource_tracker
 from multiprocessing.synchronize import Semaphore
 from typing import Any
 
@@ -36,6 +35,7 @@ from daybreak.data.plan import Slot
 from daybreak.data.prepared import Sample
 from daybreak.failure import BadData, LostPeer
 from daybreak.train import dice
+from daybreak.train.stop import STOPS, deaf
 
 SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: so many, and this share of all
 CHECK = 1.0  # seconds of silence after which the workers are looked after
@@ -44,7 +44,6 @@ PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
 HUSH = 0.05  # seconds after which threads of an exchange that is over rest
 START, STARTS = 60.0, 3  # seconds until a worker has begun, and how often it is tried
 LAST = 19  # niceness of a worker beside a step on the same processor
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)  # what train/stop hears
 READY = 2  # batches that lie received when a step asks for one
 FORESIGHT, UNDERWAY = 4, 2 * 2**30  # a worker's batches ahead, and the bytes of all workers' ones
 
@@ -184,7 +183,7 @@ def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iter
         time.sleep(HUSH)
     for _ in range(STARTS):
         before, begun = multiprocessing.active_children(), multiprocessing.Semaphore(0)
-        with _deaf(), _unswept():
+        with deaf(), _unswept():  # until they have stepped aside: unforked, that takes seconds
             arriving = iter(make(begun))
         if all(begun.acquire(timeout=START) for _ in range(workers)):
             return arriving
@@ -235,20 +234,6 @@ def _arriving(begin: Callable[[], Iterator[Stacked]]) -> Generator[Stacked]:
             return
         yield stacked
         asked = time.monotonic()
-
-
-@contextlib.contextmanager
-def _deaf() -> Iterator[None]:
-    """Keep signals to stop away from workers that are started here, until they have stepped aside.
-
-    One that is not forked takes seconds to come so far, and is in the terminal's group till then.
-    """
-    resource_tracker.ensure_running()  # before Python 3.13 its start ends by letting them through
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @contextlib.contextmanager

@@ -13,10 +13,8 @@ Source  clustered intervals, arXiv 2411.00640.
 """
 
 import multiprocessing
-import signal
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -37,6 +35,7 @@ from daybreak.evaluate.scenes_checker import (
 )
 from daybreak.evaluate.scenes_questions import SCORED, SEED_RULE, TASKS, Item, held_out, tasks
 from daybreak.evaluate.statistics import difference, share_interval, wilson
+from daybreak.train.stop import deaf
 
 Pictures = npt.NDArray[np.uint8]
 Generate = Callable[[list[str], list[int]], Pictures]
@@ -44,7 +43,6 @@ Generate = Callable[[list[str], list[int]], Pictures]
 
 ATTRIBUTES = ("count", "colours", "shapes", "relation")
 BATCH = 60  # pictures per call of the generator
-STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 
 
 class Seen(NamedTuple):
@@ -110,19 +108,6 @@ def _pool(workers: int) -> Executor:
     if workers <= 1:
         return ThreadPoolExecutor(1)
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
-
-
-@contextmanager
-def deaf() -> Iterator[None]:
-    """Keep signals to stop away, from this thread for now and for good from what it starts.
-
-    Ctrl-C goes to all processes of a terminal: the workers go on, and this one decides.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _inspect(pictures: Pictures, number: int, canvas: str) -> None:

@@ -10,9 +10,13 @@ or 128 + n.
 
 import os
 import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from multiprocessing import resource_tracker
 from types import FrameType
 from typing import Any, Self
 
+STOPS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 PREEMPTED, INTERRUPTED = 75, 130
 
 
@@ -32,7 +36,7 @@ class Stop:
 
     def __enter__(self) -> Self:
         """Begin to listen."""
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1):
+        for number in STOPS:
             self.before[number] = signal.signal(number, self._hear)
         return self
 
@@ -45,3 +49,17 @@ class Stop:
         if self.code:
             os._exit(INTERRUPTED if number == signal.SIGINT else 128 + number)
         self.code = INTERRUPTED if number == signal.SIGINT else PREEMPTED
+
+
+@contextmanager
+def deaf() -> Iterator[None]:
+    """Keep signals to stop away, from this thread for now and from processes that it starts.
+
+    Ctrl-C goes to all processes of a terminal: those go on, and this one decides.
+    """
+    resource_tracker.ensure_running()  # before Python 3.13 its start ends by letting them through
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
