@@ -2,6 +2,7 @@
 
 import gzip
 import json
+from itertools import islice
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,23 @@ def test_steps_that_are_traced_are_written_down_and_compute_the_same(
     with gzip.open(tmp_path / "seen" / "trace-2.json.gz") as file:
         names = [event["name"] for event in json.load(file)["traceEvents"]]
     assert names.count("Optimizer.step#AdamW.step") == 2
+
+
+@pytest.mark.parametrize("taken", [2, 4], ids=["stopped", "at its end"])
+def test_a_run_that_ends_before_the_last_of_them_has_a_trace_of_the_others(
+    taken: int, tmp_path: Path
+) -> None:
+    said = list[str]()
+    steps = trace.traced(iter([1, 2, 3]), Trace(2, 5), tmp_path, 0, said.append)
+    assert list(islice(steps, taken)) == [1, 2, 3][:taken]
+    steps.close()
+    assert said == [f"trace: {tmp_path / 'trace-2.json.gz'}"]
+
+
+def test_steps_that_a_run_has_behind_it_are_not_traced(tmp_path: Path) -> None:
+    said = list[str]()
+    assert list(trace.traced(iter([5, 6, 7]), Trace(2, 2), tmp_path, 4, said.append)) == [5, 6, 7]
+    assert said == []
 
 
 def test_a_trace_is_asked_for_by_step_and_count() -> None:

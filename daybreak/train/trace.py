@@ -10,7 +10,7 @@ Source  pytorch.org/docs/stable/profiler.html.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -39,20 +39,25 @@ def parse(text: str) -> Trace:
 
 def traced(
     steps: Iterator[Step], wanted: Trace, folder: Path, start: int, tell: Callable[[str], None]
-) -> Iterator[Step]:
+) -> Generator[Step]:
     """Yield the same steps, of which the first is `start` + 1, and trace those that are wanted.
 
-    A step is what happens until the next one is asked for. `tell` hears where the trace lies.
+    A step is what happens until the next one is asked for; of a run that ends before the last of
+    them the others are traced. `tell` hears where the trace lies.
     """
     seen: profile | None = None
-    for number, step in enumerate(steps, start=start + 1):
-        if number == wanted.first:
-            activities = [ProfilerActivity.CPU]
-            activities += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
-            seen = profile(activities=activities)
-            seen.start()
-        yield step
-        if seen is not None and number == wanted.first + wanted.steps - 1:
+    try:
+        for number, step in enumerate(steps, start=start + 1):
+            if number == wanted.first:
+                activities = [ProfilerActivity.CPU]
+                activities += [ProfilerActivity.CUDA] if torch.cuda.is_available() else []
+                seen = profile(activities=activities)
+                seen.start()
+            yield step
+            if number >= wanted.first + wanted.steps - 1:
+                break
+    finally:
+        if seen is not None:
             seen.stop()
             file = folder / f"trace-{wanted.first}.json.gz"
             try:
@@ -60,4 +65,4 @@ def traced(
                 tell(f"trace: {file}")
             except (OSError, RuntimeError) as error:  # no reason to end a run
                 tell(f"the trace is not written: {error}")
-            seen = None
+    yield from steps
