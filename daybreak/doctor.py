@@ -116,13 +116,11 @@ def versions() -> list[Finding]:
 def cores() -> Finding:
     """Processor cores this process may use, which in a container are fewer than there are."""
     there = os.cpu_count() or 1
-    usable = host.usable()
+    usable, busy = host.usable(), host.cores()
     threads = torch.get_num_threads()
     value = f"{usable:g} of {there}, {threads} {'thread' if threads == 1 else 'threads'} in torch"
-    if threads > usable:
-        remark = (
-            f"more threads than cores get in each other's way: set OMP_NUM_THREADS={int(usable)}"
-        )
+    if threads > busy:
+        remark = f"more threads than cores get in each other's way: set OMP_NUM_THREADS={busy}"
     elif threads <= usable / 2 and "OMP_NUM_THREADS" in os.environ:
         remark = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} leaves cores idle: unset it"
     else:

@@ -70,6 +70,18 @@ def test_limits_of_a_container_count(tmp_path: Path) -> None:
     assert host.memory_limit(tmp_path) is None
 
 
+@pytest.mark.parametrize(("threads", "mark"), [(1, "ok"), (2, "slow")])
+def test_a_container_of_half_a_core_is_told_to_take_one_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, threads: int, mark: str
+) -> None:
+    (tmp_path / "cpu.max").write_text("50000 100000\n")
+    monkeypatch.setattr(host, "CGROUP", tmp_path)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    found = doctor.cores()
+    assert found.mark == mark
+    assert found.remark.endswith("OMP_NUM_THREADS=1") == (threads > 1)
+
+
 def test_limits_of_an_older_container_count(tmp_path: Path) -> None:
     (tmp_path / "cpu").mkdir()
     (tmp_path / "memory").mkdir()
