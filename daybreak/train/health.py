@@ -113,17 +113,16 @@ class Guard:
         """
         losses, norms = rows.T.tolist()
         loss, norm = rows.double().mean(0).tolist()
-        usual, finite = self.usual, all(map(math.isfinite, (*losses, *norms)))
+        good = rows.isfinite().all(1).tolist()  # by rank
+        usual, finite = self.usual, all(good)
         if finite and loss <= self.limit:
             return self._taken(loss)
         where = f"samples {samples[0]} to {samples[-1]}"
-        bad = [
-            rank for rank, values in enumerate(rows.tolist()) if not all(map(math.isfinite, values))
-        ]
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
-        what += (
-            f", median of late {usual:.4g}" if finite else f" on rank {bad[0]}" * (len(losses) > 1)
-        )
+        if finite:
+            what += f", median of late {usual:.4g}"
+        elif len(good) > 1:
+            what += f" on rank {good.index(False)}"
         take = not self.refuses(rows)
         self._record(
             f"step {step}: {what} ({where}); {'learned from all the same' if take else 'skipped'}",
@@ -201,13 +200,12 @@ def compare(here: World, tensors: Mapping[str, Tensor]) -> None:
                 continue
             usual, votes = Counter(by_rank[rank] for rank in equal).most_common(1)[0]
             odd = [rank for rank in equal if by_rank[rank] != usual or 2 * votes <= len(equal)]
-            if odd:
-                raise LostPeer(
-                    f"{', '.join(f'rank {rank}' for rank in odd)} holds other bits of {name} than "
-                    "the ranks that should hold the same: suspect its memory or its device; the "
-                    "same command continues from the last checkpoint",
-                    odd[0],
-                )
+            raise LostPeer(
+                f"{', '.join(f'rank {rank}' for rank in odd)} holds other bits of {name} than "
+                "the ranks that should hold the same: suspect its memory or its device; the "
+                "same command continues from the last checkpoint",
+                odd[0],
+            )
 
 
 class Pace:

@@ -139,8 +139,7 @@ class Log:
         much work as is left, `may` how many seconds a budget still pays for. The line holds `step`,
         all of `values`, `images` (since step 1), what was reached of late, then `seconds`,
         `memory_mib` and, where they have a price, `dollars` and `dollars_to_go`. The first line
-        after a pause is
-        marked `resumed`. A number that is not finite is null: JSON knows no other.
+        after a pause is marked `resumed`. A number that is not finite is null: JSON knows no other.
         """
         now = time.monotonic()
         self.images += images

@@ -232,8 +232,7 @@ def _of_recipe(found: Comparison, recipe: Recipe) -> list[str]:
     low, high = how.interval if how.guidance > 1 else (math.inf, math.inf)
     if sum(1 + (low <= t <= high) for t in sampler.times(how.steps, shift)[:-1]) > CALLS:
         why.append(f"a picture takes more than {CALLS} evaluations of the network")
-    taught = recipe.repa is not None and recipe.repa.network is not None
-    if taught or recipe.text.encoder or recipe.lpips or recipe.dino:
+    if recipe.taught or recipe.text.encoder or recipe.lpips:
         why.append("it learns from a pretrained network")
     return why
 
