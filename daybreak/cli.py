@@ -36,7 +36,11 @@ def _program(
     pass
 
 
-Run = Annotated[Path, typer.Argument(help="A run folder that `daybreak train` has written.")]
+Recipe = Annotated[str, typer.Argument(help="A recipe's path, or the name of a built-in one.")]
+Data = Annotated[
+    str | None, typer.Option(help="Folder of captioned pictures, instead of the recipe's.")
+]
+PerTask = Annotated[int, typer.Option(min=5, help="Prompts of a task of scenes.")]
 Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the recipe's if left out.")]
 Set = Annotated[
     list[str] | None,
@@ -239,11 +243,9 @@ def _cache_text(
 
 @app.command()
 def train(
-    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a built-in one.")],
+    recipe: Recipe,
     out: Annotated[Path | None, typer.Option(help="Run folder, instead of the recipe's.")] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Folder of captioned pictures, instead of the recipe's.")
-    ] = None,
+    data: Data = None,
     set_: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="Change a value: --set stage.0.steps=500"),
@@ -323,7 +325,7 @@ def evaluate(
     suite: Annotated[
         str, typer.Option(help="scenes, validation, distribution, prompts, geneval or coco30k.")
     ] = "scenes",
-    per_task: Annotated[int, typer.Option(min=5, help="Prompts of a task of scenes.")] = 120,
+    per_task: PerTask = 120,
     count: Annotated[
         int, typer.Option(min=32, help="Pictures of validation and distribution.")
     ] = 5000,
@@ -430,7 +432,7 @@ def compare(
         float, typer.Option(min=0, help="The smallest difference worth having.")
     ] = 0.0,
     evaluations: Annotated[int, typer.Option(min=1, help="Of a run, the last one included.")] = 8,
-    per_task: Annotated[int, typer.Option(min=5, help="Prompts of a task of scenes.")] = 60,
+    per_task: PerTask = 60,
     pictures: Annotated[int, typer.Option(min=32, help="Of validation and distribution.")] = 512,
     data: Annotated[
         Path | None, typer.Option(help="A prepared dataset to evaluate with, unless on scenes.")
@@ -508,7 +510,7 @@ def compare(
 
 @app.command()
 def export(
-    run: Run,
+    run: Annotated[Path, typer.Argument(help="A run folder that `daybreak train` has written.")],
     best: Best = False,
     out: Annotated[Path | None, typer.Option(help="Folder; RUN/pipeline if left out.")] = None,
 ) -> None:
@@ -593,13 +595,11 @@ def inspect(
 
 @app.command()
 def plan(
-    recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a built-in one.")],
+    recipe: Recipe,
     gpus: Annotated[
         str | None, typer.Option(help="32xH200, RTX4090 or cpu; this machine if left out.")
     ] = None,
-    data: Annotated[
-        str | None, typer.Option(help="Folder of captioned pictures, instead of the recipe's.")
-    ] = None,
+    data: Data = None,
     budget: Annotated[
         str | None,
         typer.Option(
