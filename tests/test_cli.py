@@ -60,6 +60,7 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
     assert refused.stderr.startswith("daybreak: cannot write")
     cut = daybreak(*long, "--set", "sample.stochastic=true")
     assert "tokens 24 are read (text.max_tokens)" in cut.stderr
+    assert "-seed0-steps1-sample.stochastic=true.png" in cut.stdout
     with Image.open(Path(cut.stdout.split("\n")[0])) as picture:
         assert json.loads(picture.info["sample"])["stochastic"] is True
 

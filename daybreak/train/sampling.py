@@ -5,6 +5,7 @@
 A setting that draws other pictures stands in the name: a-red-circle-seed0-steps20.png.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -15,6 +16,8 @@ from daybreak import config
 from daybreak.failure import BadStorage
 from daybreak.generate import draw, grid
 from daybreak.train import evaluations, runs
+
+LONGEST = 120  # signs of what tells files apart
 
 
 class Wanted(NamedTuple):
@@ -84,4 +87,7 @@ def _file_name(prompt: str) -> str:
 def _apart(wanted: Wanted) -> str:
     """What tells the files of other settings from those of the recipe's."""
     given = {"steps": wanted.steps, "guidance": wanted.guidance}
-    return "".join(f"-{key}{value:g}" for key, value in given.items() if value is not None)
+    marks = ["best"] if wanted.best else []
+    marks += [f"{key}{value:g}" for key, value in given.items() if value is not None]
+    said = "".join(f"-{mark}" for mark in (*marks, *wanted.sets))
+    return re.sub(r"[^\w.=+-]+", "-", said)[:LONGEST]
