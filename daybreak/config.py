@@ -326,17 +326,12 @@ def find(source: str | Path) -> Path:
         Path(str(resources.files("daybreak"))) / "recipes",
         Path(__file__).parent.parent / "recipes",
     )
-    names = sorted({found.stem for shelf in shelves for found in shelf.glob("*.toml")})
-    for shelf in shelves:
-        if (
-            path.name
-            and path.parent == Path()
-            and (shelf / path.with_suffix(".toml").name).is_file()
-        ):
-            return shelf / path.with_suffix(".toml").name
+    there = {one.stem: one for shelf in reversed(shelves) for one in shelf.glob("*.toml")}
+    if path.parent == Path() and path.stem in there:
+        return there[path.stem]
     raise BadRecipe(
         f"there is no recipe {str(source)!r}: give the path of a TOML file, or one of "
-        f"{', '.join(names)}"
+        f"{', '.join(sorted(there))}"
     )
 
 

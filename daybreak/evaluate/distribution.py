@@ -191,12 +191,10 @@ def compare(
 
 
 def _taught_by(artist: Artist, extractor: Extractor) -> list[str]:
-    families = [family for family in artist.taught if extractor.family.startswith(family)]
-    return [
-        f"{extractor.name} took part in the training of this model: look at its distances, and "
-        "report those of another network"
-        for _ in families[:1]
-    ]
+    if not extractor.family.startswith(tuple(artist.taught)):
+        return []
+    said = "took part in the training of this model: look at its distances, and report those of"
+    return [f"{extractor.name} {said} another network"]
 
 
 def _cut(number: int) -> list[str]:

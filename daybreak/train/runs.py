@@ -158,9 +158,14 @@ def changed(run: Path) -> list[str]:
 
 def provenance(recipe: config.Recipe) -> dict[str, Any]:
     """Say what made a run: recipe, code and libraries."""
-    versions = {name: host.version_of(name) for name in ("daybreak", "torch", "transformers")}
-    versions["python"] = platform.python_version()
-    return {"recipe": config.digest(recipe), "revision": revision(), "versions": versions}
+    used = versions("daybreak", "torch", "transformers")
+    return {"recipe": config.digest(recipe), "revision": revision(), "versions": used}
+
+
+def versions(*packages: str) -> dict[str, str]:
+    """Return the version of each package, and that of Python."""
+    found = {name: host.version_of(name) for name in packages}
+    return found | {"python": platform.python_version()}
 
 
 def check_pairs(recipe: config.Recipe, devices: int) -> None:

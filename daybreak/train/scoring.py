@@ -17,7 +17,6 @@ draw: each its part of every batch of prompts (evaluate/artist).
 """
 
 import hashlib
-import platform
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -28,7 +27,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from daybreak import config, host
+from daybreak import config
 from daybreak.data import disk
 from daybreak.data.scenes import CANVASES
 from daybreak.data.scenes import Config as Scenes
@@ -57,6 +56,8 @@ FIXED = 0  # seed of what is the same for every model, where none is given
 NAMES = {"per_task": "per-task", "number": "count"}  # of options, in that of a result
 LONGEST = 120  # bytes of it
 CONTROLS = "against gaming"  # key of the controls that draw pictures of their own
+
+Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # a head, and rows
 
 
 class Wanted(NamedTuple):
@@ -91,11 +92,11 @@ class Model(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A result, the file it stands in, and tables for people: a head and rows for each."""
+    """A result, the file it stands in, and tables for people."""
 
     path: Path
     result: Result
-    tables: tuple[tuple[tuple[str, ...], list[tuple[str, ...]]], ...]
+    tables: tuple[Table, ...]
 
 
 class Asked(NamedTuple):
@@ -320,12 +321,8 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
 
 def about() -> dict[str, Any]:
     """What computes: a result of another version may be another."""
-    names = ("daybreak", "torch", "transformers", "diffusers")
-    return {
-        "revision": runs.revision(),
-        "versions": {name: host.version_of(name) for name in names}
-        | {"python": platform.python_version()},
-    }
+    used = runs.versions("daybreak", "torch", "transformers", "diffusers")
+    return {"revision": runs.revision(), "versions": used}
 
 
 def _asked(wanted: Wanted) -> prompts.Prompts:
@@ -410,7 +407,7 @@ def _judges(model: Model, wanted: Wanted) -> list[features.Extractor]:
     return [features.load(name, accelerator.choose()) for name in wanted.features or (usual,)]
 
 
-def _tables(name: str, result: Result) -> tuple[tuple[tuple[str, ...], list[tuple[str, ...]]], ...]:
+def _tables(name: str, result: Result) -> tuple[Table, ...]:
     if name != "scenes":
         return (_table(result),)
     head = ("", "exact", "95 % interval", "pictures")
@@ -421,5 +418,5 @@ def _tables(name: str, result: Result) -> tuple[tuple[tuple[str, ...], list[tupl
     return (head, exact), (("", "is", "to be held against"), rows)
 
 
-def _table(result: Result) -> tuple[tuple[str, ...], list[tuple[str, ...]]]:
+def _table(result: Result) -> Table:
     return ("", "value", "95 % interval", "pictures"), [*suite.table(result)]
