@@ -12,7 +12,7 @@ import torch
 from pydantic import ValidationError
 
 from daybreak import config
-from daybreak.evaluate import distances, interim
+from daybreak.evaluate import distances, features, interim
 from daybreak.failure import BadData, BadRecipe, BadStorage, Failure, NoCheckpoint
 from daybreak.train import checkpoint, evaluations, loop, parallel, runs
 
@@ -118,6 +118,20 @@ def test_a_network_that_went_wrong_is_evaluated_and_said_to_be_so(tiny: Path) ->
         note, best = evaluations.take(recipe, Path(recipe.out), model, 11, here)
     assert "validation.loss not finite" in note
     assert not best
+
+
+def test_a_disk_without_room_for_a_reference_does_not_end_the_run(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(tensors: object, file: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+
+    monkeypatch.setattr(features, "save_file", refuse)
+    every = 'evaluate={every=2, suites=["distribution"], pictures=32}'
+    run = trained(tiny, "stage.0.steps=2", every)
+    assert [line["step"] for line in evaluations.lines(run)] == [2]
+    kept = json.loads((run / "evaluation/interim/distribution.json").read_text())
+    assert any("No space left on device" in remark for remark in kept["remarks"])
 
 
 def test_a_best_checkpoint_that_cannot_be_kept_can_be_later(

@@ -28,7 +28,7 @@ from daybreak.evaluate.examples import Examples
 from daybreak.evaluate.features import Extractor, Features
 from daybreak.evaluate.prompts import Prompts
 from daybreak.evaluate.suite import DISTANCES, Progress, Result, mean
-from daybreak.failure import BadData, BadRecipe
+from daybreak.failure import BadData, BadRecipe, BadStorage
 
 BATCH = 64
 COCO_SIDE = 256  # pixels of FID-30K
@@ -45,7 +45,9 @@ def distribution(
 ) -> Result:
     """Draw every caption once and compare with the pictures they are from.
 
-    Errors  BadData for too few pictures; BadStorage if the cache cannot be written.
+    A cache that cannot be written costs time the next time, and is a remark.
+
+    Errors  BadData for too few pictures.
     """
     distances.check(examples.total, f"pictures of {examples.source} to compare with")
     places = [_place(cache, examples.digest, extractor) for extractor in extractors]
@@ -70,7 +72,10 @@ def distribution(
         reference = known[number]
         if reference is None:
             reference = np.concatenate(true[number])
-            features.keep(places[number], reference)
+            try:
+                features.keep(places[number], reference)
+            except BadStorage as failure:
+                remarks.append(str(failure))
         found, said = compare(extractor, np.concatenate(drawn[number]), reference)
         values |= found
         remarks += said + _taught_by(artist, extractor)
