@@ -38,7 +38,8 @@ def main(how: str, out: Path) -> None:
     """Let the last rank hang after a few steps."""
     if compiles := how == "compiles":  # what the compiler needs is loaded before time counts
         torch.compile(torch.cos, backend="eager")(torch.ones(1))
-    limit, watchdog.HEARD = (60.0 if "fails" in how else LIMIT), 2 * LIMIT
+    told = "fails" in how or how == "is killed"
+    limit, watchdog.HEARD = (60.0 if told else LIMIT), 2 * LIMIT
     with (
         parallel.world(parallel.Config(start_timeout=60)) as here,
         watchdog.Watchdog(here, limit, (out / f"rank-{here.rank}").write_text, compiles) as dog,
@@ -70,10 +71,12 @@ def main(how: str, out: Path) -> None:
         if here.rank == here.size - 1:
             if how == "fails":
                 raise BadData("tooth.png is not a picture")
+            if how == "is killed":
+                os.kill(os.getpid(), signal.SIGKILL)
             if how == "stops":
                 os.kill(os.getpid(), signal.SIGSTOP)
             spin()
-        if how == "fails":
+        if how in {"fails", "is killed"}:
             time.sleep(120)  # as NCCL waits for one that is gone
         parallel.gather(here, torch.ones(1))
 
@@ -155,6 +158,17 @@ def test_who_does_not_notice_that_another_has_failed_leaves_for_its_reason(tmp_p
     assert reason.startswith("rank 0 lost the others (rank 1: tooth.png is not a picture): ")
     assert reason in said[0]
     assert not (tmp_path / "rank-1").exists()
+
+
+def test_who_is_killed_is_missed_before_the_limit(tmp_path: Path) -> None:
+    with ranks(2, "is killed", tmp_path) as started:
+        started[1].communicate(timeout=60)
+        killed = time.monotonic()
+        started[0].communicate(timeout=60)
+        assert time.monotonic() - killed < 10 * LIMIT
+    assert started[0].returncode == LostPeer.code
+    reason = (tmp_path / "rank-0").read_text()
+    assert reason.startswith("rank 0 lost the others (rank 1: its process has ended unheard): ")
 
 
 def test_who_still_takes_steps_notices_by_itself(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
     store = meet(rank, size, seconds)       at MASTER_ADDR:MASTER_PORT, or who has not come in time
     leave_note(store, rank, error)          the first is the cause, for everybody to repeat
+    miss(store, neighbours)                 the note of who was killed
     farewell(store, rank, size)             nobody hangs up on a rank that still listens
 
 Notes lie in a key-value store beside the collectives: who is lost in one can still read and write.
@@ -12,7 +13,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
@@ -51,7 +52,7 @@ def meet(rank: int, size: int, seconds: float) -> Store:
         base = _connected(host, port, size, opens, until)
         attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")
         store = PrefixStore(f"daybreak/{attempt}", base)
-        store.set(names[rank], socket.gethostname())
+        store.set(names[rank], str(os.getpid()))
         store.wait(names, timedelta(seconds=max(0.1, until - time.monotonic())))
     except (OSError, dist.DistError) as error:
         missing = _missing(store, names) if store else []
@@ -145,6 +146,31 @@ def answer(store: Store, rank: int) -> None:
     with suppress(dist.DistError):
         if store.check(["who is there?"]):
             store.set(f"rank {rank} is there", "")
+
+
+def neighbours(store: Store, rank: int, size: int) -> dict[int, int]:
+    """Return the processes of the other ranks that the same torchrun has started, by rank."""
+    first = rank - int(os.environ.get("LOCAL_RANK", "0"))
+    beyond = min(size, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+    return {n: int(store.get(f"rank {n}")) for n in range(first, beyond) if n != rank}
+
+
+def miss(store: Store, neighbours: Mapping[int, int]) -> None:
+    """Leave a note for a neighbour that was killed: it could not, and NCCL waits for it."""
+    for rank, process in neighbours.items():
+        with suppress(dist.DistError):
+            if not _is_there(process) and not store.check([f"rank {rank} is done"]):
+                leave_note(store, rank, LostPeer("its process has ended unheard"))
+
+
+def _is_there(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # another user's by now; at worst it is missed later
+        return True
+    return True
 
 
 def note(store: Store) -> str:

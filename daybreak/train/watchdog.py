@@ -5,8 +5,10 @@ seconds since the last step. When they are too many it prints what every thread 
 doing, and all ranks do so at about the same time: the one whose stack is not in a collective is
 the one that the others wait for. A rank that does not even answer is named.
 
-A rank that fails leaves a note. gloo tells the others at once, by an error; NCCL lets them wait. So
-who has taken no step for a while since leaves too, for the reason in the note.
+A rank that fails leaves a note; for one that is killed, whoever shares its machine does. gloo tells
+the others at once, by an error; NCCL lets them wait. So who has taken no step for a while since
+leaves too, for the reason in the note: before torchrun, which kills all after 30 s, whatever it was
+told, so that nobody could say why.
 
 A shape that is new in the middle of a run is compiled then, and all others wait for that as well. A
 step in which some rank compiles is given the time of the first one, and who watches is told.
@@ -67,6 +69,7 @@ class Watchdog:
         self.store = here.store.clone()  # type: ignore[attr-defined]  # no other thread waits on it
         self.store.set_timeout(timedelta(seconds=ANSWER))
         self.names = [f"rank {rank}" for rank in range(here.size)]
+        self.neighbours = rendezvous.neighbours(self.store, here.rank, here.size)
         self.stream = stream or sys.stderr
         self.step: int | None = None
         self.durations: deque[float] = deque(maxlen=20)
@@ -135,7 +138,9 @@ class Watchdog:
             rendezvous.answer(self.store, self.here.rank)
             self._say_compiling()
             now = time.monotonic()
-            if not note and (note := rendezvous.note(self.store)):
+            if not note:
+                rendezvous.miss(self.store, self.neighbours)
+                note = rendezvous.note(self.store)
                 heard = now
             if note and now - max(heard, self.last) > HEARD:
                 self._leave(rendezvous.lost(self.here.rank, note))
