@@ -116,6 +116,9 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
 
     rank = int(os.environ["RANK"])
     store = rendezvous.meet(rank, size, config.start_timeout)
+    # When NCCL tells of a lost node torch would abort this process, and nobody learn why; torchrun
+    # asks for that.
+    os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     try:
         dist.init_process_group(
             "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
