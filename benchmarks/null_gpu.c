@@ -3,25 +3,45 @@
 // Memory is address space that nobody touches, copies from the device bring the zeros it begins
 // with, all other calls succeed and do nothing. What is asked for and not written out here,
 // benchmarks/null_gpu.py adds: functions that return success. Compiled twice: as CUDA's runtime with
-// cuBLAS and cuDNN, and with -DDRIVER as its driver, which Triton and the inductor ask.
+// cuBLAS, cuDNN and NCCL, and with -DDRIVER as its driver, which Triton and the inductor ask.
+//
+// Of several ranks each has a device. NCCL carries nothing, but whoever waits for a device waits until
+// all ranks have called as many collectives as this one had: for one that is gone, for ever, unless
+// NULL_GPU_TELLS=1 makes NCCL say so. A rank that touches another's device, or calls another
+// collective than the others, says so and aborts.
 
 #include <cuda.h>
 #include <cuda_runtime_api.h>
+#include <fcntl.h>
+#include <signal.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
+#include <unistd.h>
 
 #define API __attribute__((visibility("default")))
 #define MEMORY (141ull << 30)  // an H200's
 #define PROCESSORS 132
 #define SHARED 232448
-#define PINNED (1ull << 40)  // of the host, more than is ever asked for
+#define AREA (1ull << 40)  // addresses of the host's pinned memory, then of each device's
+#define DEVICES 16
+#define RANKS 256
+#define LAST 65536
+
+static int number(const char *name, int otherwise) {
+    const char *text = getenv(name);
+    return text ? atoi(text) : otherwise;
+}
+static int devices(void) { return number("NULL_GPUS", 1); }
+
+API int null_gpu_state(int device, unsigned *flags, int *active);  // the driver asks the runtime
 
 #ifdef DRIVER
 
 static int success(void) { return 0; }
 
-API CUresult cuDeviceGetCount(int *count) { return *count = 1, 0; }
+API CUresult cuDeviceGetCount(int *count) { return *count = devices(), 0; }
 API CUresult cuDeviceGet(CUdevice *device, int number) { return *device = number, 0; }
 API CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, 0; }
 API CUresult cuCtxGetCurrent(CUcontext *context) { return *context = (CUcontext)1, 0; }
@@ -30,7 +50,7 @@ API CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     return *context = (CUcontext)1, 0;
 }
 API CUresult cuDevicePrimaryCtxGetState(CUdevice device, unsigned *flags, int *active) {
-    return *flags = 0, *active = 1, 0;
+    return null_gpu_state(device, flags, active);
 }
 API CUresult cuGetErrorString(CUresult error, const char **text) { return *text = "", 0; }
 API CUresult cuModuleLoad(CUmodule *module, const char *name) { return *module = (CUmodule)1, 0; }
@@ -75,17 +95,80 @@ API CUresult cuGetProcAddress(const char *name, void **function, int version, cu
 
 #else
 
-static int success(void) { return 0; }
-static int active(int device, unsigned *flags, int *is) { return *flags = 0, *is = 1, 0; }
+static __thread int current;
+static int used[DEVICES];  // whether this process has a context there
 
-static void *reserved(size_t size) {
-    return mmap(0, size ? size : 1, PROT_READ | PROT_WRITE,
-                MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+static int success(void) { return 0; }
+API int null_gpu_state(int device, unsigned *flags, int *active) {
+    return *flags = 0, *active = used[device], 0;
 }
 
-static char *pinned(void) {
+static int here(void) {
+    static int own = -2;  // not asked for yet
+    if (own == -2) own = number("LOCAL_RANK", -1);
+    if (own >= 0 && current != own) {
+        fprintf(stderr, "null GPU: the rank of device %d is at work on device %d\n", own, current);
+        abort();
+    }
+    return used[current] = 1, current;
+}
+
+static char *memory(void) {
     static char *begin;
-    return begin ? begin : (begin = reserved(PINNED));
+    return begin ? begin : (begin = mmap(0, AREA * (1 + DEVICES), PROT_READ | PROT_WRITE,
+                                         MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+}
+
+static void *reserved(int area, size_t size) {
+    static size_t taken[1 + DEVICES];
+    size_t before = __atomic_fetch_add(&taken[area], size + 4095 & ~4095ull, __ATOMIC_RELAXED);
+    return memory() + area * AREA + before;
+}
+
+static struct {
+    int process[RANKS];
+    long called[RANKS];         // collectives
+    unsigned long which[LAST];  // the last of them: number and what it is
+} *ranks;
+static long called;
+
+static int all_called(long count) {
+    for (int rank = 0; ranks && rank < number("WORLD_SIZE", 1); rank++)
+        if (__atomic_load_n(&ranks->called[rank], __ATOMIC_ACQUIRE) < count) return 0;
+    return 1;
+}
+static cudaError_t waited(long count) {
+    while (!all_called(count)) usleep(100);
+    return 0;
+}
+
+static void join(void) {
+    char name[4096];
+    snprintf(name, sizeof name, "%s/ranks-%d-%d", getenv("NULL_GPU"), number("MASTER_PORT", 0),
+             number("TORCHELASTIC_RESTART_COUNT", 0));
+    int file = open(name, O_RDWR | O_CREAT, 0600);
+    ftruncate(file, sizeof *ranks);
+    ranks = mmap(0, sizeof *ranks, PROT_READ | PROT_WRITE, MAP_SHARED, file, 0);
+    close(file);
+    ranks->process[number("RANK", 0)] = getpid();
+}
+
+static int collective(int kind, size_t count, int type) {
+    here();
+    if (!ranks) join();
+    long mine = __atomic_add_fetch(&called, 1, __ATOMIC_RELAXED);
+    unsigned long what = mine << 40 | (count * 128 + type * 8 + kind & (1ul << 40) - 1);
+    unsigned long *place = &ranks->which[mine % LAST], first = *place;
+    while (first >> 40 != mine && !__atomic_compare_exchange_n(place, &first, what, 0,
+                                                               __ATOMIC_ACQ_REL, __ATOMIC_ACQUIRE))
+        continue;
+    if (first >> 40 == mine && first != what) {
+        fprintf(stderr, "null GPU: collective %ld of rank %d is another one than others'\n", mine,
+                number("RANK", 0));
+        abort();
+    }
+    __atomic_store_n(&ranks->called[number("RANK", 0)], mine, __ATOMIC_RELEASE);
+    return 0;
 }
 
 static cudaError_t copied(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
@@ -93,8 +176,11 @@ static cudaError_t copied(void *to, const void *from, size_t size, enum cudaMemc
     return 0;
 }
 
-API cudaError_t cudaGetDeviceCount(int *count) { return *count = 1, 0; }
-API cudaError_t cudaGetDevice(int *device) { return *device = 0, 0; }
+API cudaError_t cudaGetDeviceCount(int *count) { return *count = devices(), 0; }
+API cudaError_t cudaGetDevice(int *device) { return *device = current, 0; }
+API cudaError_t cudaSetDevice(int device) { return current = device, here(), 0; }
+API cudaError_t cudaDeviceCanAccessPeer(int *can, int device, int peer) { return *can = 0, 0; }
+API cudaError_t cudaDeviceSynchronize(void) { return waited(called); }
 API cudaError_t cudaDriverGetVersion(int *version) { return *version = CUDART_VERSION, 0; }
 API const char *cudaGetErrorString(cudaError_t error) { return ""; }
 API const char *cudaGetErrorName(cudaError_t error) { return ""; }
@@ -134,14 +220,14 @@ API cudaError_t cudaDeviceGetAttribute(int *value, enum cudaDeviceAttr what, int
     return 0;
 }
 API cudaError_t cudaMemGetInfo(size_t *left, size_t *all) { return *left = *all = MEMORY, 0; }
-API cudaError_t cudaMalloc(void **pointer, size_t size) { return *pointer = reserved(size), 0; }
+API cudaError_t cudaMalloc(void **pointer, size_t size) {
+    return *pointer = reserved(1 + here(), size), 0;
+}
 API cudaError_t cudaHostAlloc(void **pointer, size_t size, unsigned flags) {
-    static size_t taken;
-    *pointer = pinned() + __atomic_fetch_add(&taken, size + 4095 & ~4095ull, __ATOMIC_RELAXED);
-    return 0;
+    return here(), *pointer = reserved(0, size), 0;
 }
 API cudaError_t cudaMemcpy(void *to, const void *from, size_t size, enum cudaMemcpyKind kind) {
-    return copied(to, from, size, kind);
+    return waited(called), copied(to, from, size, kind);
 }
 API cudaError_t cudaMemcpyAsync(void *to, const void *from, size_t size, enum cudaMemcpyKind kind,
                                 cudaStream_t stream) {
@@ -151,7 +237,7 @@ API cudaError_t cudaDeviceGetStreamPriorityRange(int *least, int *greatest) {
     return *least = 0, *greatest = -5, 0;
 }
 API cudaError_t cudaStreamCreateWithPriority(cudaStream_t *stream, unsigned flags, int priority) {
-    return *stream = malloc(1), 0;
+    return here(), *stream = malloc(1), 0;
 }
 API cudaError_t cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     return *priority = 0, 0;
@@ -165,9 +251,23 @@ API cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, enum cudaStreamCap
                                          const cudaGraphEdgeData **edges, size_t *count) {
     return *status = cudaStreamCaptureStatusNone, 0;
 }
-API cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = malloc(1), 0; }
+API cudaError_t cudaStreamSynchronize(cudaStream_t stream) { return waited(called); }
+API cudaError_t cudaStreamQuery(cudaStream_t stream) {
+    return all_called(called) ? 0 : cudaErrorNotReady;
+}
+API cudaError_t cudaEventCreate(cudaEvent_t *event) { return *event = calloc(1, 8), 0; }
 API cudaError_t cudaEventCreateWithFlags(cudaEvent_t *event, unsigned flags) {
-    return *event = malloc(1), 0;
+    return *event = calloc(1, 8), 0;
+}
+API cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
+    return here(), *(long *)event = called, 0;
+}
+API cudaError_t cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned flags) {
+    return cudaEventRecord(event, stream);
+}
+API cudaError_t cudaEventSynchronize(cudaEvent_t event) { return waited(*(long *)event); }
+API cudaError_t cudaEventQuery(cudaEvent_t event) {
+    return all_called(*(long *)event) ? 0 : cudaErrorNotReady;
 }
 API cudaError_t cudaEventElapsedTime(float *time, cudaEvent_t begin, cudaEvent_t end) {
     return *time = 1, 0;
@@ -184,17 +284,20 @@ API cudaError_t cudaOccupancyMaxActiveBlocksPerMultiprocessorWithFlags(
 }
 API cudaError_t cudaPointerGetAttributes(struct cudaPointerAttributes *found, const void *pointer) {
     memset(found, 0, sizeof *found);
-    if ((size_t)((char *)pointer - pinned()) < PINNED) found->type = cudaMemoryTypeHost;
+    size_t area = (size_t)((char *)pointer - memory()) / AREA;
+    if (area > DEVICES) return 0;  // nobody's
+    found->type = area ? cudaMemoryTypeDevice : cudaMemoryTypeHost;
+    found->device = area ? area - 1 : 0;
     return 0;
 }
 API cudaError_t cudaGetDriverEntryPointByVersion(const char *name, void **function,
                                                  unsigned version, unsigned long long flags,
                                                  enum cudaDriverEntryPointQueryResult *result) {
-    *function = strstr(name, "PrimaryCtxGetState") ? (void *)active : (void *)success;
+    *function = strstr(name, "PrimaryCtxGetState") ? (void *)null_gpu_state : (void *)success;
     if (result) *result = cudaDriverEntryPointSuccess;
     return 0;
 }
-API int __cudaLaunchKernel() { return 0; }
+API int __cudaLaunchKernel() { return here(), 0; }
 
 API int cublasCreate_v2(void **handle) { return *handle = calloc(1, 4096), 0; }
 API int cublasLtMatmulAlgoGetHeuristic(void *handle, void *what, void *a, void *b, void *c, void *d,
@@ -210,5 +313,31 @@ API int cudnnBackendGetAttribute(void *of, int name, int type, long wanted, long
     if (at && wanted > 0 && type == 3) memset(at, 0, 8 * wanted);  // 64-bit integers, as sizes are
     return 0;
 }
+
+#define COLLECTIVE(name, kind)                                         \
+    API int name(const void *from, void *to, size_t count, int type) { \
+        return collective(kind, count, type);                          \
+    }
+COLLECTIVE(ncclAllReduce, 1)
+COLLECTIVE(ncclAllGather, 2)
+COLLECTIVE(ncclReduceScatter, 3)
+COLLECTIVE(ncclBroadcast, 4)
+COLLECTIVE(ncclAlltoAll, 5)
+API int ncclGetVersion(int *version) { return *version = NCCL, 0; }
+API int ncclCommInitRankConfig(void **comm) { return here(), *comm = calloc(1, 4096), 0; }
+API int ncclCommSplit(void *of, int color, int key, void **comm) {
+    return here(), *comm = calloc(1, 4096), 0;
+}
+API int ncclCommGetAsyncError(void *comm, int *error) {
+    *error = 0;
+    if (ranks && number("NULL_GPU_TELLS", 0))
+        for (int rank = 0; rank < number("WORLD_SIZE", 1); rank++)
+            if (ranks->process[rank] && kill(ranks->process[rank], 0)) *error = 6;  // a remote one
+    return 0;
+}
+API int ncclCommAbort(void *comm) { return ranks = 0, 0; }
+API int ncclRedOpCreatePreMulSum(int *op) { return *op = 5, 0; }
+API const char *ncclGetErrorString(int error) { return ""; }
+API const char *ncclGetLastError(void *comm) { return ""; }
 
 #endif

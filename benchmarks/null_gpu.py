@@ -2,13 +2,15 @@
 
     python benchmarks/null_gpu.py -m daybreak train quickstart --out runs/null
     python benchmarks/null_gpu.py benchmarks/recipe.py prx_24h --batch 32 --cached-text
+    python benchmarks/null_gpu.py --gpus 2 -m torch.distributed.run --nproc-per-node gpu ...
 
-A CUDA build of torch, on a machine without a GPU, believes that it has an H200: what it asks of
-CUDA, cuBLAS and cuDNN is answered by `null_gpu.c`. Kernels are compiled for it and launched into
-nothing; memory is address space that nobody touches, and zero. So the whole path through a GPU is
-walked, with its devices, types, shapes, streams and pinned memory; a step takes as long as its host
-does; and torch's allocator counts what it would count, but for the libraries' own workspaces.
-Losses are 0, and no figure of a GPU's speed can come from this.
+A CUDA build of torch, on a machine without a GPU, believes that it has an H200, or several: what it
+asks of CUDA, cuBLAS, cuDNN and NCCL is answered by `null_gpu.c`. Kernels are compiled for it and
+launched into nothing; memory is address space that nobody touches, and zero. So the whole path
+through a GPU is walked, with its devices, types, shapes, streams and pinned memory; a step takes as
+long as its host does; and torch's allocator counts what it would count, but for the libraries' own
+workspaces. Losses are 0, and no figure of a GPU's speed can come from this. Ranks of one machine do
+wait for one another, as NCCL's would; NULL_GPU_TELLS=1 lets it report one that is gone.
 
 What it needs: torch as PyPI has it for Linux (constraints.txt of a machine without a GPU asks for
 another build), gcc and nm. Attention takes the memory-efficient kernel and not cuDNN's.
@@ -25,7 +27,7 @@ from pathlib import Path
 import torch
 
 SOURCE = Path(__file__).with_suffix(".c")
-PREFIXES = ("cuda", "__cudaLaunchKernel", "cublas", "cudnn")
+PREFIXES = ("cuda", "__cudaLaunchKernel", "cublas", "cudnn", "nccl")
 DRIVER = (  # what Triton and the inductor look up by name, and need no answer from
     *("cuInit", "cuCtxSetCurrent", "cuCtxSetLimit", "cuModuleUnload", "cuFuncSetAttribute"),
     *("cuFuncSetCacheConfig", "cuLaunchKernel", "cuLaunchKernelEx", "cuTensorMapEncodeTiled"),
@@ -45,7 +47,9 @@ def build(folder: Path) -> None:
     headers = Path(torch.__file__).parents[1] / "triton/backends/nvidia/include"  # all of CUDA's
     major, minor, patch = torch._C._cudnn.getCompileVersion()
     cudnn = f"-DCUDNN={10_000 * major + 100 * minor + patch}"
-    gcc = ["gcc", "-shared", "-fPIC", "-O1", "-w", cudnn, f"-I{headers}", str(SOURCE)]
+    major, minor, patch = torch.cuda.nccl.version()
+    versions = [cudnn, f"-DNCCL={10_000 * major + 100 * minor + patch}"]
+    gcc = ["gcc", "-shared", "-fPIC", "-O1", "-w", *versions, f"-I{headers}", str(SOURCE)]
     runtime, driver, rest = (folder / name for name in ("libnull.so", "libcuda.so.1", "rest.c"))
     silent(rest, DRIVER)
     named = ["-DDRIVER", f"-Wl,-soname,{driver.name}"]
@@ -67,19 +71,23 @@ def silent(file: Path, names: Iterable[str]) -> None:
 
 
 def main() -> int:
-    """Run Python with the rest of the command line, and a GPU."""
+    """Run Python with the rest of the command line, and one GPU or several."""
     if torch.version.cuda is None:
         sys.exit("this torch was built without CUDA: take the build that PyPI has for Linux")
+    several = sys.argv[1:2] == ["--gpus"]
+    gpus, arguments = (sys.argv[2], sys.argv[3:]) if several else ("1", sys.argv[1:])
     with tempfile.TemporaryDirectory(prefix="daybreak-null-gpu-") as folder:
         build(Path(folder))
         null = {
+            "NULL_GPU": folder,
+            "NULL_GPUS": gpus,
             "LD_PRELOAD": f"{folder}/libnull.so",
             "LD_LIBRARY_PATH": folder,
             "TRITON_LIBCUDA_PATH": folder,
             "TORCH_CUDNN_SDPA_DEPRIORITIZED": "1",
         }
         signal.signal(signal.SIGINT, lambda *_: None)  # Ctrl-C is for the program
-        called = [sys.executable, *sys.argv[1:]]
+        called = [sys.executable, *arguments]
         return subprocess.run(called, env=os.environ | null, check=False).returncode
 
 

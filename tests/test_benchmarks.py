@@ -135,10 +135,14 @@ def test_a_torch_without_cuda_has_no_gpu_that_computes_nothing() -> None:
     assert done.stderr.count("\n") == 1
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(
+without_gpu = pytest.mark.skipif(
     torch.version.cuda is None or torch.cuda.is_available(), reason="for CUDA without a GPU"
 )
+TORCHRUN = ["--gpus", "2", "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "gpu"]
+
+
+@pytest.mark.slow
+@without_gpu
 @pytest.mark.parametrize("recompute", ["false", "true"])
 def test_a_run_walks_its_path_on_a_gpu_that_computes_nothing(
     tmp_path: Path, recompute: str
@@ -153,6 +157,77 @@ def test_a_run_walks_its_path_on_a_gpu_that_computes_nothing(
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["loss"] for line in lines] == [0.0] * 6
     assert (tmp_path / "run" / "checkpoint-6").is_dir()
+
+
+@pytest.mark.slow
+@without_gpu
+def test_two_ranks_walk_their_path_each_on_its_own_gpu(tmp_path: Path) -> None:
+    steps = [word for stage in range(3) for word in ("--set", f"stage.{stage}.steps=2")]
+    more = ["--set", "sample.every=3", "--set", "save_every=4", "--set", "compile=false", *steps]
+    train = ["-m", "daybreak", "train", "quickstart", "--out", str(tmp_path / "run"), *SMALL]
+    done = run_on_nothing(*TORCHRUN, *train, *more)
+    assert done.returncode == 0, done.stderr
+    assert "on cuda with 1 thread on each of 2 processes" in done.stdout
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["loss"] for line in lines] == [0.0] * 6
+    manifest = json.loads((tmp_path / "run" / "checkpoint-6" / "manifest.json").read_text())
+    assert manifest["ranks"] == 2
+
+
+@without_gpu
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ("dist.all_reduce(torch.ones(1 + rank, device='cuda'))", "is another one than others'"),
+        ("torch.ones(1, device='cuda:0')", "the rank of device 1 is at work on device 0"),
+    ],
+    ids=["another sum", "another device"],
+)
+def test_a_rank_that_is_out_of_step_on_nothing_is_told(
+    tmp_path: Path, wrong: str, said: str
+) -> None:
+    script = tmp_path / "wrong.py"
+    script.write_text(
+        "import os, torch\nimport torch.distributed as dist\n"
+        "rank = int(os.environ['RANK'])\ntorch.cuda.set_device(rank)\n"
+        "dist.init_process_group('nccl')\ndist.all_reduce(torch.ones(1, device='cuda'))\n"
+        f"torch.cuda.synchronize()\n{wrong}\ntorch.cuda.synchronize()\n"
+    )
+    done = run_on_nothing(*TORCHRUN, script)
+    assert done.returncode == 1
+    assert said in done.stderr
+
+
+LOSES_THE_OTHER = """
+import os, signal
+import torch
+import torch.distributed as dist
+from daybreak.train import parallel, watchdog
+
+os.environ["LOCAL_WORLD_SIZE"] = "1"  # as if the other one were on another machine
+signal.signal(signal.SIGTERM, lambda *_: None)  # nor torchrun would end this one
+with parallel.world(parallel.Config()) as here, watchdog.Watchdog(here, 10.0, print) as dog:
+    for step in range(1, 3):
+        dist.all_reduce(torch.ones(1, device=here.device))
+        torch.cuda.synchronize()
+        dog.beat(step)
+        if here.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.slow
+@without_gpu
+def test_a_rank_that_nccl_tells_of_a_lost_one_leaves_for_a_reason(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("NULL_GPU_TELLS", "1")
+    monkeypatch.setenv("TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC", "1000")  # before torch aborts it
+    script = tmp_path / "loses_the_other.py"
+    script.write_text(LOSES_THE_OTHER)
+    done = run_on_nothing(*TORCHRUN, script)
+    assert "for a step after 1 to be done; rank 1 does not answer" in done.stderr
+    assert "exitcode  : 6 " in done.stderr
 
 
 @pytest.mark.parametrize(
