@@ -24,6 +24,7 @@ CONTEXT.set_forkserver_preload(
         "daybreak.cli",
         "daybreak.train.loop",
         "pytest",
+        "tests.preloaded",
         "torch._dynamo",
         "torch.distributed.checkpoint.hf_storage",
         "torch.distributed.checkpoint.state_dict_loader",
@@ -31,6 +32,7 @@ CONTEXT.set_forkserver_preload(
         "torch.distributed.fsdp",
         "torch.distributed.tensor",
         "transformers.models.lfm2.modeling_lfm2",
+        "transformers.tokenization_utils_tokenizers",
     ]
 )
 

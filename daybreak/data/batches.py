@@ -147,9 +147,15 @@ class Scenes:
 
     def captions(self) -> Iterator[str]:
         """Yield the captions of the first 20,000 scenes."""
-        for index in range(20_000):
-            drawn = scenes.scene(self.config, self.seed, index)
-            yield scenes.caption(self.config, drawn, index)
+        yield from said(self.config, self.seed)
+
+
+@lru_cache(maxsize=2)
+def said(config: scenes.Config, seed: int) -> tuple[str, ...]:
+    """Return the captions of the first 20,000 scenes, which recipes that are compared share."""
+    return tuple(
+        scenes.caption(config, scenes.scene(config, seed, index), index) for index in range(20_000)
+    )
 
 
 class Folder:
