@@ -1,17 +1,14 @@
 """Who draws: ours, a folder of our own export, and pipelines of diffusers that are none of ours."""
 
 import json
-import os
 import shutil
-import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel
 from safetensors.torch import load_file, save_file
 
 from daybreak.evaluate import artist
@@ -99,6 +96,8 @@ def test_a_folder_is_known_by_every_byte_of_its_weights_and_by_nothing_else(
 
 
 def test_a_pipeline_that_takes_no_prompt_is_refused(tmp_path: Path) -> None:
+    from diffusers import DDIMScheduler, DDPMPipeline, UNet2DModel  # the ranks below draw without
+
     unet = UNet2DModel(
         sample_size=8,
         block_out_channels=(8,),
@@ -156,22 +155,9 @@ def test_an_exported_run_draws_the_sides_that_the_run_draws(
     assert drawn(exported, [1], side + patch).shape == (1, side + patch, side + patch, 3)
 
 
-def test_two_processes_draw_the_pictures_of_one() -> None:
+def test_two_processes_draw_the_pictures_of_one(on_ranks: Callable[..., str]) -> None:
     """Run below as a script: five pictures on two ranks, which do not divide them."""
-    done = subprocess.run(
-        [
-            *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
-            *("--nproc-per-node=2", __file__),
-        ],
-        env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout
-    assert done.stdout.count("the same five") == 2
+    assert on_ranks(2, __file__).count("the same five") == 2
 
 
 def noise(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:

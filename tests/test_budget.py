@@ -613,7 +613,7 @@ def test_plan_gives_json(tiny: Path) -> None:
         (("--gpus", "H200", "--price", "inf", "--budget", "5usd"), "--price inf"),
         (("--gpus", "H200", "--price", "0", "--budget", "5usd"), "no price above 0"),
         (("--set", "text.encoder=nobody/nothing"), "text.encoder"),
-        (("--gpus", "RTX4090", "--set", "dit.width=24576", "--set", "dit.heads=64"), "needs"),
+        (("--gpus", "RTX4090", "--set", "dit.width=24576", "--set", "dit.heads=2"), "needs"),
     ],
 )
 def test_what_cannot_be_planned_is_one_sentence(
@@ -640,7 +640,7 @@ def test_a_plan_loads_no_more_than_it_needs() -> None:
 def test_a_plan_that_does_not_fit_is_printed_and_leaves_with_code_2(tiny: Path) -> None:
     done = warm.run(
         *("-m", "daybreak", "plan", tiny, "--gpus", "RTX4090"),
-        *("--set", "dit.width=24576", "--set", "dit.heads=64"),
+        *("--set", "dit.width=24576", "--set", "dit.heads=2"),
     )
     assert done.returncode == 2, done.stdout + done.stderr
     assert "DOES NOT FIT" in done.stdout
@@ -676,7 +676,7 @@ def test_nothing_is_measured_that_does_not_fit_or_cannot_be_written(
         cli.plan(str(tiny), measure=True, fit=nowhere)
     with pytest.raises(BadRecipe, match="trains its own text encoder"):
         cli.plan(str(tiny), cached_text=True)
-    large = ["dit.width=24576", "dit.heads=64", "dit.depth=64"]
+    large = ["dit.width=24576", "dit.heads=2", "dit.depth=64"]
     with pytest.raises(BadRecipe, match="GB"):
         cli.plan(str(tiny), measure=True, set_=large)
     assert "20 steps" not in capsys.readouterr().out

@@ -4,8 +4,6 @@ import errno
 import hashlib
 import json
 import os
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -24,6 +22,7 @@ from daybreak.model import text
 from daybreak.model.text_to_image import TextToImage, build
 from daybreak.optim import groups
 from daybreak.train import checkpoint, parallel, saving
+from tests import warm
 
 
 class Parts:
@@ -187,10 +186,9 @@ def test_weights_of_another_shape_are_not_loaded(run: Path, recipe: config.Recip
 FULL_DISK = """
 import resource, sys
 from pathlib import Path
-sys.path.insert(0, {tests!r})
-from test_checkpoint import Parts
 from daybreak import config
 from daybreak.failure import BadStorage
+from tests.test_checkpoint import Parts
 run = Path({run!r})
 parts = Parts(config.load(run / "recipe.toml"))
 parts.save(run, 5)
@@ -206,10 +204,9 @@ except BadStorage as error:
 
 
 def test_a_full_disk_costs_the_new_checkpoint_only(run: Path, recipe: config.Recipe) -> None:
-    script = FULL_DISK.format(tests=str(Path(__file__).parent), run=str(run))
-    done = subprocess.run(
-        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120, check=False
-    )
+    script = run.with_name("full.py")
+    script.write_text(FULL_DISK.format(run=str(run)))
+    done = warm.run(script)
     assert done.returncode == 7, done.stderr
     assert "checkpoint-10" in done.stdout
     assert "it needs 1.2 MiB" in done.stdout
