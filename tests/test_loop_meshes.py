@@ -13,6 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from daybreak import doctor
+from daybreak.train import evaluations
 from daybreak.train.stop import PREEMPTED
 from tests.faults.faults import At, Both, Fault, Older, Spoil, terminate
 from tests.faults.jobs import Place
@@ -138,8 +139,11 @@ def test_a_budget_of_arithmetic_ends_on_all_ranks_after_the_same_step(
 def test_a_budget_of_time_goes_by_the_first_ranks_clock(
     place: Place, made: Callable[..., Place], old: int, steps: int
 ) -> None:
-    sets = (*FEW, "budget.seconds=1000", "budget.cooldown=0.5")
+    look = ("evaluate.every=4", 'evaluate.suites=["validation"]', "evaluate.pictures=32")
+    sets = (*FEW, *look, "budget.seconds=1000", "budget.cooldown=0.5")
     place.finish(*sets, ranks=2, fault=Older(5000), faulty=old)
     assert place.status()["step"] == place.checkpoints()[0] == steps
+    looked = [line["step"] for line in evaluations.lines(place.run)]
+    assert looked == ([4, 8] if steps == 8 else []), "who is late by his own clock breaks none off"
     if steps == 8:
         agree(place, made(*FEW))

@@ -387,7 +387,8 @@ def _evaluate(run: Run, step: int) -> bool:
 
     def heed() -> None:
         run.ledger.tick()
-        if _heard(run.here, run.stop.code or int(run.ledger.late())):
+        late = run.here.first and run.ledger.late()  # by the clock that decides about steps, too
+        if _heard(run.here, run.stop.code or int(late)):
             raise BrokenOff
 
     try:
