@@ -125,7 +125,7 @@ def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) ->
         stage.batch,
         run.worked(number, round(values["words"])),
         run.ledger.paid,
-        _to_go(run, step, number),
+        to_go(run.recipe, run.flops, step, number),
         run.ledger.left,
     )
     return int(table[:, -1].max())
@@ -152,10 +152,10 @@ def _gradient(
     return sums
 
 
-def _to_go(run: Run, step: int, number: int) -> float:
+def to_go(recipe: config.Recipe, flops: Sequence[float], step: int, number: int) -> float:
     """Return how much work is left, in steps of the stage that this one belongs to."""
-    each, left, before = run.flops[number], 0.0, 0
-    for stage, one in zip(run.recipe.stage, run.flops, strict=True):
+    each, left, before = flops[number], 0.0, 0
+    for stage, one in zip(recipe.stage, flops, strict=True):
         before += stage.count
         left += min(stage.count, max(0, before - step)) * (one / each if each else 1.0)
     return left
