@@ -152,6 +152,7 @@ def test_the_schedule_rises_holds_and_falls() -> None:
     assert factors[80:] == sorted(factors[80:], reverse=True)
     assert factors[-1] == pytest.approx(0.05)
     assert groups.schedule(1, 100, 0, 0.0) == 1.0
+    assert groups.schedule(10, 10, 0, 0.05) == 1.0, "less than a step is no cool-down"
 
 
 def test_optimisers_have_what_the_recipe_says() -> None:

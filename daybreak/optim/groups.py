@@ -136,5 +136,5 @@ def schedule(step: int, steps: int, warmup: int, cooldown: float) -> float:
     Source: warm-up, stable, decay (WSD), arXiv 2404.06395.
     """
     rise = min(1.0, step / max(1, warmup))
-    fall = min(1.0, (steps + 1 - step) / max(1.0, cooldown * steps)) if cooldown else 1.0
+    fall = min(1.0, (steps + 1 - step) / (cooldown * steps)) if cooldown else 1.0
     return min(rise, fall)
