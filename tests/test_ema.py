@@ -43,9 +43,9 @@ def test_without_a_ramp_the_first_update_copies_and_the_others_decay() -> None:
 
 
 def test_it_is_never_trained() -> None:
-    assert not any(
-        parameter.requires_grad for parameter in Ema(linear(0.0), Config()).model.parameters()
-    )
+    average = Ema(linear(0.0), Config()).model
+    assert not average.training
+    assert not any(parameter.requires_grad for parameter in average.parameters())
 
 
 def test_the_ramp_is_that_of_the_docstring() -> None:

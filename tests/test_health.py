@@ -52,7 +52,7 @@ def incidents(tmp_path: Path) -> list[dict[str, Any]]:
     ],
 )
 def test_what_is_not_finite_on_any_rank_is_not_learned_from(tmp_path: Path, rows: Tensor) -> None:
-    watching = guard(tmp_path)
+    watching = guard(tmp_path, spike="rollback")
     assert watching.judge(1, numbers(1.0), range(4)) == LEARN
     assert watching.judge(2, rows, range(4, 8)) == SKIP
     assert watching.judge(3, numbers(1.0), range(8, 12)) == LEARN
@@ -78,8 +78,10 @@ def test_too_many_bad_steps_in_a_row_end_the_run(tmp_path: Path) -> None:
         assert watching.judge(step, rows, range(2)) == (LEARN if step % 3 == 0 else SKIP)
     watching.judge(10, numbers(NAN), range(2))
     watching.judge(11, numbers(NAN), range(2))
+    again = guard(tmp_path, start=11, bad_steps=3)  # a run that goes on counts on
+    again.restore(json.loads(json.dumps(watching.state)))
     with pytest.raises(NotFinite, match=r"step 12: loss nan.*samples 24 to 25.*3 steps in a row"):
-        watching.judge(12, numbers(NAN), range(24, 26))
+        again.judge(12, numbers(NAN), range(24, 26))
     assert [incident["step"] for incident in incidents(tmp_path)][-3:] == [10, 11, 12]
 
 
@@ -97,7 +99,8 @@ def test_a_loss_that_leaps_is_recorded_and_answered(
     tmp_path: Path, policy: str, verdict: health.Verdict
 ) -> None:
     watching = settled(guard(tmp_path, spike=policy))
-    assert watching.judge(20, numbers(1.9), range(1)) == LEARN
+    assert not watching.refuses(numbers(watching.limit))
+    assert watching.judge(20, numbers(watching.limit), range(1)) == LEARN
     assert watching.judge(21, numbers(500.0), range(60, 63)) == verdict
     (incident,) = incidents(tmp_path)
     assert incident["samples"] == [60, 61, 62]
@@ -330,9 +333,10 @@ def test_the_incident_of_the_step_that_was_saved_stays(tmp_path: Path) -> None:
 
 def test_usual_is_the_median_of_the_last_64(tmp_path: Path) -> None:
     watching = guard(tmp_path, spike="skip")
-    for step in range(1, 65):
-        assert watching.judge(step, numbers(1.0 if step <= 40 else 3.0), range(1)).step
-    assert not watching.judge(65, numbers(5.0), range(1)).step
+    watching.restore(watching.state)  # as after a checkpoint
+    for step in range(1, 101):
+        assert watching.judge(step, numbers(3.0 if step <= 60 else 1.0), range(1)).step
+    assert not watching.judge(101, numbers(5.0), range(1)).step
 
 
 def test_a_level_that_is_learned_from_becomes_the_usual_one(tmp_path: Path) -> None:

@@ -9,11 +9,13 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from daybreak import config, doctor
 from daybreak.failure import BadData, BadRecipe, BadStorage, NotFinite
@@ -22,6 +24,10 @@ from daybreak.train import checkpoint, loop, runs
 from tests import warm
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny.json"
+
+
+def lines(recipe: config.Recipe) -> list[dict[str, Any]]:
+    return [*map(json.loads, Path(recipe.out, "metrics.jsonl").read_text().splitlines())]
 
 
 def losses(run: Path) -> list[float]:
@@ -109,7 +115,17 @@ def test_accumulated_micro_batches_take_the_same_steps(tiny: Path, tmp_path: Pat
     loop.train(recipe, lambda line: None)
     parts = config.load(tiny, ("micro=2", f"out={(tmp_path / 'micro').as_posix()}"))
     loop.train(parts, lambda line: None)
-    np.testing.assert_allclose(losses(tmp_path / "micro"), losses(Path(recipe.out)), rtol=1e-3)
+    for name in ("loss", "flow", "norm"):
+        here, there = ([line[name] for line in lines(run)] for run in (parts, recipe))
+        np.testing.assert_allclose(here, there, rtol=1e-3, err_msg=name)
+
+
+def test_the_average_follows_the_weights_that_the_step_has_moved(tiny: Path) -> None:
+    recipe = config.load(tiny, ("stage.0.steps=1", "ema.ramp=false", "sample.every=1000"))
+    loop.train(recipe, lambda line: None)
+    found = Path(recipe.out) / "checkpoint-1"
+    moved, average = (load_file(found / f"{name}.safetensors") for name in ("model", "ema"))
+    assert all(torch.equal(average[name], weight) for name, weight in moved.items())
 
 
 @pytest.mark.parametrize(

@@ -154,6 +154,8 @@ def test_a_stage_learns_from_pictures_of_its_own(chosen: Path) -> None:
     run = trained(config.load(chosen))
     words = [line["words"] for line in log(run)]
     assert max(words[:4]) < min(words[4:])
+    rates = [line["lr"] for line in log(run)]
+    assert rates[4:] == rates[:4], "each stage warms up and cools down"
     facts = json.loads((run / "run.json").read_text())
     assert {Path(name).parent.name for name in facts["data"]} == {"red", "blue"}
     tokenizer = (run / "latest" / "tokenizer" / "tokenizer.json").read_text()

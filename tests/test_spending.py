@@ -85,6 +85,19 @@ def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(tiny: Path) -> N
     assert said[-1] == f"{run} has spent its budget: 6 steps of 10; a larger one goes on"
 
 
+def test_after_ten_steps_it_is_said_which_stages_the_budget_will_not_reach(
+    tiny: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    stage = "\n[[stage]]\nresolution = 32\nsteps = 9\nbatch = 4\nlr = 1e-3\n"
+    tiny.write_text(tiny.read_text().replace("steps = 10", "steps = 11") + stage)
+    whole = config.load(tiny, ("sample.every=1000",))
+    step = flops.of_step(whole, whole.stage[0])
+    recipe = config.load(tiny, ("sample.every=1000", f"budget.flops={10.9 * step}"))
+    assert loop.train(recipe, lambda line: None) == (10, 0)
+    about = "at this pace the budget pays for about 11 of 20 steps; stage 1 is not reached: "
+    assert about in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_an_evaluation_that_outlasts_the_budget_is_broken_off(tiny: Path) -> None:
     imported(tiny)
