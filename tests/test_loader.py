@@ -1,6 +1,7 @@
 """The loader: the same batches, however many help, and no silence about what goes wrong."""
 
 import gc
+import multiprocessing
 import os
 import re
 import signal
@@ -8,7 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import closing, suppress
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -76,12 +77,28 @@ def test_workers_look_as_far_ahead_as_memory_allows() -> None:
             assert ahead == loader.FORESIGHT or more > loader.UNDERWAY
 
 
+@pytest.mark.skipif(sys.platform != "linux", reason="forking is safe on Linux only")
+def test_workers_are_forked_whatever_python_does_by_default() -> None:
+    before = multiprocessing.get_start_method(allow_none=True)
+    multiprocessing.set_start_method("forkserver", force=True)  # as from Python 3.14 on
+    try:
+        config = batches.Config(source="scenes", workers=1)
+        source = batches.Scenes(SCENES, seed=5)
+        stream = loader.stream(source, config, 5, 32, batch=4, first=0, count=9)
+        with closing(stream):
+            next(stream)
+            (worker,) = multiprocessing.active_children()
+            assert type(worker).__name__ == "ForkProcess"
+    finally:
+        multiprocessing.set_start_method(before, force=True)
+
+
 def test_ctrl_c_while_a_worker_starts_is_not_meant_for_it() -> None:
     """Where workers are not forked (macOS), they are in the terminal's group for seconds."""
     code = """if True:
         import multiprocessing, os, signal, threading
-        multiprocessing.set_start_method("spawn")
         from daybreak.data import batches, loader, scenes
+        loader.PROCESSES = multiprocessing.get_context("spawn")
         heard = []
         signal.signal(signal.SIGINT, lambda *_: heard.append(1))
         threading.Timer(0.7, os.killpg, (0, signal.SIGINT)).start()

@@ -42,7 +42,6 @@ def settle(environment: Mapping[str, str], out: Path, err: Path) -> None:
     os.setsid()
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: not to outlive the tests
-        multiprocessing.set_start_method("fork", force=True)  # as there, for its loaders
     os.environ.update(environment)
     for file, number in ((out, 1), (err, 2)):
         os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)

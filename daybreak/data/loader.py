@@ -16,6 +16,7 @@ import gc
 import multiprocessing
 import os
 import signal
+import sys
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from functools import partial
@@ -46,6 +47,9 @@ START, STARTS = 60.0, 3  # seconds until a worker has begun, and how often it is
 LAST = 19  # niceness of a worker beside a step on the same processor
 READY = 2  # batches that lie received when a step asks for one
 FORESIGHT, UNDERWAY = 4, 2 * 2**30  # a worker's batches ahead, and the bytes of all workers' ones
+# Forked where that is safe. Python 3.14 would have a server do it, whose children import everything
+# anew: seconds at each new resolution.
+PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
 # Pictures, captions, and complaints about those that could not be read. The pictures are bytes
 # (b, h, w, c), or what `to_unit` makes of them.
@@ -97,6 +101,7 @@ def stream(
             ),
             collate_fn=_stack,
             num_workers=config.workers,
+            multiprocessing_context=PROCESSES if config.workers else None,
             prefetch_factor=foresight(config.workers, share, resolution),
             timeout=CHECK if config.workers else 0,
             worker_init_fn=partial(_step_aside, LAST if here else 0, begun),
@@ -182,7 +187,7 @@ def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iter
     if host.processes() > 1:
         time.sleep(HUSH)
     for _ in range(STARTS):
-        before, begun = multiprocessing.active_children(), multiprocessing.Semaphore(0)
+        before, begun = multiprocessing.active_children(), PROCESSES.Semaphore(0)
         with deaf(), _unswept():  # until they have stepped aside: unforked, that takes seconds
             arriving = iter(make(begun))
         if all(begun.acquire(timeout=START) for _ in range(workers)):
