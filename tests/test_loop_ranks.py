@@ -23,6 +23,7 @@ from tests.faults.jobs import Place
 pytestmark = pytest.mark.xdist_group("loop_ranks")  # one process makes what its tests share
 
 QUIET = ("sample.every=1000", "stage.0.batch=24")
+PARTS = "micro=8"  # of a share of twelve
 
 
 def start(ranks: int, recipe: Path, out: Path, *sets: str) -> list[warm.Started]:
@@ -93,9 +94,9 @@ def alone(recipe: Path) -> Path:
 
 @pytest.fixture(scope="module")
 def pair(recipe: Path) -> Path:
-    """The same run on two processes."""
+    """The same run on two processes, a step of each in two unequal parts."""
     out = recipe.parent / "pair"
-    finish(2, recipe, out)
+    finish(2, recipe, out, PARTS)
     return out
 
 
@@ -145,7 +146,7 @@ def test_an_evaluation_that_one_rank_is_slow_to_write_down_is_nothing_to_the_oth
 
 def test_killed_without_warning_it_continues_bit_for_bit(recipe: Path, pair: Path) -> None:
     out = recipe.parent / "killed"
-    ranks = start(2, recipe, out)
+    ranks = start(2, recipe, out, PARTS)
     wait_for_step(out, 6)
     began = time.monotonic()
     ranks[1].send_signal(signal.SIGKILL)
@@ -154,7 +155,7 @@ def test_killed_without_warning_it_continues_bit_for_bit(recipe: Path, pair: Pat
     assert time.monotonic() - began < 15
     assert "rank 1 does not answer" in said
     assert (status(out)["state"], status(out)["code"], status(out)["rank"]) == ("failed", 6, 1)
-    said = finish(2, recipe, out)
+    said = finish(2, recipe, out, PARTS)
     assert "from step 5" in said
     assert "took over the lock" not in said  # rank 0 has left by itself
     assert losses(out) == losses(pair)
