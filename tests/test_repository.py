@@ -279,17 +279,14 @@ def test_commands_the_readme_shows_exist() -> None:
 
 
 def test_help_is_instant_and_does_not_import_torch() -> None:
-    times = []
-    for _ in range(3):
-        before = os.times()
-        done = subprocess.run(
-            [sys.executable, "-m", "daybreak", "--help"], cwd=ROOT, capture_output=True, check=True
-        )
-        after = os.times()  # seconds of the processor: what else it does is not ours
-        worked = after.children_user - before.children_user
-        times.append(worked + after.children_system - before.children_system)
+    start = os.times()
+    done = subprocess.run(
+        [sys.executable, "-m", "daybreak", "--help"], cwd=ROOT, capture_output=True, check=True
+    )
+    end = os.times()
     assert b"train" in done.stdout
-    assert min(times) < 1.0
+    used = end.children_user - start.children_user + end.children_system - start.children_system
+    assert used < 1.0, "seconds of a core, whatever else runs on the machine"
     traced = subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "daybreak", "--help"],
         cwd=ROOT,
