@@ -149,10 +149,14 @@ def answer(store: Store, rank: int) -> None:
 
 
 def neighbours(store: Store, rank: int, size: int) -> dict[int, int]:
-    """Return the processes of the other ranks that the same torchrun has started, by rank."""
+    """Return the processes of the other ranks that the same torchrun has started, by rank.
+
+    Those that can be seen from here: a container of its own hides a rank, which then is not missed.
+    """
     first = rank - int(os.environ.get("LOCAL_RANK", "0"))
     beyond = min(size, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
-    return {n: int(store.get(f"rank {n}")) for n in range(first, beyond) if n != rank}
+    found = {n: int(store.get(f"rank {n}")) for n in range(first, beyond) if n != rank}
+    return {n: process for n, process in found.items() if _is_there(process)}
 
 
 def miss(store: Store, neighbours: Mapping[int, int]) -> None:
