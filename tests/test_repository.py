@@ -215,6 +215,12 @@ def test_nothing_names_a_place_on_somebodys_machine() -> None:
     assert found == []
 
 
+def test_nothing_in_it_is_large() -> None:
+    """Two records of whole runs have a megabyte; a wheel or weights have more."""
+    large = [path for path in tracked() if path.stat().st_size > 1.1 * 2**20]
+    assert [str(path.relative_to(ROOT)) for path in large] == []
+
+
 def readme() -> str:
     return (ROOT / "README.md").read_text(encoding="utf-8")
 
