@@ -466,7 +466,7 @@ def test_real_steps_set_the_pace_of_a_plan(tiny: Path) -> None:
     assert 0 < made.stages[0].step < 30
     reached = made.share * made.cluster.device.flops * (made.seconds - made.start)
     assert reached == pytest.approx(made.flops)
-    assert 0 < made.start < 300  # on a busy machine half a minute
+    assert 0 < made.start < 60  # on a busy machine half of it
     assert not Path(recipe.out).exists()
 
 

@@ -178,6 +178,11 @@ def test_recomputed_blocks_see_the_same_tokens() -> None:
 def test_one_graph_holds_the_network_with_and_without_a_route() -> None:
     model, (x_t, t, text) = randomised(depth=2), inputs()
     first = tread.Config(stop=2)
+    for route in (drawn(first, x_t), None):
+        torch._dynamo.reset()
+        report = torch._dynamo.explain(model)(x_t, t, text, route)
+        assert report.graph_count == 1
+        assert report.graph_break_count == 0, report.break_reasons
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     whole = torch.compile(model, fullgraph=True, backend="eager")
