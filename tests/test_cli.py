@@ -53,6 +53,15 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
         *("blue-seed0-steps1.png", "blue-seed1-steps1.png", "grid-steps1.png"),
     ], "prompts are drawn from the same noise, and other settings are other files"
 
+    alike = daybreak(
+        *("sample", "a " * 50 + "cat", "a " * 50 + "dog", "dog?", "\u72ac" * 90, ".."),
+        *("--run", run, "--count", 1, "--steps", 1),
+    )
+    assert alike.returncode == 0, alike.stderr
+    files = {Path(line) for line in alike.stdout.split("\n") if line}
+    assert len(files) == 6, "no prompt's picture is written over another's"
+    assert {path.parent.parent for path in files} == {run / "samples"}
+
     (tmp_path / "file").touch()
     long = ("sample", "red " * 60, "--run", run, "--count", 1, "--steps", 1)
     refused = daybreak(*long, "--out", tmp_path / "file")

@@ -17,6 +17,17 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
     assert [file.name for file in tmp_path.iterdir()] == ["a.json"]
 
 
+def test_what_a_name_cannot_say_whole_is_told_apart_all_the_same() -> None:
+    said = ["a-cat", "a cat", "a cat!", "a-cat-", "..", "/etc/passwd", "x" * 299, "x" * 300]
+    said += ["\N{CAT FACE}" * 99, "\u732b" * 99, "\u732b" * 98 + "\u72ac"]
+    names = [disk.named(one, 40) for one in said]
+    assert names[0] == "a-cat"
+    assert len({name.lower() for name in names}) == len(names)
+    for name in names:
+        assert len(name.encode()) <= 40
+        assert Path(name).name == name.lstrip("-.") != ""
+
+
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:
     with disk.fresh(tmp_path / "a.json") as staged:
         staged.write_text("{")

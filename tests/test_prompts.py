@@ -132,6 +132,19 @@ def test_many_pictures_take_several_sheets(tmp_path: Path) -> None:
     assert sorted(p.name for p in (tmp_path / "out").glob("grid-*")) == ["grid-0.png", "grid-1.png"]
 
 
+@pytest.mark.parametrize(("each", "ends"), [(3, [63, 66]), (65, [65, 130])])
+def test_all_pictures_of_a_prompt_are_on_one_sheet(
+    tmp_path: Path, each: int, ends: list[int]
+) -> None:
+    asked = prompts.read(listed(tmp_path, "red fox\n" * (ends[-1] // each)))
+    drawn = list[int]()
+    prompts.prompts(
+        PAINTER, asked, tmp_path / "out", each, progress=lambda done, of: drawn.append(done)
+    )
+    assert drawn == ends
+    assert len(list((tmp_path / "out").glob("grid-*"))) == len(ends)
+
+
 def test_a_place_that_cannot_be_written_is_a_storage_failure(tmp_path: Path) -> None:
     asked = prompts.read(listed(tmp_path, "red fox\n"))
     (tmp_path / "file").write_text("x")

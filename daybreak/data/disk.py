@@ -1,14 +1,15 @@
 """Files on disk that are whole or not there, and known by their sha256."""
 
 import fcntl
+import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import partial
-from hashlib import file_digest
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from daybreak.failure import BadData, BadRecipe, BadStorage
 def sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
-        return file_digest(file, "sha256").hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def sealed(path: Path) -> dict[str, Any]:
@@ -111,6 +112,19 @@ def cut_lines(path: Path, step: int) -> dict[str, Any]:
     except OSError as error:
         raise BadStorage(f"cannot cut {path} after step {step}: {error.strerror}") from error
     return last
+
+
+def named(said: str, longest: int) -> str:
+    """A file's name, of `longest` bytes at most, that says it as far as a name can.
+
+    What it cannot say whole ends in a digest: two that are not the same never share a name.
+    """
+    name = re.sub(r"[^\w.=+-]+", "-", said).strip("-.")
+    if name == said and len(name.encode()) <= longest:
+        return name
+    digest = hashlib.sha256(said.encode()).hexdigest()[:8]
+    short = name.encode()[: longest - len(digest) - 1].decode(errors="ignore")
+    return f"{short}-{digest}".lstrip("-")
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
     FOLDER/0007-1.png       second picture of the eighth prompt; prompt and seed are in the file
     FOLDER/prompts.jsonl    one line for each picture, so that any judge outside can read the folder
-    FOLDER/grid-0.png       sheets of SHEET pictures
+    FOLDER/grid-0.png       sheets of SHEET pictures or so, all of a prompt's on one
 
 A list of prompts is UTF-8 text, one a line, or (.jsonl) JSON lines with a `prompt` each.
 """
@@ -26,7 +26,7 @@ from daybreak.evaluate.suite import Progress, Result
 from daybreak.failure import BadData, BadStorage
 from daybreak.generate import grid
 
-SHEET = 64  # pictures on one sheet
+SHEET = 64  # pictures on one sheet, at most, where a prompt has no more
 SHOWN = 256  # pixels of a picture on it, at most
 
 
@@ -106,9 +106,9 @@ def prompts(
     """
     texts = [text for text in asked.texts for _ in range(each)]
     scores, cut, lines = [], 0, []
-    draw = square(artist)
-    for sheet, first in enumerate(range(0, len(texts), SHEET)):
-        some = texts[first : first + SHEET]
+    draw, size = square(artist), max(SHEET // each, 1) * each
+    for sheet, first in enumerate(range(0, len(texts), size)):
+        some = texts[first : first + size]
         seeds = list(range(seed + first, seed + first + len(some)))
         pictures = draw(some, seeds)
         labels, found = some, None

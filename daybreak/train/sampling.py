@@ -5,7 +5,6 @@
 A setting that draws other pictures stands in the name: a-red-circle-seed0-steps20.png.
 """
 
-import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +12,12 @@ from typing import NamedTuple
 from PIL import Image
 
 from daybreak import config
+from daybreak.data import disk
 from daybreak.failure import BadStorage
 from daybreak.generate import draw, grid
 from daybreak.train import evaluations, runs
 
-LONGEST = 120  # signs of what tells files apart
+LONGEST = 80  # bytes of a prompt in a file's name, and of the settings after it
 
 
 class Wanted(NamedTuple):
@@ -79,9 +79,8 @@ def _folder_name(prompts: tuple[str, ...]) -> str:
 
 
 def _file_name(prompt: str) -> str:
-    """Turn a prompt into a short file name."""
-    words = "".join(sign if sign.isalnum() else "-" for sign in prompt.lower())[:60].strip("-")
-    return words or "empty"
+    """Turn a prompt into a file's name."""
+    return disk.named(prompt.replace(" ", "-") or "empty", LONGEST)
 
 
 def _apart(wanted: Wanted) -> str:
@@ -89,5 +88,5 @@ def _apart(wanted: Wanted) -> str:
     given = {"steps": wanted.steps, "guidance": wanted.guidance}
     marks = ["best"] if wanted.best else []
     marks += [f"{key}{value:g}" for key, value in given.items() if value is not None]
-    said = "".join(f"-{mark}" for mark in (*marks, *wanted.sets))
-    return re.sub(r"[^\w.=+-]+", "-", said)[:LONGEST]
+    said = "-".join((*marks, *wanted.sets))
+    return said and f"-{disk.named(said, LONGEST)}"

@@ -16,8 +16,6 @@ Under torchrun the first process asks, judges and writes, as one process would, 
 draw: each its part of every batch of prompts (evaluate/artist).
 """
 
-import hashlib
-import re
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -221,12 +219,7 @@ def called(wanted: Wanted) -> str:
     for key, value in wanted._asdict().items():
         if key not in ("suite", "results", "sets") and value != getattr(usual, key):
             marks.append(NAMES.get(key, key) + _plain(value))
-    said = "-".join([*marks, *wanted.sets])
-    name = re.sub(r"[^\w.=+-]+", "-", said)
-    if name != said or len(name.encode()) > LONGEST:  # two might have become one
-        digest = hashlib.sha256(said.encode()).hexdigest()[:8]
-        name = f"{name.encode()[: LONGEST - 9].decode(errors='ignore')}-{digest}"
-    return name
+    return disk.named("-".join([*marks, *wanted.sets]), LONGEST)
 
 
 def _plain(value: object) -> str:
