@@ -98,6 +98,20 @@ def test_after_a_spike_all_ranks_return_to_the_checkpoint(made: Callable[..., Pl
     assert said.count("returned to the weights of step 15") == 1
 
 
+def test_a_run_that_was_stopped_on_the_way_returns_to_the_same_weights(tmp_path: Path) -> None:
+    sets = ("stage.0.steps=20", "health.spike=rollback")
+    once, stopped = Place(tmp_path / "once"), Place(tmp_path / "stopped")
+    once.finish(*sets, fault=Spoil("spike", call=19))
+    for step in (15, 17):  # saved after the next step: as many as `keep` says, and the target
+        ended = stopped.begin(*sets, fault=At(step, terminate)).end()
+        assert ended.code == PREEMPTED, ended.said
+    assert stopped.checkpoints() == [18, 16, 15]
+    said = stopped.finish(*sets, fault=Spoil("spike", call=1)).said
+    assert "returned to the weights of step 15" in said
+    assert stopped.bits() == once.bits()
+    assert stopped.checkpoints() == [20, 18]
+
+
 def test_a_return_to_an_earlier_stage_forgets_how_large_losses_were_there(place: Place) -> None:
     place.add("[[stage]]\nresolution = 32\nsteps = 24\nbatch = 8\nlr = 1e-5\n")
     larger, spike = Spoil("spike", call=21, count=99), Spoil("spike", call=38)

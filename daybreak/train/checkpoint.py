@@ -138,16 +138,20 @@ def required(run: Path, tell: Callable[[str], None]) -> Checkpoint:
     return checkpoint
 
 
-def to_continue(run: Path, here: World, tell: Callable[[str], None]) -> Checkpoint | None:
+def to_continue(
+    run: Path, here: World, tell: Callable[[str], None], every: int = 1
+) -> Checkpoint | None:
     """Return the newest good checkpoint, the same on all ranks, which share the hashing.
 
-    Damaged ones that are newer become checkpoint-N.rejected, so that their steps can be written
-    again. None: the run has not saved yet.
+    Of those of every `every`-th step, where that is given. Damaged ones that are newer become
+    checkpoint-N.rejected, so that their steps can be written again. None: none was saved yet.
 
     Errors  NoCheckpoint if there are some and none is good: the run would begin anew in silence.
     """
     refused: list[Checkpoint] = []
     for checkpoint in agreed(run, here):
+        if checkpoint.step % every:
+            continue
         wrong = complaint(checkpoint, here)
         if wrong is None:
             if here.first:

@@ -235,16 +235,18 @@ class Saver:
         """Let old checkpoints go: of those that are good the newest `keep` stay.
 
         A damaged one is no reason to remove a good one, and all ranks share the hashing. Milestones
-        stay for ever.
+        stay for ever, and the one that a spike would return to until there is another.
         """
         every, good = self.recipe.keep_every, 0
+        saved = self.recipe.save_every if self.recipe.health.spike == "rollback" else 0
         there = checkpoint.agreed(self.run, self.here)
+        target = next((old for old in there if saved and old.step % saved == 0), None)
         others = [old for old in there if not every or old.step % every]
         if len(others) <= self.recipe.keep:
             return
         for old in others:
             if good >= self.recipe.keep:
-                if self.here.first:
+                if self.here.first and old != target:
                     checkpoint.remove(old.folder)
                 continue
             wrong = checkpoint.complaint(old, self.here) if old.step != step else None

@@ -162,16 +162,21 @@ def to_go(recipe: config.Recipe, flops: Sequence[float], step: int, number: int)
 
 
 def _return(run: Run, step: int) -> None:
-    """Take the weights of the newest checkpoint instead of these."""
+    """Take the weights of the newest checkpoint instead of these.
+
+    Of one that the recipe saves: a run that was stopped has others too, and takes the same steps.
+    """
+    recipe = run.recipe
     with run.watchdog.patience(SAVE):
         run.saver.settle()
-        found = checkpoint.to_continue(run.folder, run.here, run.log.note)
+        every = recipe.save_every
+        found = checkpoint.to_continue(run.folder, run.here, run.log.note, every)
         if found is None:
             run.log.note("there is no checkpoint to return to yet")
             return
         checkpoint.load(found, run.state, alone=run.here.mesh is None)
         run.guard.return_to(found.facts["guard"])
-        if run.recipe.stage_at(found.step) != run.recipe.stage_at(step):
+        if recipe.stage_at(found.step) != recipe.stage_at(step):
             run.guard.new_stage()
     run.log.note(f"returned to the weights of step {found.step}")
 
