@@ -56,6 +56,23 @@ class Outcome(NamedTuple):
     code: int
 
 
+class Entered(NamedTuple):
+    """A run whose data and ranks are there, and of which nothing is built yet."""
+
+    recipe: config.Recipe
+    folder: Path
+    sources: Sequence[batches.Pictures]  # by stage
+    here: World
+    found: Checkpoint | None  # to go on from
+    changes: Sequence[str]  # since the run was begun
+    tell: Callable[[str], None]
+
+    @property
+    def start(self) -> int:
+        """The last step that is done."""
+        return self.found.step if self.found else 0
+
+
 def train(
     recipe: config.Recipe,
     tell: Callable[[str], None] = say,
@@ -95,40 +112,22 @@ def train(
             return Outcome(found.step, 0)
         for change in changes:
             tell(f"goes on changed: {change}")
-        return _train(
-            recipe,
-            folder,
-            sources,
-            here,
-            found,
-            status,
-            stop,
-            tell,
-            began,
-            clock,
-            changes=changes,
-            trial=trial,
-            trace=trace,
-        )
+        entered = Entered(recipe, folder, sources, here, found, changes, tell)
+        return _train(entered, status, stop, began, clock, trial, trace)
 
 
 def _train(
-    recipe: config.Recipe,
-    folder: Path,
-    sources: Sequence[batches.Pictures],
-    here: World,
-    found: Checkpoint | None,
+    entered: Entered,
     status: Status,
     stop: Stop,
-    tell: Callable[[str], None],
     began: float,
     clock: Callable[[], float],
-    changes: list[str],
     trial: bool,
     trace: Trace | None,
 ) -> Outcome:
     """Build everything, put it back as it was, and take the steps that are left."""
-    dtype, start = runs.precision(recipe), found.step if found else 0
+    recipe, folder, sources, here, found, _, tell = entered
+    dtype, start = runs.precision(recipe), entered.start
     known = encoded.known(recipe, dtype, tell)
     objective, state, ema = building.build(
         recipe, sources, here, found, dtype, known.tokens if known else None, tell
@@ -143,9 +142,9 @@ def _train(
     book = partial(Ledger, folder / "run.json", recipe.budget, clock, here.first, price, size)
     if not found:
         parallel.together(here, lambda: book().check(counted[0]) if here.first else None)
-    parallel.together(here, lambda: _open(recipe, folder, sources, here, dtype, start, changes))
+    parallel.together(here, lambda: _open(entered, dtype))
     status.begin(here.first, start, start or None)
-    _announce(recipe, folder, model, here, found, dtype, tell)
+    _announce(entered, model, dtype)
     with (
         Log(
             folder if here.first else None,
@@ -195,17 +194,10 @@ def _train(
     return outcome
 
 
-def _announce(
-    recipe: config.Recipe,
-    folder: Path,
-    model: TextToImage,
-    here: World,
-    found: Checkpoint | None,
-    dtype: torch.dtype,
-    tell: Callable[[str], None],
-) -> None:
+def _announce(entered: Entered, model: TextToImage, dtype: torch.dtype) -> None:
     """Say what is about to be trained, where, from what, and what about it may surprise."""
-    start, threads = found.step if found else 0, torch.get_num_threads()
+    recipe, folder, _, here, found, _, tell = entered
+    start, threads = entered.start, torch.get_num_threads()
     shared = f" on each of {here.size} processes" if here.size > 1 else ""
     for number, stage in enumerate(recipe.stage):
         if stage.warmup >= stage.count:
@@ -231,23 +223,16 @@ def _announce(
         )
 
 
-def _open(
-    recipe: config.Recipe,
-    folder: Path,
-    sources: Sequence[batches.Pictures],
-    here: World,
-    dtype: torch.dtype,
-    start: int,
-    changes: list[str],
-) -> None:
+def _open(entered: Entered, dtype: torch.dtype) -> None:
     """Make the run folder, or clear it of what a killed run has left."""
-    if not here.first:
+    recipe, folder, changes = entered.recipe, entered.folder, entered.changes
+    if not entered.here.first:
         return
     if changes or not all((folder / name).is_file() for name in ("recipe.toml", "run.json")):
-        runs.begin(folder, recipe, dtype, batches.files(sources), changes)
+        runs.begin(folder, recipe, dtype, batches.files(entered.sources), changes)
     disk.sweep(folder)
     checkpoint.clear_unfinished(folder)
-    evaluations.cut(folder, start)
+    evaluations.cut(folder, entered.start)
 
 
 def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
