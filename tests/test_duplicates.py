@@ -172,3 +172,17 @@ def test_an_exact_duplicate_is_no_near_one_as_well() -> None:
     ids, hashes = np.array([5, 5, 7], np.uint64), np.zeros(3, np.uint64)
     groups = duplicates.find(ids, hashes, np.arange(3), 1, lambda row: np.zeros(3, np.int16))
     assert groups == [Group("exact", 0, ((1, 0),)), Group("near", 0, ((2, 0),))]
+
+
+def test_copies_of_a_near_duplicate_go_to_the_picture_that_is_kept() -> None:
+    kept, low, other = drawing(1), resaved(drawing(1), quality=60), drawing(2)
+    pictures = [low, low, kept, other, other]  # 0 and 1 are one file, so are 3 and 4
+    ids = np.array([7, 7, 8, 9, 9], np.uint64)
+    hashes = np.array([duplicates.perceptual_hash(one) for one in pictures]).view(np.uint64)
+    far = int(np.bitwise_count(hashes[0] ^ hashes[2]))
+
+    def look(row: int) -> Look:
+        return duplicates.thumbnail(pictures[row])
+
+    found = duplicates.find(ids, hashes, np.array([2, 0, 1, 3, 4]), 4, look)
+    assert found == [Group("exact", 3, ((4, 0),)), Group("near", 2, ((0, far), (1, far)))]

@@ -77,7 +77,21 @@ def find(
         return exact
     gone = np.zeros(len(ids), bool)
     gone[[row for group in exact for row, _ in group.dropped]] = True
-    return exact + list(_near(hashes, np.flatnonzero(~gone), rank, near, look))
+    copies = {group.kept: group for group in exact}
+    alike = [
+        _with_copies(group, copies)
+        for group in _near(hashes, np.flatnonzero(~gone), rank, near, look)
+    ]
+    return [*copies.values(), *alike]
+
+
+def _with_copies(near: Group, copies: dict[int, Group]) -> Group:
+    """A near group with the exact copies of what it drops, whose own groups are at an end."""
+    dropped = list(near.dropped)
+    for row, far in near.dropped:
+        if row in copies:
+            dropped += [(copy, far) for copy, _ in copies.pop(row).dropped]
+    return near._replace(dropped=tuple(sorted(dropped)))
 
 
 def _exact(ids: Hashes, rank: Rows) -> Iterator[Group]:
