@@ -160,6 +160,19 @@ def test_a_sample_without_its_picture_or_with_two_is_named(tmp_path: Path) -> No
     ]
 
 
+def test_a_picture_with_a_further_dot_in_its_name_is_named(tmp_path: Path) -> None:
+    files = [("photo.v2.png", png()), ("photo.v2.txt", b"one"), ("d.x/1.png", png("blue"))]
+    # what others put beside a picture is no picture of its own
+    files += [("d.x/1.depth.png", png()), ("d.x/1.left.cls", b"7"), ("2.seg.npy", b"8")]
+    fault, one = read(written(tmp_path / "a.tar", files))
+    assert fault == Fault(
+        "a.tar/photo",
+        "missing",
+        "has no picture, only v2.png; a name ends at its first dot: take other dots out of it.",
+    )
+    assert one == Record("a.tar/d.x/1.png", png("blue"), {})
+
+
 @pytest.mark.parametrize("text", [b"{", b"[1]", b"null", b"[" * 100_000, b"\xff"])
 def test_json_that_is_none_is_named(tmp_path: Path, text: bytes) -> None:
     (fault,) = read(written(tmp_path / "a.tar", [("1.png", png()), ("1.json", text)]))

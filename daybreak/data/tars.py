@@ -76,6 +76,8 @@ def _samples(name: str, tar: tarfile.TarFile) -> Iterator[Record | Fault]:
                     raise Refused("has a name that occurred before; rename one.", "twice")
                 if ending in NEEDED:
                     files[ending] = _read(tar, member)
+                elif ending.rpartition(".")[2] in PICTURES:
+                    files[ending] = b""  # 1.depth.png: not read, but perhaps all there is
             except Refused as fault:
                 yield Fault(printable(f"{name}/{member.name}"), fault.kind, str(fault))
     except DAMAGE as error:
@@ -122,7 +124,10 @@ def _sample(where: str, files: dict[str, bytes]) -> Record | Fault:
     where = printable(where)
     pictures = sorted(files.keys() & PICTURES)
     if not pictures:
-        return Fault(where, "missing", f"has no picture, only {' and '.join(sorted(files))}.")
+        dotted = any("." in ending for ending in files)
+        remedy = "; a name ends at its first dot: take other dots out of it" if dotted else ""
+        only = " and ".join(sorted(files))
+        return Fault(where, "missing", f"has no picture, only {only}{remedy}.")
     if len(pictures) > 1:
         return Fault(where, "twice", f"has several pictures ({', '.join(pictures)}); keep one.")
     try:
