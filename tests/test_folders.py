@@ -185,3 +185,16 @@ def test_a_folder_that_cannot_be_meant_is_refused(tmp_path: Path) -> None:
     jsonl(tmp_path)
     with pytest.raises(BadData, match="names no pictures"):
         folders.parts(tmp_path, "s", 2)
+
+
+def test_a_folder_that_cannot_be_listed_is_no_empty_one(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png").with_suffix(".txt").write_text("a")
+    folder = os.open(tmp_path, os.O_RDONLY)
+    for _ in range(18):  # a longer path than any system can open
+        os.mkdir("d" * 240, dir_fd=folder)
+        deeper = os.open("d" * 240, os.O_RDONLY, dir_fd=folder)
+        os.close(folder)
+        folder = deeper
+    os.close(folder)
+    with pytest.raises(BadData, match=r"d: cannot be listed \(File name too long\)"):
+        folders.parts(tmp_path, "s", 2)

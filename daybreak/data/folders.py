@@ -259,14 +259,23 @@ def no_pictures(path: Path) -> str:
 
 
 def walk(path: Path) -> list[str]:
-    """The files below a folder by their relative names, sorted; hidden ones are left out."""
+    """The files below a folder by their relative names, sorted; hidden ones are left out.
+
+    Errors  BadData for a folder that cannot be listed, which would else count as empty.
+    """
     found = []
-    for root, folders, names in os.walk(path):
+    for root, folders, names in os.walk(path, onerror=_refuse_unlisted):
         folders[:] = [name for name in folders if not name.startswith((".", "__MACOSX"))]
         inner = os.path.relpath(root, path)
         inner = "" if inner == "." else f"{inner}/"
         found += [f"{inner}{name}" for name in names if not name.startswith(".")]
     return sorted(found)
+
+
+def _refuse_unlisted(error: OSError) -> None:
+    raise BadData(
+        f"{error.filename}: cannot be listed ({error.strerror}); make it readable, or move it away."
+    ) from error
 
 
 def linked(path: Path) -> list[str]:
