@@ -365,6 +365,17 @@ def test_a_source_is_known_by_what_lies_there(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("ending", ["tar", "parquet"])
+def test_a_link_to_a_folder_beside_archives_is_named(tmp_path: Path, ending: str) -> None:
+    (tmp_path / "far").mkdir()
+    (tmp_path / "near").mkdir()
+    for place in ("far", "near"):
+        (tmp_path / place / f"0.{ending}").write_bytes(b"none")
+    (tmp_path / "near" / "more").symlink_to(tmp_path / "far")
+    *_, last = sources.find(str(tmp_path / "near"), Columns(), 8).parts
+    assert [fault[:2] for fault in last.read()] == [("more", "unsafe")]
+
+
 def test_what_is_no_source_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "dataset_dict.json").write_text("{}")
