@@ -215,6 +215,17 @@ def test_damaged_exif_does_not_lose_the_picture() -> None:
         assert images.decode(encoded(image, "JPEG", exif=exif), "a").shape == (12, 20, 3)
 
 
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("exif", [b"no tags at all", b"II*\0\xff\xff\xff\x7f", b"MM\0"])
+def test_exif_that_is_none_does_not_lose_the_picture(kind: str, exif: bytes) -> None:
+    picture = Image.fromarray(colours())
+    plain = images.decode(encoded(picture, kind), "a")
+    assert np.array_equal(
+        images.decode(encoded(picture, kind, exif=b"Exif\0\0" + exif), "a"), plain
+    )
+
+
 @pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG", "TIFF"])
 def test_of_an_animation_the_first_frame_counts(kind: str) -> None:
     frames = [Image.new("RGB", (8, 8), colour) for colour in ["red", "lime", "blue"]]

@@ -14,12 +14,13 @@ Errors  Refused, naming the file, of the kind `format` (no picture, or one of an
 """
 
 import io
+import struct
 from collections.abc import Mapping
 from typing import IO, Any, Literal
 
 import numpy as np
 import numpy.typing as npt
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageCms, UnidentifiedImageError
 
 from daybreak.data.records import Refused, why
 
@@ -36,7 +37,16 @@ WHITE = (255, 255, 255)
 QUALITY = 92  # of JPEG, with colour as fine as grey: half-size colour bleeds over drawn edges
 
 SRGB = ImageCms.createProfile("sRGB")
-BITS_PER_SAMPLE, PHOTOMETRIC = 258, 262  # TIFF tags
+BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # TIFF tags
+TURNS = {  # what sets a picture upright, by its orientation
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 
 
 def decode(
@@ -54,8 +64,7 @@ def decode(
             if shrink > 1:
                 image.draft(None, (image.width // shrink, image.height // shrink))
             image.load()
-            upright = ImageOps.exif_transpose(image)  # a copy, which knows neither format nor tags
-            return np.array(_srgb(upright, where, background, image))
+            return np.array(_srgb(_upright(image), where, background, image))
         except Refused:
             raise
         except Exception as error:  # decoders raise whatever they tripped over
@@ -162,6 +171,15 @@ def _header(file: IO[bytes], where: str) -> Image.Image:
     if image.width * image.height > LIMIT:
         raise Refused(f"{where}: {_too_large()}", "bomb")
     return image
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """A loaded picture as it is to be seen; tags that cannot be read are passed over."""
+    try:
+        turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
+    except (SyntaxError, struct.error, OSError, LookupError, TypeError, ValueError):
+        return image
+    return image if turn is None else image.transpose(turn)
 
 
 def _srgb(
