@@ -76,6 +76,23 @@ def test_a_column_of_plain_bytes_is_pictures(tmp_path: Path) -> None:
         assert contents(read(source)) == [(png(1), {"caption": "c"})]
 
 
+def test_bytes_are_pictures_however_their_lengths_are_written(tmp_path: Path) -> None:
+    for kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
+        plain = pa.array([png(1)], kind)
+        inside = pa.StructArray.from_arrays([plain, pa.array(["1.png"])], ["bytes", "path"])
+        for image in (plain, inside):
+            source = parquet(tmp_path / "a.parquet", {"image": image, "text": ["t"]})
+            assert contents(read(source)) == [(png(1), {"text": "t"})]
+
+
+def test_a_column_that_is_there_twice_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "a.parquet"
+    columns = [pa.array([png(1)]), pa.array(["x"]), pa.array(["y"]), pa.array([1]), pa.array([2])]
+    pq.write_table(pa.table(columns, ["jpg", "text", "text", "n", "n"]), path)
+    with pytest.raises(BadData, match=r"a\.parquet: has 2 columns `text`; rename all but one"):
+        tables.parquet([path], tmp_path, "source", ANY, 4)
+
+
 def test_the_column_that_is_named_is_taken(tmp_path: Path) -> None:
     path = tmp_path / "a.parquet"
     columns = {

@@ -121,6 +121,7 @@ def parquet(
                 where = records.place(name, file)
                 image = image_column(where, table.schema_arrow, wanted.image)
                 others = other_columns(where, table.schema_arrow.names, wanted)
+                _refuse_twice(where, table.schema_arrow.names, (image, *others))
                 cut += _row_groups(path, file, table.metadata, image, others, shard)
         except (pa.ArrowException, OSError) as error:
             cut.append(Broken(file, f"is no parquet file, or a damaged one ({why(error)})."))
@@ -194,6 +195,12 @@ def other_columns(where: str, there: Sequence[str], wanted: Columns) -> tuple[st
     return (*captions, *(one for one in licences if one in there))
 
 
+def _refuse_twice(where: str, there: Sequence[str], taken: Sequence[str]) -> None:
+    for name in taken:
+        if (number := there.count(name)) > 1:
+            raise BadData(f"{where}: has {number} columns `{name}`; rename all but one.")
+
+
 def _rows(
     dataset: Any, name: str, layout: str, fingerprint: str, wanted: Columns, shard: int
 ) -> records.Source:
@@ -236,8 +243,9 @@ def _row_groups(
 def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         names = [kind.field(number).name for number in range(kind.num_fields)]
-        return "bytes" in names and pa.types.is_binary(kind.field("bytes").type)
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+        return "bytes" in names and _holds_bytes(kind.field("bytes").type)
+    plain = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    return plain or pa.types.is_binary_view(kind)
 
 
 def _record(where: str, table: Any, row: int, image: str) -> Record | Fault:
