@@ -25,7 +25,7 @@ import pytest
 from datasets import load_from_disk
 from PIL import Image
 
-from daybreak.data import buckets, census, ingest, prepare, records, sources
+from daybreak.data import assemble, buckets, census, ingest, prepare, records, sources
 from daybreak.data.ingest import Config
 from daybreak.failure import BadData, BadRecipe, BadStorage
 from daybreak.web import dataset
@@ -456,6 +456,31 @@ def test_a_source_without_the_captions_asked_for_is_refused_at_once(tmp_path: Pa
     with pytest.raises(BadData, match=said):
         run(tmp_path / "out", source, config=config)
     assert not (tmp_path / "out").exists()
+
+
+def test_sources_without_a_picture_are_named(tmp_path: Path) -> None:
+    for name in ("a.tar", "b.tar"):
+        tarfile.open(tmp_path / name, "w").close()
+    with pytest.raises(BadData, match=r"^no picture was found in .*a\.tar, .*b\.tar$"):
+        run(tmp_path / "out", tmp_path / "a.tar", tmp_path / "b.tar")
+
+
+def test_more_shards_than_can_be_mapped_are_put_together(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder(tmp_path / "source", 9)
+    (tmp_path / "source" / "00004.png").write_bytes((tmp_path / "source/00000.png").read_bytes())
+    config = Config(shard=1)
+    apart, joined = tmp_path / "apart", tmp_path / "joined"
+    many = run(apart, tmp_path / "source", config=config)
+    monkeypatch.setattr(assemble, "MOST_FILES", 3)
+    few = run(joined, tmp_path / "source", config=config)
+    assert len(list(apart.glob("*.arrow"))) == 8
+    assert len(list(joined.glob("*.arrow"))) == 3
+    assert few["counts"] == many["counts"]
+    assert few["buckets"] == many["buckets"]
+    assert list(load_from_disk(joined)["id"]) == list(load_from_disk(apart)["id"])
+    assert prepare.verify(joined) == 8
 
 
 def test_nothing_left_says_why_and_leaves_nothing_behind(tmp_path: Path) -> None:

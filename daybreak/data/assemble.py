@@ -1,11 +1,14 @@
 """From finished shards to a dataset: duplicates are left out, and everything is put in its place.
 
-Nothing is copied but the shards that lose a row; the others are the same file under another name.
+Nothing is copied but the shards that lose a row, or that are too many to be a file each; the others
+are the same file under another name.
 All of it depends on the shards alone, so it can be done again after a kill.
 """
 
+import contextlib
 import itertools
 import json
+import math
 import shutil
 from bisect import bisect_right
 from collections import Counter
@@ -27,6 +30,7 @@ from daybreak.data.records import Source
 from daybreak.failure import BadData
 
 NAMED_WHEN_EMPTY = 3
+MOST_FILES = 32_768  # of a dataset: Linux lets a process map 65,530, and a run may have several
 
 
 class Stored:
@@ -71,7 +75,7 @@ def assemble(
     files = _place_shards(final, stored, lost)
     rejected = _write_rejected(final / "rejected.jsonl", stored, lost, explained)
     if not files:
-        raise BadData(_nothing_left(rejected, stored))
+        raise BadData(_nothing_left(rejected, stored, found))
     _write_groups(final / "duplicates.jsonl", stored, groups)
     _write_for_datasets(final, files)
     for name in ("dataset_info.json", "duplicates.jsonl", "rejected.jsonl", "state.json"):
@@ -123,19 +127,22 @@ def find_duplicates(stored: Stored, near: int) -> list[Group]:
 def _place_shards(
     final: Path, stored: Stored, lost: Sequence[Sequence[int]]
 ) -> dict[str, dict[str, Any]]:
-    """Put every shard that has a row left under its final name; size and sha256 of each."""
+    """Put every shard that has a row left under its final name; size and sha256 of each.
+
+    Several together where there would be more files than can be mapped.
+    """
     filled = [n for n, shard in enumerate(stored.shards) if shard.kept > len(lost[n])]
+    each = max(1, math.ceil(len(filled) / MOST_FILES))
+    groups = [filled[first : first + each] for first in range(0, len(filled), each)]
     files = {}
-    for place, number in enumerate(filled):
-        shard, path = stored.shards[number], shards.shard_path(stored.staging, number)
-        target = final / f"data-{place:05d}-of-{len(filled):05d}.arrow"
-        if lost[number]:
-            keep = np.ones(shard.kept, bool)
-            keep[np.array(lost[number]) - stored.starts[number]] = False
-            _copy(path, target, keep)
+    for place, numbers in enumerate(groups):
+        target = final / f"data-{place:05d}-of-{len(groups):05d}.arrow"
+        shard = stored.shards[numbers[0]]
+        if len(numbers) > 1 or lost[numbers[0]]:
+            _copy(stored, numbers, lost, target)
             files[target.name] = disk.sealed(target)
         else:
-            _link(path, target)
+            _link(shards.shard_path(stored.staging, numbers[0]), target)
             files[target.name] = {"bytes": shard.bytes, "sha256": shard.sha256}
     return files
 
@@ -147,17 +154,23 @@ def _link(path: Path, target: Path) -> None:
         shutil.copyfile(path, target)
 
 
-def _copy(path: Path, target: Path, keep: npt.NDArray[np.bool_]) -> None:
-    """Copy the rows that are kept, a batch at a time."""
-    first = 0
-    with (
-        pa.ipc.open_stream(pa.memory_map(str(path))) as reader,
-        pa.OSFile(str(target), "wb") as file,
-        pa.ipc.new_stream(file, reader.schema) as writer,
-    ):
-        for batch in reader:
-            writer.write_batch(batch.filter(pa.array(keep[first : first + len(batch)])))
-            first += len(batch)
+def _copy(
+    stored: Stored, numbers: Sequence[int], lost: Sequence[Sequence[int]], target: Path
+) -> None:
+    """Copy the rows of some shards that are kept, a batch at a time."""
+    with contextlib.ExitStack() as opened:
+        file = opened.enter_context(pa.OSFile(str(target), "wb"))
+        writer = None
+        for number in numbers:
+            path, first = shards.shard_path(stored.staging, number), stored.starts[number]
+            keep = np.ones(stored.shards[number].kept, bool)
+            keep[np.array(lost[number], np.int64) - first] = False
+            with pa.ipc.open_stream(pa.memory_map(str(path))) as reader:
+                writer = writer or opened.enter_context(pa.ipc.new_stream(file, reader.schema))
+                place = 0
+                for batch in reader:
+                    writer.write_batch(batch.filter(pa.array(keep[place : place + len(batch)])))
+                    place += len(batch)
 
 
 def _write_rejected(
@@ -246,7 +259,9 @@ def tallied(folder: Path, files: Iterable[str]) -> dict[str, dict[str, int]]:
     return {f"{column}s": _ordered(tally) for column, tally in tallies.items()}
 
 
-def _nothing_left(rejected: Counter[str], stored: Stored) -> str:
+def _nothing_left(rejected: Counter[str], stored: Stored, found: Sequence[Source]) -> str:
+    if not rejected:
+        return f"no picture was found in {', '.join(source.name for source in found)}"
     kinds = ", ".join(f"{number:,} {kind}" for kind, number in rejected.most_common())
     lines = itertools.chain.from_iterable(shard.rejected for shard in stored.shards)
     some = " ".join(
