@@ -1,6 +1,7 @@
 """The census: every number is right, and what would end a training is said before it."""
 
 import json
+import tracemalloc
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -205,3 +206,30 @@ def test_progress_counts_every_byte(prepared: Prepare) -> None:
     found = census.count(census.read(folder, lambda *now: heard.append(now)), 2)
     assert heard[-1] == (found.bytes, found.bytes)
     assert [done for done, _ in heard] == sorted(done for done, _ in heard)
+
+
+def test_memory_does_not_grow_with_what_was_left_out(prepared: Prepare) -> None:
+    def most(rejected: int) -> int:
+        lists = REJECTED * rejected, [NEAR] * rejected
+        folder = prepared([SQUARE] * 2, *lists, called=str(rejected))
+        tracemalloc.start()
+        written = census.read(folder)
+        found = census.count(written, batch=2)
+        taken = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert sum(bar.number for bar in found.rejected) == 3 * rejected
+        return taken
+
+    most(1)  # what is imported and cached only once
+    assert most(6_000) < most(2_000) + 1_000_000
+
+
+def test_rare_words_are_forgotten_where_there_are_too_many(
+    prepared: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(census, "ROWS", 10)
+    monkeypatch.setattr(census, "WORDS_HELD", 20)
+    rows = [SQUARE | {"captions": [f"red word{n}"]} for n in range(100)]
+    written = census.read(prepared(rows))
+    assert len(census.tally(written.opened.table).words) <= 20
+    assert census.count(written, batch=2).words[0] == ("red", 100)

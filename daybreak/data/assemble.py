@@ -109,7 +109,7 @@ def find_duplicates(stored: Stored, near: int) -> list[Group]:
     for number in range(len(stored.shards)):
         table = stored.table(number)
         ids.append(np.array([int(one, 16) for one in table["id"].to_pylist()], np.uint64))
-        hashes.append(table["hash"].to_numpy().view(np.uint64))
+        hashes.append(table["hash"].to_numpy().astype(np.uint64))  # a view would keep it mapped
         said = pc.list_parent_indices(table["captions"]).to_numpy()
         length = pc.utf8_length(pc.list_flatten(table["captions"])).to_numpy()
         characters = np.bincount(said, length, len(table))

@@ -1,7 +1,8 @@
 """A prepared dataset in numbers: what is in it, what was left out and why, how it fills batches.
 
 Everything is counted from the columns beside the pictures, the manifest and the two lists that
-`prepare` wrote; no picture is decoded, and memory does not grow with their number. What would end a
+`prepare` wrote; no picture is decoded, and memory does not grow with their number, or that of what
+was left out: the lists are read anew each time, and rare words are forgotten. What would end a
 training is a problem: the failure it would end with, said before the first step. What makes one
 worse than it need be is a remark.
 
@@ -12,10 +13,10 @@ import json
 import math
 from bisect import bisect, bisect_left
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate, pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Generic, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow.compute as pc
@@ -27,6 +28,7 @@ from daybreak.failure import BadData, BadRecipe, Failure
 COLUMNS = ("bucket", "height", "width", "captions", "source", "where", "licence")
 ROWS = 16_384  # read at a time
 FREQUENT, BARS = 40, 30  # words, and other names, that are kept
+WORDS_HELD = 2**18  # where there are more, the rarer half is forgotten
 NAMED_AT_MOST = 5
 UNSTATED = "not stated"
 
@@ -39,6 +41,8 @@ SMALL_WORDS = frozenset({
     "its", "of", "on", "or", "that", "the", "their", "there", "this", "to", "was", "which", "while",
     "with",
 })  # fmt: skip
+
+T = TypeVar("T")
 
 
 class Bar(NamedTuple):
@@ -87,13 +91,24 @@ class Group(NamedTuple):
     dropped: tuple[Dropped, ...]
 
 
+class Lines(Generic[T]):
+    """A list on the disk, which is read each time it is looked through, and never held."""
+
+    def __init__(self, path: Path, made: Callable[[dict[str, Any]], T]) -> None:
+        self.path, self.made = path, made
+
+    def __iter__(self) -> Iterator[T]:
+        with self.path.open(encoding="utf-8") as file:
+            yield from map(self.made, map(json.loads, file))
+
+
 class Written(NamedTuple):
     """All that `prepare` wrote: the dataset as training opens it, and what it left out."""
 
     opened: Opened
     manifest: dict[str, Any]
-    rejected: tuple[Rejected, ...]
-    groups: tuple[Group, ...]
+    rejected: Iterable[Rejected]
+    groups: Iterable[Group]
 
 
 class Tally(NamedTuple):
@@ -145,26 +160,21 @@ def read(folder: Path, progress: Callable[[int, int], None] | None = None) -> Wr
     opened = open_dataset(folder)
     manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     disk.compare(folder, manifest["files"], progress)
-    rejected = _lines(folder / "rejected.jsonl")
-    groups = _lines(folder / "duplicates.jsonl")
     return Written(
         opened,
         manifest,
-        tuple(Rejected(*(row[name] for name in Rejected._fields)) for row in rejected),
-        tuple(
-            Group(
-                row["kind"],
-                row["kept"],
-                tuple(Dropped(*(one[name] for name in Dropped._fields)) for one in row["dropped"]),
-            )
-            for row in groups
-        ),
+        Lines(folder / "rejected.jsonl", _rejected),
+        Lines(folder / "duplicates.jsonl", _group),
     )
 
 
-def _lines(path: Path) -> list[dict[str, Any]]:
-    with path.open(encoding="utf-8") as file:
-        return [json.loads(line) for line in file]
+def _rejected(row: dict[str, Any]) -> Rejected:
+    return Rejected(*(row[name] for name in Rejected._fields))
+
+
+def _group(row: dict[str, Any]) -> Group:
+    dropped = (Dropped(*(one[name] for name in Dropped._fields)) for one in row["dropped"])
+    return Group(row["kind"], row["kept"], tuple(dropped))
 
 
 def tally(table: Any) -> Tally:
@@ -184,6 +194,8 @@ def tally(table: Any) -> Tally:
         owner, word = pc.list_parent_indices(spoken), pc.list_flatten(spoken)
         real = pc.not_equal(word, "")
         words.update(_values(pc.filter(word, real)))
+        if len(words) > WORDS_HELD:
+            words = Counter(dict(words.most_common(WORDS_HELD // 2)))
         per_caption = np.bincount(pc.filter(owner, real).to_numpy(), minlength=len(captions))
         lengths.update(per_caption.tolist())
         bare += _bare(rows)

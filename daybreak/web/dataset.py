@@ -10,6 +10,7 @@ it is a name.
 
 import html
 from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
@@ -152,7 +153,9 @@ def _sheets(opened: Opened) -> Iterator[Sheet]:
 
 def _groups(written: census.Written) -> Iterator[Alike]:
     """The groups of duplicates, near ones first: by them one judges how near is near enough."""
-    ordered = sorted(written.groups, key=lambda group: group.kind != "near")
+    near = (group for group in written.groups if group.kind == "near")
+    exact = (group for group in written.groups if group.kind != "near")
+    ordered = list(islice(chain(near, exact), GROUPS_BYTES // MARKUP))  # no more find room
     wanted = pa.array([group.kept for group in ordered], pa.string())
     names = written.opened.table["id"]
     places = pc.indices_nonzero(pc.is_in(names, wanted))
