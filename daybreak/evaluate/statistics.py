@@ -128,12 +128,14 @@ def share_interval(
 ) -> tuple[float, float]:
     """The 95 % interval of a share, of clustered verdicts 0 and 1.
 
-    Where all are the same, drawing them again would show no doubt at all: there it is Wilson's.
+    Where all are the same, drawing them again would show no doubt at all: there it is Wilson's, and
+    counts clusters, since of one cluster all may be alike.
 
     Shapes, errors  as `cluster_bootstrap`.
     """
     if len(passed) and passed.min() == passed.max():
-        return wilson(int(passed.sum()), len(passed))
+        n = len(set(zip(clusters, strata or clusters, strict=True)))
+        return wilson(n if passed[0] else 0, n)
     return cluster_bootstrap(passed, clusters, strata)
 
 
