@@ -26,6 +26,7 @@ from daybreak.data.prepared import Prepared
 from daybreak.failure import BadData
 
 BATCH = 64
+FEWEST = 32  # pictures that a command can be asked for
 FIRST = 1 << 60  # index of the first scene
 
 
@@ -72,10 +73,15 @@ def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Exa
     source = Prepared([(str(folder), 1.0)], seed, unit)
     opened = source.datasets[0]
     if len(opened.numbers) < count:
+        there, ask = len(opened.numbers), ""
+        if there >= FEWEST:
+            ask = (
+                f"ask for {there} (--count of evaluate, --pictures of compare, evaluate.pictures "
+                "of a recipe), or "
+            )
         raise BadData(
-            f"{folder} holds {len(opened.numbers)} pictures and {count} are to be compared: ask "
-            f"for {len(opened.numbers)} (--count of evaluate, --pictures of compare, "
-            "evaluate.pictures of a recipe), or give a larger dataset"
+            f"{folder} holds {there} pictures and {count} are to be compared: {ask}give a larger "
+            "dataset"
         )
     if opened.largest < side:
         raise BadData(
