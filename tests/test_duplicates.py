@@ -1,6 +1,8 @@
 """Copies are found however they were saved, and different pictures are left alone."""
 
 import io
+import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -186,3 +188,28 @@ def test_copies_of_a_near_duplicate_go_to_the_picture_that_is_kept() -> None:
 
     found = duplicates.find(ids, hashes, np.array([2, 0, 1, 3, 4]), 4, look)
     assert found == [Group("exact", 3, ((4, 0),)), Group("near", 2, ((0, far), (1, far)))]
+
+
+def test_thousands_of_different_pictures_of_one_hash_take_seconds() -> None:
+    thumbnails = np.random.default_rng(0).integers(0, 256, (3000, 768)).astype(np.int16)
+    thumbnails[1999] = thumbnails[7] + duplicates.APART
+    ids, hashes = np.arange(3000, dtype=np.uint64), np.full(3000, 5, np.uint64)
+    start = time.process_time()
+    found = duplicates.find(ids, hashes, np.arange(3000), 4, thumbnails.__getitem__)
+    assert found == [Group("near", 7, ((1999, 0),))]
+    assert time.process_time() - start < 8  # pair by pair it took 12
+
+
+def test_thumbnails_are_held_of_no_more_than_what_hangs_together() -> None:
+    # pairs of hashes that differ in a bit, each far from all others
+    random = np.random.default_rng(0).integers(0, 2**63, 500).astype(np.uint64)
+    hashes = np.concatenate([random, random ^ np.uint64(1)])
+    ids, large = np.arange(1000, dtype=np.uint64), 20_000  # values, 40 kB each
+    tracemalloc.start()
+    found = duplicates.find(
+        ids, hashes, np.arange(1000), 2, lambda row: np.full(large, row % 500, np.int16)
+    )
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(found) == 500
+    assert most < 8_000_000  # all of them are 40 MB

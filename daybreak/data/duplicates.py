@@ -25,15 +25,25 @@ from typing import Literal, NamedTuple
 import numpy as np
 import numpy.typing as npt
 import scipy.fft
+import scipy.sparse.csgraph
 from PIL import Image
 
 Picture = npt.NDArray[np.uint8]
 Hashes = npt.NDArray[np.uint64]
 Rows = npt.NDArray[np.int64]
+Look = npt.NDArray[np.int16]  # a thumbnail, or several
 
 BITS = 64
 SIDE = 16  # of a thumbnail
 APART = 28  # the most that a value of two thumbnails may differ
+STRIDE = 16  # one in so many values of a thumbnail is compared first
+
+
+class Looks(NamedTuple):
+    """Thumbnails, and a few values of each, which mostly tell them apart."""
+
+    whole: Look
+    few: Look
 
 
 class Group(NamedTuple):
@@ -51,7 +61,7 @@ def perceptual_hash(picture: Picture) -> int:
     return int(np.packbits(low > np.median(low)).view(">i8")[0])
 
 
-def thumbnail(picture: Picture) -> npt.NDArray[np.int16]:
+def thumbnail(picture: Picture) -> Look:
     """The picture as 16 x 16 means, in one row."""
     small = Image.fromarray(picture).resize((SIDE, SIDE), Image.Resampling.BOX)
     return np.asarray(small, dtype=np.int16).ravel()
@@ -62,13 +72,14 @@ def find(
     hashes: Hashes,
     order: Rows,
     near: int,
-    look: Callable[[int], npt.NDArray[np.int16]],
+    look: Callable[[int], Look],
 ) -> list[Group]:
     """The groups of rows that are alike.
 
     `ids` are equal for equal files, `order` lists all rows from the first to be kept to the last,
     `near` is the largest distance of a near duplicate (0: only exact ones are looked for), and
-    `look` gives the thumbnail of a row. Memory is about 100 bytes a row.
+    `look` gives the thumbnail of a row. Memory is about 100 bytes a row, and 1.5 kB for each row of
+    the largest set of hashes that hang together by such distances.
     """
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
@@ -108,42 +119,69 @@ def _near(
     rows: Rows,
     rank: Rows,
     near: int,
-    look: Callable[[int], npt.NDArray[np.int16]],
+    look: Callable[[int], Look],
 ) -> Iterator[Group]:
-    """Take the rows from the best to the last; each takes what is alike and not yet taken."""
+    """Take the rows from the best to the last; each takes what is alike and not yet taken.
+
+    Hashes that hang together by pairs are looked at before any others, so that the thumbnails of
+    no more than those are held.
+    """
     values, belongs = np.unique(hashes[rows], return_inverse=True)
     neighbours: dict[int, list[int]] = {}
     for one, other in _close(values, near):
         neighbours.setdefault(one, []).append(other)
         neighbours.setdefault(other, []).append(one)
-    members: dict[int, list[int]] = {}
-    crowded = np.bincount(belongs, minlength=len(values)) > 1
-    for row, value in zip(rows.tolist(), belongs.tolist(), strict=True):
-        if crowded[value] or value in neighbours:
-            members.setdefault(value, []).append(row)
+    sizes = np.bincount(belongs, minlength=len(values))
+    starts, by_value = np.r_[0, np.cumsum(sizes)], rows[np.argsort(belongs, kind="stable")]
+    bundle = _bundles(neighbours, len(values))
+    together = np.flatnonzero((np.bincount(bundle, sizes)[bundle] > 1)[belongs])
+    ordered = together[np.lexsort((rank[rows[together]], bundle[belongs[together]]))]
 
-    looks: dict[int, npt.NDArray[np.int16]] = {}
-    taken = set[int]()
-    home = {row: value for value, inside in members.items() for row in inside}
-    for row in sorted(home, key=lambda row: int(rank[row])):
-        if row in taken:
+    def of(value: int) -> Rows:
+        return by_value[starts[value] : starts[value + 1]]
+
+    taken, held = np.zeros(len(hashes), bool), -1
+    looks: dict[int, Looks] = {}
+    groups = []
+    for row, value in zip(rows[ordered].tolist(), belongs[ordered].tolist(), strict=True):
+        if bundle[value] != held:
+            held = bundle[value]
+            looks.clear()
+        if taken[row]:
             continue
-        taken.add(row)
-        value = home[row]
-        others = [
-            other
-            for near_by in (value, *neighbours.get(value, ()))
-            for other in members[near_by]
-            if other not in taken
-        ]
-        for one in (row, *others):
-            if one not in looks:
-                looks[one] = look(one)
-        alike = [one for one in others if np.abs(looks[one] - looks[row]).max() <= APART]
-        taken.update(alike)
+        taken[row] = True
+        alike = list[int]()
+        for near_by in (value, *neighbours.get(value, ())):
+            left = np.flatnonzero(~taken[of(near_by)])
+            if not len(left):
+                continue
+            for one in {value, near_by} - looks.keys():
+                whole = np.stack([look(other) for other in of(one).tolist()])
+                looks[one] = Looks(whole, whole[:, ::STRIDE].copy())
+            own = looks[value].whole[np.searchsorted(of(value), row)]
+            alike += of(near_by)[_alike(looks[near_by], left, own)].tolist()
+        taken[alike] = True
         if alike:
             distances = np.bitwise_count(hashes[alike] ^ hashes[row]).tolist()
-            yield Group("near", row, tuple(sorted(zip(alike, distances, strict=True))))
+            dropped = sorted(zip(alike, distances, strict=True))
+            groups.append(Group("near", row, tuple(dropped)))
+    yield from sorted(groups, key=lambda group: int(rank[group.kept]))
+
+
+def _bundles(neighbours: dict[int, list[int]], count: int) -> Rows:
+    """A number for each of `count` places, the same for those that a chain of neighbours joins."""
+    ends = np.array([(one, other) for one, near_by in neighbours.items() for other in near_by])
+    ends = ends.reshape(-1, 2).astype(np.int64)
+    pairs = scipy.sparse.coo_array((np.ones(len(ends), bool), tuple(ends.T)), (count, count))
+    found: Rows = scipy.sparse.csgraph.connected_components(pairs, directed=False)[1]
+    return found
+
+
+def _alike(looks: Looks, left: Rows, own: Look) -> Rows:
+    """Which of the thumbnails that are left differ nowhere by more than APART from one's own."""
+    few = np.abs(looks.few[left] - own[::STRIDE]) <= APART
+    left = left[few.all(1)]
+    return left[(np.abs(looks.whole[left] - own) <= APART).all(1)] if len(left) else left
 
 
 def _close(values: Hashes, near: int) -> Iterator[tuple[int, int]]:
