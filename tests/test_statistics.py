@@ -412,3 +412,9 @@ def test_a_share_without_exception_is_as_sure_as_its_clusters_are_many() -> None
     assert share_interval(np.zeros(80), prompts) == wilson(0, 20)
     tasks = [number % 2 for number in range(80)]  # a prompt of two tasks is one of each
     assert share_interval(np.ones(80), prompts, tasks) == wilson(40, 40)
+
+
+def test_an_interval_holds_its_share_to_the_last_digit() -> None:
+    for n in range(1, 500):
+        assert wilson(n, n)[1] == 1
+        assert wilson(0, n)[0] == 0
