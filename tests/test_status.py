@@ -34,7 +34,8 @@ def test_the_first_rank_that_fails_is_believed(pair: list[Status], order: tuple[
 
 def test_a_hang_is_written_down_unless_the_reason_is_known(pair: list[Status]) -> None:
     with pair[0]:
-        pair[0].hang("rank 0 waited 60 s")
-        pair[1].hang("rank 1 waited 60 s")
+        pair[0].fail(LostPeer("rank 0 waited 60 s", 1))
+        pair[1].fail(LostPeer("rank 1 waited 60 s"))
     found = json.loads(pair[0].file.read_text())
     assert (found["reason"], found["code"]) == ("rank 0 waited 60 s", LostPeer.code)
+    assert found["rank"] == 1

@@ -34,6 +34,16 @@ def slow(graph: torch.fx.GraphModule, _: object) -> Callable[..., object]:
     return graph.forward
 
 
+def wrote(path: Path) -> Callable[[LostPeer], object]:
+    """Write down what is heard, and whom it blames."""
+
+    def write(error: LostPeer) -> None:
+        path.write_text(str(error))
+        path.with_name(f"{path.name}-blames").write_text(str(error.rank))
+
+    return write
+
+
 def main(how: str, out: Path) -> None:
     """Let the last rank hang after a few steps."""
     if compiles := how == "compiles":  # what the compiler needs is loaded before time counts
@@ -42,7 +52,7 @@ def main(how: str, out: Path) -> None:
     limit, watchdog.HEARD = (60.0 if told else LIMIT), 2 * LIMIT
     with (
         parallel.world(parallel.Config(start_timeout=60)) as here,
-        watchdog.Watchdog(here, limit, (out / f"rank-{here.rank}").write_text, compiles) as dog,
+        watchdog.Watchdog(here, limit, wrote(out / f"rank-{here.rank}"), compiles) as dog,
     ):
         for step in range(1, 4):
             parallel.gather(here, torch.ones(1))
@@ -109,6 +119,7 @@ def test_a_hang_ends_with_its_stack_and_a_reason(tmp_path: Path) -> None:
     reason = (tmp_path / "rank-0").read_text()
     assert "for a step after 3 to be done" in reason
     assert reason in said
+    assert (tmp_path / "rank-0-blames").read_text() == "None"
 
 
 def test_every_rank_shows_its_stack(tmp_path: Path) -> None:
@@ -126,6 +137,7 @@ def test_a_rank_that_cannot_answer_is_named(tmp_path: Path) -> None:
         assert started[0].returncode == LostPeer.code
     assert "in gather" in said
     assert "rank 1 does not answer" in said
+    assert (tmp_path / "rank-0-blames").read_text() == "1"
 
 
 def test_what_may_take_long_is_waited_for(tmp_path: Path) -> None:
@@ -158,6 +170,7 @@ def test_who_does_not_notice_that_another_has_failed_leaves_for_its_reason(tmp_p
     assert reason.startswith("rank 0 lost the others (rank 1: tooth.png is not a picture): ")
     assert reason in said[0]
     assert not (tmp_path / "rank-1").exists()
+    assert (tmp_path / "rank-0-blames").read_text() == "1"
 
 
 def test_who_is_killed_is_missed_before_the_limit(tmp_path: Path) -> None:
@@ -169,6 +182,7 @@ def test_who_is_killed_is_missed_before_the_limit(tmp_path: Path) -> None:
     assert started[0].returncode == LostPeer.code
     reason = (tmp_path / "rank-0").read_text()
     assert reason.startswith("rank 0 lost the others (rank 1: its process has ended unheard): ")
+    assert (tmp_path / "rank-0-blames").read_text() == "1"
 
 
 def test_who_still_takes_steps_notices_by_itself(tmp_path: Path) -> None:
@@ -181,7 +195,7 @@ def test_who_still_takes_steps_notices_by_itself(tmp_path: Path) -> None:
 
 def test_ten_usual_steps_are_waited_for_and_what_needs_more_patience(tmp_path: Path) -> None:
     here = parallel.World(0, 1, torch.device("cpu"), None, HashStore())
-    dog = watchdog.Watchdog(here, LIMIT, (tmp_path / "reason").write_text)
+    dog = watchdog.Watchdog(here, LIMIT, print)
     assert dog.allowed == 5 * LIMIT, "the first step compiles"
     for step, seconds, allowed in ((1, 100.0, LIMIT), (2, 3.0, 30.0), (3, 0.0, 15.0), (4, 3, 30.0)):
         dog.last = time.monotonic() - seconds
@@ -199,7 +213,7 @@ def test_who_waits_is_told_what_is_compiled_once_for_each_shape() -> None:
         torch.compile(function, backend="eager", dynamic=False)
         for function in (torch.sin, torch.exp)
     )
-    with watchdog.Watchdog(here, 60.0, said.append, compiled=True, tell=said.append) as dog:
+    with watchdog.Watchdog(here, 60.0, print, compiled=True, tell=said.append) as dog:
         torch.compile(torch.cos, backend="eager")(torch.ones(1))
         assert said == [], "what is compiled between steps is for no picture"
         dog.beat(0)

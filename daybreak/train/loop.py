@@ -156,7 +156,7 @@ def _train(
         ) as log,
         Saver(recipe, folder, here, model, log.note, start or None) as saver,
         Watchdog(
-            here, recipe.health.step_timeout, status.hang, recipe.compile, log.note
+            here, recipe.health.step_timeout, status.fail, recipe.compile, log.note
         ) as watchdog,
     ):
         incidents = folder / "incidents.jsonl" if here.first else None

@@ -41,7 +41,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.nn.utils import get_total_norm
 
 from daybreak import host
-from daybreak.failure import BadRecipe, Failure, LostPeer, told
+from daybreak.failure import BadRecipe, Failure, told
 from daybreak.train import accelerator, rendezvous
 
 # Sharded tensors take a second to import, and a recipe names only Config: they are imported where
@@ -146,10 +146,8 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
         known = rendezvous.note(store)
         gone = [] if known else rendezvous.absent(store, rank, size)
         silent = f"{', '.join(f'rank {number}' for number in gone)} does not answer" if gone else ""
-        raise LostPeer(
-            rendezvous.lost(rank, known or silent or told(error)),
-            gone[0] if gone else None,
-        ) from error
+        first = gone[0] if gone else None
+        raise rendezvous.lost(rank, known, silent or told(error), first) from error
     rendezvous.farewell(store, rank, size)
     leave()  # only where nobody is lost: it may wait for them
 

@@ -17,7 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from datetime import timedelta
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -32,6 +32,13 @@ from daybreak.failure import LostPeer, told
 GOODBYE = timedelta(seconds=20)
 ROLL_CALL = 3.0  # seconds in which who is still there says so
 Found = TypeVar("Found")
+
+
+class Note(NamedTuple):
+    """What a rank that failed has left: which it was, and why."""
+
+    rank: int
+    why: str
 
 
 def meet(rank: int, size: int, seconds: float) -> Store:
@@ -177,18 +184,20 @@ def _is_there(process: int) -> bool:
     return True
 
 
-def note(store: Store) -> str:
+def note(store: Store) -> Note | None:
     """Return what the first rank that failed has left, if one has and could."""
     with suppress(dist.DistError):
         if store.check(["note"]):
-            return store.get("note").decode()
-    return ""
+            rank, _, why = store.get("note").decode().removeprefix("rank ").partition(": ")
+            return Note(int(rank), why)
+    return None
 
 
-def lost(rank: int, why: str) -> str:
-    """The sentence of a rank that cannot go on without the others."""
+def lost(rank: int, note: Note | None, otherwise: str = "", blamed: int | None = None) -> LostPeer:
+    """What a rank says that cannot go on without the others: the note, or else something else."""
     again = "the same command continues from the last checkpoint"
-    return f"rank {rank} lost the others ({why}): {again}"
+    why, first = (f"rank {note.rank}: {note.why}", note.rank) if note else (otherwise, blamed)
+    return LostPeer(f"rank {rank} lost the others ({why}): {again}", first)
 
 
 def absent(store: Store, rank: int, size: int) -> list[int]:

@@ -139,10 +139,6 @@ class Status:
         if self.held is not None:
             self._write("stopped" if code else "finished", reason, code)
 
-    def hang(self, sentence: str) -> None:
-        """Hear from the watchdog, which ends the process, that nothing moves any more."""
-        self.fail(LostPeer(sentence))
-
     def fail(self, error: BaseException) -> None:
         """Enter why the run has failed, unless another rank has done so."""
         with contextlib.suppress(OSError, ValueError, KeyError):

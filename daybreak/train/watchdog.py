@@ -52,7 +52,7 @@ class Watchdog:
                 watchdog.beat(step)
                 with watchdog.patience(600): save
 
-    `leave` hears the sentence last, from the thread: to write down why the run has ended.
+    `leave` hears of it last, from the thread: to write down why the run has ended.
     `compiled` says that the run compiles parts of itself; `tell` then hears when, once a step.
     """
 
@@ -60,7 +60,7 @@ class Watchdog:
         self,
         here: World,
         limit: float,
-        leave: Callable[[str], object],
+        leave: Callable[[LostPeer], object],
         compiled: bool = False,
         tell: Callable[[str], object] = print,
         stream: TextIO | None = None,
@@ -133,7 +133,7 @@ class Watchdog:
         self.compiling, self.shape = True, None
 
     def _watch(self) -> None:
-        note, heard = "", 0.0
+        note, heard = None, 0.0
         while not self.done.wait(min(1.0, self.limit / 10)):
             rendezvous.answer(self.store, self.here.rank)
             self._say_compiling()
@@ -177,25 +177,28 @@ class Watchdog:
         sentence = f"rank {rank} of {self.here.size} waited {waited:.0f} s for {after} to be done"
         silent = self._silent()
         if silent:
-            sentence += f"; {', '.join(silent)} does not answer"
-        self._leave(sentence, "; the stacks above say where")
+            sentence += f"; {', '.join(self.names[rank] for rank in silent)} does not answer"
+        first = silent[0] if silent else None
+        self._leave(LostPeer(sentence, first), "; the stacks above say where")
 
-    def _leave(self, sentence: str, more: str = "") -> NoReturn:
+    def _leave(self, error: LostPeer, more: str = "") -> NoReturn:
         """Say why, write it down, and end the process."""
         with suppress(OSError, ValueError):
-            print(f"daybreak: {sentence}{more}", file=self.stream, flush=True)
+            print(f"daybreak: {error}{more}", file=self.stream, flush=True)
         with suppress(Exception):
-            self.leave(sentence)
+            self.leave(error)
         os._exit(LostPeer.code)
 
-    def _silent(self) -> list[str]:
+    def _silent(self) -> list[int]:
         """Return the ranks that have not noticed within a few seconds."""
         until = time.monotonic() + ANSWER
-        silent: list[str] = []
+        silent: list[int] = []
         try:
             self.store.set(f"rank {self.here.rank} hangs", "")
             while silent := [
-                name for name in self.names if not self.store.check([f"{name} hangs"])
+                rank
+                for rank, name in enumerate(self.names)
+                if not self.store.check([f"{name} hangs"])
             ]:
                 if time.monotonic() > until:
                     break
