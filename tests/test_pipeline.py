@@ -266,14 +266,26 @@ def test_nothing_but_an_exported_folder_is_replaced(model: TextToImage, tmp_path
 def test_a_picture_does_not_depend_on_what_is_drawn_with_it(model: TextToImage) -> None:
     prompts = [PROMPT, "a blue square", PROMPT]
     together = draw.draw(model, prompts, [1, 2, 3], 32, 32, HOW, FLOW)
-    alone = draw.draw(model, prompts[1:2], [2], 32, 32, HOW, FLOW)
-    assert np.abs(together[1].astype(int) - alone[0].astype(int)).max() <= 1
+    for alone in (
+        draw.draw(model, prompts[1:2], [2], 32, 32, HOW, FLOW)[0],
+        draw.draw(model, prompts, [1, 2, 3], 32, 32, HOW, FLOW, batch=1)[1],
+    ):
+        assert np.abs(together[1].astype(int) - alone.astype(int)).max() <= 1
     assert not np.array_equal(together[0], together[2])
 
 
 def test_pixels_are_rounded_and_clipped() -> None:
     image = torch.tensor([-2.0, -1.0, 0.0, 0.999, 1.0, 3.0]).view(1, 1, 1, 6).expand(1, 3, 1, 6)
     assert draw.to_bytes(image)[0, 0, :, 0].tolist() == [0, 0, 128, 255, 255, 255]
+    rough = torch.linspace(-1, 1, 400).view(1, 1, 1, 400).bfloat16()
+    assert np.array_equal(draw.to_bytes(rough), draw.to_bytes(rough.float())), "rounded once"
+
+
+@pytest.mark.parametrize("seeds", [[1], [1, 2, 3]])
+def test_every_prompt_has_its_seed(model: TextToImage, seeds: list[int]) -> None:
+    how = sampler.Config(steps=1, guidance=1.0)
+    with pytest.raises(ValueError, match=rf"2 prompts, {len(seeds)} seeds"):
+        draw.draw(model, [PROMPT, "a blue square"], seeds, 32, 32, how, FLOW)
 
 
 @pytest.mark.parametrize("kind", ["t5gemma", "qwen3_vl"])

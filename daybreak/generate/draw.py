@@ -48,8 +48,10 @@ def draw(
     half as many. Self-guidance needs to know how the model was `routed` ([tread] of its recipe).
     `progress` hears how many pictures were finished, pass by pass.
 
-    Errors  ValueError for self-guidance without a route.
+    Errors  ValueError for self-guidance without a route, or not as many seeds as prompts.
     """
+    if len(prompts) != len(seeds):
+        raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: each picture has its own")
     by_route = how.guide == "self"
     if by_route and routed is None:
         raise ValueError("self-guidance sets the network against itself on a route; none is given")
