@@ -45,12 +45,13 @@ def test_a_stochastic_step_keeps_the_guess_and_draws_the_noise_anew() -> None:
 
 
 def test_the_time_grid_falls_from_one_to_zero_and_the_shift_keeps_the_ends() -> None:
-    for shift in (0.5, 1.0, 3.0):
+    for shift in (0.2, 0.5, 1.0, 3.0):
         grid = sampler.times(28, shift)
         assert grid[0] == 1
         assert grid[-1] == 0
         assert all(now > then for now, then in itertools.pairwise(grid))
     assert math.isclose(sampler.times(2, 3.0)[1], 0.75)
+    assert sampler.times(10, 1.0)[::2] == [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
 
 
 def test_drawn_times_have_the_moments_of_the_published_distribution() -> None:

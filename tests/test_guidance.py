@@ -3,6 +3,8 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from daybreak.generate import custom_pipeline, guidance, sampler
 from daybreak.generate.draw import draw
@@ -187,3 +189,9 @@ def test_the_folders_own_projection_is_that_of_training(eta: float, norm: float 
     apg = sampler.Apg(eta=eta, norm=norm)
     theirs = custom_pipeline.projected(difference, guess, apg.model_dump())
     assert torch.equal(theirs, guidance.projected(difference, guess, apg))
+
+
+@given(st.integers(1, 200), st.floats(0.01, 20))
+def test_the_folders_own_grid_is_ours_to_the_last_bit(steps: int, shift: float) -> None:
+    """Else an interval of guidance could begin a step later in one of them."""
+    assert custom_pipeline.times(steps, shift) == sampler.times(steps, shift)

@@ -137,8 +137,8 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
 
 def times(steps: int, shift: float) -> list[float]:
     """The grid of times 1 = t_0 > ... > t_n = 0."""
-    even = [1 - i / steps for i in range(steps + 1)]
-    return [shift * u / (1 + (shift - 1) * u) for u in even]
+    even = [(steps - i) / steps for i in range(steps + 1)]
+    return [shift * u / (shift * u + (1 - u)) for u in even]
 
 
 def draw(

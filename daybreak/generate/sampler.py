@@ -79,8 +79,8 @@ def shift(how: Config, flow_config: flow.Config) -> float:
 
 def times(steps: int, shift: float) -> list[float]:
     """Return the grid of times 1 = t_0 > t_1 > ... > t_n = 0."""
-    even = torch.linspace(1, 0, steps + 1, dtype=torch.float64)
-    grid: list[float] = flow.shifted(even, shift).tolist()
+    even = [(steps - i) / steps for i in range(steps + 1)]  # 0.2 is the 0.2 of an interval
+    grid: list[float] = flow.shifted(torch.tensor(even, dtype=torch.float64), shift).tolist()
     return grid
 
 

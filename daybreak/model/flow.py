@@ -50,8 +50,11 @@ class Noisy(NamedTuple):
 
 
 def shifted(t: Tensor, shift: float) -> Tensor:
-    """Move times towards noise: t -> s t / (1 + (s - 1) t), which adds ln s to logit(t)."""
-    return shift * t / (1 + (shift - 1) * t)
+    """Move times towards noise: t -> s t / (1 + (s - 1) t), which adds ln s to logit(t).
+
+    1 + (s - 1) t is written as s t + (1 - t), so that 1 stays 1 to the last bit.
+    """
+    return shift * t / (shift * t + (1 - t))
 
 
 def draw_time(config: Config, dice: Dice, shift: float | None = None) -> Float[Tensor, " b"]:
