@@ -1,6 +1,7 @@
 """The sheet shows every picture, pixel by pixel, with its words, and remembers who made it."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -14,25 +15,71 @@ def pictures(count: int, height: int = 32, width: int = 32) -> npt.NDArray[np.ui
     return np.random.default_rng(0).integers(0, 256, (count, height, width, 3), dtype=np.uint8)
 
 
-def contains(sheet: Image.Image, picture: npt.NDArray[np.uint8], factor: int) -> bool:
+class Box(NamedTuple):
+    """Where a picture is: its first row and column, and those behind its last."""
+
+    top: int
+    left: int
+    bottom: int
+    right: int
+
+
+def found(sheet: Image.Image, picture: npt.NDArray[np.uint8], factor: int) -> Box | None:
     pixels = np.asarray(sheet)
     large = picture.repeat(factor, 0).repeat(factor, 1)
     height, width = large.shape[:2]
-    corners = np.argwhere((pixels == large[0, 0]).all(-1))
-    return any(np.array_equal(pixels[y : y + height, x : x + width], large) for y, x in corners)
+    corners = np.argwhere((pixels == large[0, 0]).all(-1)).tolist()
+    boxes = [Box(y, x, y + height, x + width) for y, x in corners]
+    return next(
+        (one for one in boxes if np.array_equal(pixels[one[0] : one[2], one[1] : one[3]], large)),
+        None,
+    )
 
 
 @pytest.mark.parametrize(("size", "factor"), [(32, 4), (48, 3), (100, 2), (128, 1), (160, 1)])
 def test_every_picture_is_there_enlarged_by_a_whole_number(size: int, factor: int) -> None:
     shown = pictures(3, size, size)
     sheet = grid.grid(shown, ["a", "b", "c"])
-    assert all(contains(sheet, picture, factor) for picture in shown)
+    assert all(found(sheet, picture, factor) for picture in shown)
 
 
 def test_pictures_of_several_shapes_share_a_sheet() -> None:
     shown = [pictures(1, 64, 32)[0], pictures(1, 32, 64)[0], pictures(1, 16, 16)[0]]
     sheet = grid.grid(shown, ["a", "b", "c"], columns=2)
-    assert all(contains(sheet, picture, 2) for picture in shown)
+    assert all(found(sheet, picture, 2) for picture in shown)
+
+
+def test_pictures_stand_in_the_middle_of_framed_even_cells() -> None:
+    shown = [*pictures(3, 32, 16), *pictures(1, 16, 8)]
+    sheet = grid.grid(shown, [""] * 4, columns=2)
+    boxes = [box for box in (found(sheet, picture, 4) for picture in shown) if box]
+    first, right, below, small = boxes
+    assert first.top == first.left
+    assert (right.top, below.left) == (first.top, first.left)
+    assert sheet.size == (right.right + first.left, below.bottom + first.top)
+    assert below.top - first.bottom == right.left - first.right > 0
+    assert small.top + small.bottom == below.top + below.bottom
+    assert small.left + small.right == right.left + right.right
+    pixels = np.asarray(sheet)
+    for box in boxes:
+        across, down = slice(box.left - 1, box.right + 1), slice(box.top - 1, box.bottom + 1)
+        for edge in (
+            pixels[box.top - 1, across],
+            pixels[box.bottom, across],
+            pixels[down, box.left - 1],
+            pixels[down, box.right],
+        ):
+            assert (edge == grid.FRAME).all()
+
+
+def test_the_label_of_any_picture_makes_room_for_itself() -> None:
+    long, shown = "a red circle left of a blue square " * 4, pictures(6)
+    heights = {
+        grid.grid(shown, [long if n == place else "" for n in range(6)], columns=2).height
+        for place in range(6)
+    }
+    assert len(heights) == 1
+    assert heights != {grid.grid(shown, [""] * 6, columns=2).height}
 
 
 def test_columns_and_title_shape_the_sheet() -> None:
