@@ -108,6 +108,8 @@ def test_the_plan_is_the_recorded_one() -> None:
         ("384x640", [8, 10, 12, 13]),
         ("384x640", [10, 9, 12, 7]),
     ]
+    both = Plan(mixed([6, 20], [1.0, 1.0], buckets_each=1), batch=13, seed=11)
+    assert both[2].rows.tolist() == [18, 24, 6, 15, 5, 5, 2, 18, 3, 21, 5, 2, 1]
 
 
 def test_another_seed_is_another_order() -> None:
@@ -136,6 +138,12 @@ def test_datasets_are_mixed_by_weight_in_every_bucket(
             often = [seen[row] for row in rows.tolist()]
             owed = min(batch - 1, math.ceil(rate) + 1)  # a picture, in the samples still owed
             assert max(often) - min(often) <= 1 + owed
+
+
+def test_in_every_pass_datasets_take_turns_anew() -> None:
+    made = Plan(mixed([24, 24], [1.0, 1.0], buckets_each=1), batch=48, seed=3)
+    turns = [(made[number].rows < 24).tolist() for number in range(3)]
+    assert turns[0] != turns[1] != turns[2]
 
 
 def test_shares_are_those_of_the_weights_and_an_epoch_is_as_long_as_all_datasets() -> None:
@@ -207,6 +215,14 @@ def test_who_has_joined_a_bucket_moves_on_with_it() -> None:
 def test_of_two_small_buckets_the_smaller_joins_the_larger() -> None:
     few, more = Bucket(352, 704), Bucket(384, 672)
     assert plan.settle({few: 3, more: 10}, batch=12) == {few: more, more: more}
+
+
+def test_a_bucket_that_another_has_filled_moves_no_more() -> None:
+    few, more, many = Bucket(352, 704), Bucket(384, 672), Bucket(384, 640)
+    assert plan.settle({few: 5, more: 7, many: 50}, batch=12) == {few: more, more: more, many: many}
+    assert plan.settle({few: 5, more: 7, many: 50}, batch=13) == dict.fromkeys(
+        (few, more, many), many
+    )
 
 
 def test_a_quarter_may_be_cut_and_no_more() -> None:
