@@ -70,6 +70,7 @@ WRONG = [
     ("tread={ start = 2, stop = 2 }", r"tread: start = 2 is not before stop = 2"),
     ('tread={ kind = "deferred", start = 0, stop = 1 }', r"never comes back: .* dit\.depth = 2"),
     ("sample.guide=self", r"needs a section \[tread\]"),
+    ("sample.interval=[0.9, 0.1]", r"sample: interval begins at 0\.9 and ends at 0\.1"),
     ("sample.apg.etta=1", r"unknown key sample\.apg\.etta; did you mean eta\?"),
 ]
 

@@ -23,7 +23,7 @@ from typing import Literal
 
 import torch
 from jaxtyping import Float
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor
 
 from daybreak.model import flow, tread
@@ -70,6 +70,15 @@ class Config(BaseModel):
     apg: Apg | None = None
     shift: float | None = Field(default=None, gt=0)
     seed: int = Field(default=0, ge=0)
+
+    @model_validator(mode="after")
+    def _guides_from_low_to_high(self) -> "Config":
+        low, high = self.interval
+        if not low <= high:
+            raise ValueError(
+                f"interval begins at {low} and ends at {high}: write the lower t first"
+            )
+        return self
 
 
 def shift(how: Config, flow_config: flow.Config) -> float:
