@@ -172,6 +172,7 @@ def test_what_comes_before_the_next_step_has_to_fit_too(file: Path) -> None:
     clock = Clock()
     kept = Ledger(file, Config(seconds=90), clock)
     kept.drew(20.0)
+    kept.drew(0.0)  # an evaluation, say
     clock.now = 75.0
     assert not kept.late()
     assert kept.late(kept.drawing)

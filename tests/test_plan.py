@@ -82,6 +82,7 @@ def test_a_batch_is_found_without_those_before_it(
     asked = Plan(shelves(*counts), batch, seed=7)
     epoch, place = asked.locate(number)
     assert asked.before(epoch) <= number < asked.before(epoch + 1)
+    assert len(asked[number + 50].rows) == batch  # and after one of a later epoch
     bucket, rows = asked[number]
     gone_through = [one for past in range(epoch + 1) for one in asked.epoch(past)]
     assert gone_through[number].bucket == bucket

@@ -311,10 +311,12 @@ def test_all_layouts_give_the_same_pictures(tmp_path: Path) -> None:
 def test_scenes_are_a_source_stored_without_loss(tmp_path: Path) -> None:
     from daybreak.data import scenes
 
-    manifest = run(tmp_path / "out", "scenes:20", config=Config(near=0))
+    manifest = run(tmp_path / "out", "scenes:20", config=Config(near=0, shard=8))
     assert manifest["settings"]["resolution"] == 64
     assert manifest["settings"]["format"] == "png"
-    for index, row in enumerate(load_from_disk(tmp_path / "out")):
+    rows = load_from_disk(tmp_path / "out")
+    assert len(rows) == 20
+    for index, row in enumerate(rows):
         sample = scenes.sample(scenes.Config(), 0, index)
         assert np.array_equal(np.array(row["image"]), sample.image)
         assert row["captions"] == [sample.caption]
@@ -787,9 +789,11 @@ def test_the_summary_says_what_was_made_and_left_out(tmp_path: Path) -> None:
 def test_a_folder_of_two_kinds_is_refused_and_not_half_read(tmp_path: Path) -> None:
     mixed = folder(tmp_path / "mixed", 3)
     (mixed / "old").mkdir()
-    tarfile.open(mixed / "old" / "backup.tar", "w").close()
-    with pytest.raises(BadData, match=r"holds both pictures .* and .*backup\.tar"):
-        run(tmp_path / "out", mixed)
+    for name in ("backup.tar", "table.parquet"):
+        (mixed / "old" / name).touch()
+        with pytest.raises(BadData, match=rf"holds both pictures .* and .*{name}"):
+            run(tmp_path / "out", mixed)
+        (mixed / "old" / name).unlink()
 
 
 def test_a_link_to_a_folder_is_named(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from daybreak.data import images, ingest, prepare
+from daybreak.data import batches, images, ingest, prepare
 from daybreak.data.buckets import buckets, nearest
 from daybreak.data.plan import Slot
 from daybreak.data.prepared import SUBSTITUTES, Prepared, chosen, crop, is_prepared
@@ -99,6 +99,21 @@ def test_a_batch_larger_than_the_dataset_is_refused_with_the_arithmetic(prepared
     source = opened(prepared(numbered(3, SQUARE)))
     with pytest.raises(BadRecipe, match=r"holds 3 pictures and a batch takes 4.*stage\.batch"):
         source.plan(64, batch=4, first=0)
+    assert sorted(slot.row for slot in source.plan(64, batch=3, first=0)(0)) == [0, 1, 2]
+
+
+def test_another_seed_and_another_stage_have_another_order(prepared: Write) -> None:
+    folder = prepared(numbered(40, SQUARE))
+
+    def rows(seed: int, first: int) -> list[int]:
+        config = batches.Config(source=str(folder))
+        return [
+            slot.row for slot in batches.pictures(config, None, seed, 16).plan(64, 40, first)(0)
+        ]
+
+    assert rows(0, first=0) == rows(0, first=0)
+    assert rows(0, first=0) != rows(1, first=0)
+    assert rows(0, first=0) != rows(0, first=40)
 
 
 def test_a_resolution_that_was_not_prepared_for_is_refused(prepared: Write) -> None:
@@ -236,12 +251,13 @@ def test_a_dataset_of_damaged_pictures_ends_in_one_sentence(prepared: Write) -> 
 
 
 def test_a_worker_that_is_not_forked_opens_the_dataset_itself(prepared: Write) -> None:
-    source = opened(prepared([encoded(photo(64, 64), "PNG") for _ in range(50)]))
+    source = opened(prepared([encoded(photo(64, 64), "PNG") for _ in range(50)]), seed=9)
     sent = pickle.dumps(source)
     assert len(sent) < 1000
     there = pickle.loads(sent)
     slot = Slot(5, 7, 64, 64)
     np.testing.assert_array_equal(there.sample(slot).picture, source.sample(slot).picture)
+    assert there.plan(64, 50, first=0)(0) == source.plan(64, 50, first=0)(0)
 
 
 def test_a_folder_that_is_none_says_how_to_make_one(tmp_path: Path, prepared: Write) -> None:

@@ -327,6 +327,9 @@ def test_check_names_five_bad_pictures_and_counts_all(tmp_path: Path) -> None:
     assert all(f"{i}.png: " in message for i in range(2, 7))
     assert not any(f"{i}.png: " in message for i in [0, 1, 7, 8])
     assert "No such file" in message
+    assert message.endswith(" ...")
+    with pytest.raises(BadData, match=r"5 of 7 pictures cannot be read: .*[^.]\.$"):
+        sources.check(captioned[:7])
 
 
 @pytest.mark.skipif(not EMOJI.is_dir(), reason="the emoji pictures are not beside this checkout")

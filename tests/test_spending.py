@@ -4,11 +4,14 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from torch.distributed import HashStore  # type: ignore[attr-defined]
 
 from daybreak import config
 from daybreak.evaluate import interim
 from daybreak.failure import BadRecipe
 from daybreak.train import checkpoint, evaluations, flops, loop, spending
+from daybreak.train.parallel import World
 
 
 @pytest.mark.parametrize("sets", [("budget.seconds=0.5",), ("budget.flops=1000",)])
@@ -119,3 +122,24 @@ def test_stages_that_a_budget_does_not_reach_are_named(tiny: Path) -> None:
     assert told[:2] == ["; stages 1 to 2 are not reached"] * 2
     assert told[2:4] == ["; stage 2 is not reached"] * 2
     assert told[4:] == ["", ""]
+
+
+def test_what_is_left_of_a_budget_reaches_further_in_cheaper_stages(tiny: Path) -> None:
+    each = "resolution=32,steps=10,lr=3e-3"
+    recipe = config.load(tiny, (f"stage=[{{{each},batch=8}},{{{each},batch=16}}]",))
+    first, second = 5, 15
+    for left, reached in ((0.0, 5), (4.5, 10), (5.0, 10), (5.1, 11), (7.0, 11), (9.1, 13)):
+        assert spending.end(recipe, [1.0, 2.0], first, left) == reached
+    assert spending.end(recipe, [2.0, 1.0], first, 6.0) == 12
+    assert spending.end(recipe, [1.0, 2.0], second, 3.0) == 18
+    assert spending.end(recipe, [1.0, 2.0], first, 1e9) == 20
+    assert spending.end(recipe, [0.0, 0.0], first, 7.0) == 12, "of unknown size, all are alike"
+
+
+def test_what_devices_do_and_cost_is_that_of_all_of_them(tiny: Path) -> None:
+    usual, priced = config.load(tiny), config.load(tiny, ("budget.flops=1e15", "budget.price=3"))
+    one, four = (World(0, size, torch.device("cpu"), None, HashStore()) for size in (1, 4))
+    flops, price = spending.rates(usual, one, torch.float32)
+    assert spending.rates(usual, four, torch.float32) == (4 * flops, price and 4 * price)
+    assert spending.rates(priced, one, torch.float32) == (flops, 3)
+    assert spending.rates(priced, four, torch.float32) == (4 * flops, 12)

@@ -7,7 +7,7 @@ Units   FLOPs of all devices together; dollars an hour of all of them.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -75,15 +75,21 @@ def forecast(run: Run, done: int) -> None:
     left, usual = run.ledger.left, run.ledger.usual
     if not math.isfinite(left) or not usual:
         return
-    each, ahead = run.flops[run.recipe.stage_at(done)] or 1.0, done
-    while ahead < run.recipe.steps and left > 0:
-        ahead += 1
-        left -= usual * (run.flops[run.recipe.stage_at(ahead)] or 1.0) / each
+    ahead = end(run.recipe, run.flops, done, left / usual)
     if missed := unreached(run.recipe, ahead):
         run.log.note(
             f"at this pace the budget pays for about {ahead:,} of {run.recipe.steps:,} "
             f"steps{missed}"
         )
+
+
+def end(recipe: config.Recipe, flops: Sequence[float], done: int, left: float) -> int:
+    """Return the step with which a budget ends that has so many of the stage under way left."""
+    each, ahead = flops[recipe.stage_at(done)] or 1.0, done
+    while ahead < recipe.steps and left > 0:
+        ahead += 1
+        left -= (flops[recipe.stage_at(ahead)] or 1.0) / each
+    return ahead
 
 
 def unreached(recipe: config.Recipe, step: int) -> str:
