@@ -84,6 +84,19 @@ def test_a_failure_arrives_after_all_that_came_before_it() -> None:
     assert fetching() == []
 
 
+def test_even_what_would_end_a_process_arrives() -> None:
+    def leaving() -> Generator[int]:
+        yield 0
+        raise SystemExit(3)
+
+    def late(seconds: float) -> None:
+        assert seconds < 2, "it was lost in the thread"
+
+    with pytest.raises(SystemExit):
+        list(ahead(leaving(), 2, late))
+    assert fetching() == []
+
+
 @pytest.mark.parametrize("taken", [1, 3])
 def test_who_leaves_early_leaves_nothing_running(taken: int) -> None:
     made = Made(100)

@@ -77,6 +77,11 @@ def test_the_share_that_is_cut_is_what_stands_over_when_scaled_to_cover(
     )
 
 
+def test_of_buckets_that_cut_the_same_the_largest_is_nearest() -> None:
+    alike = Bucket(16, 32), Bucket(32, 64), Bucket(8, 16)
+    assert nearest(alike, 10, 20) == nearest(alike, 10, 10) == Bucket(32, 64)
+
+
 def test_half_the_resolution_has_the_image_of_every_bucket_where_the_unit_allows() -> None:
     for one in buckets(1024, 64, 2.0):
         half = at(one, largest=1024, resolution=512, unit=64, patch=32, max_aspect=2.0)

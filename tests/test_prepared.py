@@ -73,6 +73,8 @@ def test_at_half_the_resolution_shapes_and_pictures_are_half_as_large(prepared: 
     assert {(slot.height, slot.width) for slot in slots} == {(32, 32), (16, 64), (64, 16)}
     for slot in slots:
         assert source.sample(slot).picture.shape == (slot.height, slot.width, 3)
+    long = opened(prepared(numbered(2, {"bucket": "32x96"}), called="long"), patch=4)
+    assert {slot[2:] for slot in long.plan(32, 2, first=0)(0)} == {(16, 48)}, "by unit, not patch"
 
 
 def test_several_datasets_are_one_numbering_and_share_by_weight(prepared: Write) -> None:
@@ -93,6 +95,16 @@ def test_small_buckets_join_and_the_picture_is_cut_to_the_new_shape(prepared: Wr
     assert {(slot.height, slot.width) for slot in slots} == {(48, 80)}
     joined = next(slot for slot in slots if slot.row >= 8)
     assert source.sample(joined).picture.shape == (48, 80, 3)
+
+
+def test_a_bucket_is_as_large_as_what_an_epoch_takes_from_it(prepared: Write) -> None:
+    many = prepared(numbered(60, {"bucket": "32x128"}), called="many")
+    few = prepared(numbered(2, {"bucket": "32x112"}), called="few")
+    source = Prepared([(str(many), 1.0), (str(few), 1.0)], seed=0, patch=16)
+    plan = source.plan(64, batch=4, first=0)
+    shapes = Counter(slot[2:] for number in range(40) for slot in plan(number))
+    assert shapes.keys() == {(32, 128), (32, 112)}, "31 of 62 samples, though of two pictures"
+    assert abs(shapes[32, 112] / 160 - 0.5) < 0.1
 
 
 def test_a_batch_larger_than_the_dataset_is_refused_with_the_arithmetic(prepared: Write) -> None:
@@ -129,6 +141,24 @@ def test_a_crop_takes_pixels_as_they_are_and_moves_with_the_dice(prepared: Write
         picture = source.sample(Slot(index, 0, 64, 64)).picture
         lefts.add(next(n for n in range(17) if np.array_equal(picture, stored[:, n : n + 64])))
     assert lefts == set(range(17))
+    tall = opened(
+        prepared([SQUARE | {"height": 80} | encoded(stored.swapaxes(0, 1), "PNG")], called="tall")
+    )
+    for index in (0, 1, 2):
+        upright = tall.sample(Slot(index, 0, 64, 64)).picture.swapaxes(0, 1)
+        np.testing.assert_array_equal(upright, source.sample(Slot(index, 0, 64, 64)).picture)
+
+
+def test_where_a_picture_is_cut_says_nothing_about_its_caption(prepared: Write) -> None:
+    stored = photo(64, 80)
+    row = SQUARE | {"width": 80, "captions": ["a", "b"], "caption_weights": [1.0, 1.0]}
+    source = opened(prepared([row | encoded(stored, "PNG")]))
+    lefts: dict[str, set[int]] = {"a": set(), "b": set()}
+    for index in range(300):
+        picture, caption, _ = source.sample(Slot(index, 0, 64, 64))
+        left = next(n for n in range(17) if np.array_equal(picture, stored[:, n : n + 64]))
+        lefts[caption].add(left)
+    assert lefts == {"a": set(range(17)), "b": set(range(17))}
 
 
 @settings(deadline=None)
@@ -154,6 +184,13 @@ def test_a_crop_never_stretches(
             assert slope[0] == pytest.approx(2 / scale, rel=0.1, abs=0.1)
 
 
+@pytest.mark.parametrize("across", [0.0, 0.5, 0.999])
+def test_a_crop_of_what_has_to_be_scaled_lies_where_the_dice_say(across: float) -> None:
+    wide = np.tile(np.arange(100, dtype=np.uint8)[:, None], (40, 1, 3))
+    for ramp in (wide, wide.swapaxes(0, 1).copy()):
+        assert crop(ramp, 20, 20, across).mean() == pytest.approx(60 * across + 19.5, abs=0.6)
+
+
 def test_captions_are_chosen_by_their_weights(prepared: Write) -> None:
     row = {"captions": ["long", "short"], "caption_weights": [3.0, 1.0]}
     source = opened(prepared([row]))
@@ -163,9 +200,8 @@ def test_captions_are_chosen_by_their_weights(prepared: Write) -> None:
 
 
 def test_a_die_falls_on_every_caption_up_to_the_last() -> None:
-    assert [chosen("abc", (1, 2, 1), die) for die in (0.0, 0.24, 0.26, 0.74, 0.76, 0.9999)] == [
-        *"aabbcc"
-    ]
+    dice = (0.0, 0.24, 0.25, 0.26, 0.74, 0.75, 0.76, 0.9999)
+    assert "".join(chosen("abc", (1, 2, 1), die) for die in dice) == "aabbbccc"
 
 
 @pytest.mark.parametrize("side", [(64, 64), (37, 64), (61, 90), (512, 300)])
@@ -288,6 +324,7 @@ def test_a_shard_that_is_missing_or_cut_is_named(prepared: Write) -> None:
         ("schema", 2, "has schema 2, not 1"),
         ("settings", {}, "manifest cannot be read"),
         ("counts", {"kept": 5}, "holds 4 pictures and its manifest says 5"),
+        ("counts", {"kept": 3}, "holds 4 pictures and its manifest says 3"),
         ("files", None, "manifest cannot be read"),
     ],
 )

@@ -83,5 +83,5 @@ def at(
     Errors  ValueError if patch does not divide the resolution.
     """
     shrunk, rest = divmod(unit * resolution, largest)
-    whole = not rest and shrunk % patch == 0 and resolution % shrunk == 0
+    whole = not rest and shrunk % patch == 0
     return nearest(buckets(resolution, shrunk if whole else patch, max_aspect), *bucket)
