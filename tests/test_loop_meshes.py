@@ -12,8 +12,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from daybreak import doctor
-from daybreak.train import evaluations
+from daybreak import config, doctor
+from daybreak.train import evaluations, flops
 from daybreak.train.stop import PREEMPTED
 from tests.faults.faults import At, Both, Fault, Older, Spoil, terminate
 from tests.faults.jobs import Place
@@ -57,6 +57,14 @@ def agree(place: Place, wanted: Place, rtol: float = 1e-5) -> None:
 
 def test_two_replicas_of_two_shards_take_the_steps_of_one(made: Callable[..., Place]) -> None:
     agree(made(*FEW, HYBRID, "health.check_every=2", ranks=4), made(*FEW))
+
+
+def test_what_every_replica_computes_is_counted(made: Callable[..., Place]) -> None:
+    alone, both = made(*FEW), made(*FEW, HYBRID, "health.check_every=2", ranks=4)
+    recipe = config.load(alone.run / "recipe.toml")
+    again = sum(flops.work(recipe, recipe.stage[0]).step.values())
+    told = [json.loads((place.run / "run.json").read_text())["ledger"] for place in (alone, both)]
+    assert told[1]["flops"] - told[0]["flops"] == pytest.approx(8 * again) != 0
 
 
 @pytest.mark.slow

@@ -45,6 +45,8 @@ def test_a_budget_of_all_the_flops_of_a_run_leaves_it_its_last_grid(tiny: Path) 
     recipe = config.load(tiny, (f"budget.flops={whole.steps * step}",))
     assert loop.train(recipe, lambda line: None) == (10, 0)
     assert len(list(Path(recipe.out, "samples").iterdir())) == 1
+    status = json.loads(Path(recipe.out, "status.json").read_text())
+    assert status["reason"] == "all steps are done"
 
 
 def test_flops_that_are_spent_leave_time_for_a_grid_and_an_evaluation(tiny: Path) -> None:
@@ -136,9 +138,21 @@ def test_what_is_left_of_a_budget_reaches_further_in_cheaper_stages(tiny: Path) 
     assert spending.end(recipe, [0.0, 0.0], first, 7.0) == 12, "of unknown size, all are alike"
 
 
+def world(size: int) -> World:
+    return World(0, size, torch.device("cpu"), None, HashStore())
+
+
+def test_what_has_no_known_size_has_no_budget_of_arithmetic(tiny: Path) -> None:
+    text = "text={encoder='nobody/nothing', max_tokens=8}"
+    for free in ((), ("budget.seconds=9",)):
+        assert spending.of_steps(config.load(tiny, (text, *free)), False, world(1)) == [0.0]
+    with pytest.raises(BadRecipe, match="whose size is known"):
+        spending.of_steps(config.load(tiny, (text, "budget.flops=1e15")), False, world(1))
+
+
 def test_what_devices_do_and_cost_is_that_of_all_of_them(tiny: Path) -> None:
     usual, priced = config.load(tiny), config.load(tiny, ("budget.flops=1e15", "budget.price=3"))
-    one, four = (World(0, size, torch.device("cpu"), None, HashStore()) for size in (1, 4))
+    one, four = world(1), world(4)
     flops, price = spending.rates(usual, one, torch.float32)
     assert spending.rates(usual, four, torch.float32) == (4 * flops, price and 4 * price)
     assert spending.rates(priced, one, torch.float32) == (flops, 3)
