@@ -77,6 +77,15 @@ def test_the_rate_falls_to_nothing_at_the_end_of_the_budget(file: Path) -> None:
     assert factors == pytest.approx([1, 1, 0.5, 0.2, 0, 0])
 
 
+def test_of_several_limits_the_nearest_brings_the_rate_down(file: Path) -> None:
+    clock = Clock()
+    kept = Ledger(file, Config(seconds=1002.5, flops=100, cooldown=0.5), clock)
+    kept.step(90, 1)
+    assert kept.factor == pytest.approx(0.2)
+    clock.now = 950.0
+    assert kept.factor == pytest.approx(0.1)
+
+
 def test_a_slow_checkpoint_is_given_its_time(file: Path) -> None:
     clock = Clock()
     kept = Ledger(file, Config(seconds=90), clock)

@@ -150,6 +150,19 @@ def test_what_has_no_known_size_has_no_budget_of_arithmetic(tiny: Path) -> None:
         spending.of_steps(config.load(tiny, (text, "budget.flops=1e15")), False, world(1))
 
 
+def test_a_budget_of_time_or_money_that_earlier_starts_have_spent_is_spent(tiny: Path) -> None:
+    told = {"ledger": {"seconds": 89.0, "dollars": 10.0}}
+    (tiny.parent / "run.json").write_text(json.dumps(told))
+
+    def spent(*sets: str) -> bool:
+        return spending.spent(config.load(tiny, sets), tiny.parent, world(1), lambda: 0.0)
+
+    assert spent("budget.seconds=90")
+    assert not spent("budget.seconds=99")
+    assert spent("budget.dollars=10", "budget.price=3")
+    assert not spent("budget.dollars=11", "budget.price=3")
+
+
 def test_what_devices_do_and_cost_is_that_of_all_of_them(tiny: Path) -> None:
     usual, priced = config.load(tiny), config.load(tiny, ("budget.flops=1e15", "budget.price=3"))
     one, four = world(1), world(4)

@@ -94,7 +94,7 @@ def end(recipe: config.Recipe, flops: Sequence[float], done: int, left: float) -
 
 def unreached(recipe: config.Recipe, step: int) -> str:
     """Say which stages a run that ends at a step leaves out, if it does."""
-    last, reached = len(recipe.stage) - 1, recipe.stage_at(max(1, step))
+    last, reached = len(recipe.stage) - 1, recipe.stage_at(step)
     if reached == last:
         return ""
     many = f"stages {reached + 1} to {last} are" if reached + 1 < last else f"stage {last} is"
