@@ -150,6 +150,16 @@ def test_what_has_no_known_size_has_no_budget_of_arithmetic(tiny: Path) -> None:
         spending.of_steps(config.load(tiny, (text, "budget.flops=1e15")), False, world(1))
 
 
+def test_a_step_is_counted_as_one_of_its_stage_and_words(tiny: Path) -> None:
+    each = "resolution=32,steps=10,lr=3e-3"
+    recipe = config.load(tiny, (f"stage=[{{{each},batch=8}},{{{each},batch=16}}]",))
+    worked = spending.of_words(recipe, False, world(1))
+    for number, words in ((0, 7), (1, 7), (1, 20)):
+        read = flops.as_read(recipe, words)
+        assert worked(number, words) == flops.of_step(read, read.stage[number])
+    assert len({worked(0, 7), worked(1, 7), worked(1, 20)}) == 3
+
+
 def test_a_budget_of_time_or_money_that_earlier_starts_have_spent_is_spent(tiny: Path) -> None:
     told = {"ledger": {"seconds": 89.0, "dollars": 10.0}}
     (tiny.parent / "run.json").write_text(json.dumps(told))
