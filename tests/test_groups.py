@@ -13,6 +13,7 @@ from daybreak.model import dit, text
 from daybreak.model.text_to_image import TextToImage, build
 from daybreak.optim import groups
 from daybreak.optim.muon import Muon
+from daybreak.optim.polar_express import NEWTON_SCHULZ
 
 TEXT = text.Config(width=32, depth=1, heads=2, vocabulary=400, max_tokens=16)
 
@@ -145,6 +146,13 @@ def test_a_step_that_is_refused_changes_nothing(
     assert all(map(torch.equal, held(model, shared), held(twin, undisturbed)))
 
 
+def test_where_no_host_looks_every_optimiser_is_told(model: TextToImage) -> None:
+    shared = groups.optimizers(model, groups.MuonConfig(), groups.AdamWConfig())
+    refused = torch.ones((), device="meta")  # as on a GPU, its value cannot be seen from here
+    groups.step(shared, refused)
+    assert [getattr(one, "found_inf", None) is refused for one, _ in shared.values()] == [True] * 2
+
+
 def test_the_schedule_rises_holds_and_falls() -> None:
     factors = [groups.schedule(step, 100, 10, 0.2) for step in range(1, 101)]
     assert factors[0] == pytest.approx(0.1)
@@ -159,7 +167,7 @@ def test_optimisers_have_what_the_recipe_says() -> None:
     model = nn.ModuleDict({"dit": nn.ModuleDict({"blocks": nn.ModuleList([nn.Linear(4, 4)])})})
     shared = groups.optimizers(
         model,
-        groups.MuonConfig(rate=2.0, momentum=0.8, weight_decay=0.01),
+        groups.MuonConfig(rate=2.0, momentum=0.8, weight_decay=0.01, rounds="newton-schulz"),
         groups.AdamWConfig(rate=3.0, betas=(0.7, 0.8), eps=1e-5, weight_decay=0.02),
         precision=torch.float64,
     )
@@ -167,6 +175,7 @@ def test_optimisers_have_what_the_recipe_says() -> None:
     (muon, _), (adamw, _) = shared["muon"], shared["adamw"]
     assert isinstance(muon, Muon)
     assert muon.precision == torch.float64
+    assert muon.rounds == NEWTON_SCHULZ
     said = {key: muon.param_groups[0][key] for key in ("lr", "momentum", "weight_decay")}
     assert said == {"lr": 1.0, "momentum": 0.8, "weight_decay": 0.01}
     said = {key: adamw.param_groups[0][key] for key in ("lr", "betas", "eps", "weight_decay")}

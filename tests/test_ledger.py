@@ -322,6 +322,15 @@ def test_seconds_of_a_run_that_had_no_price_are_paid_at_todays(file: Path) -> No
     assert Ledger(file, Config(dollars=9, price=4), Clock(), rate=4.0).paid == 2.0
 
 
+def test_of_several_ranks_one_keeps_account(file: Path) -> None:
+    before, clock = file.read_text(), Clock()
+    other = Ledger(file, Config(seconds=90), clock, writes=False)
+    clock.now = 9.0
+    other.step(1e9, 1e9)
+    other.end()
+    assert file.read_text() == before
+
+
 def test_where_a_disk_is_slow_entries_are_rare(file: Path) -> None:
     clock = Clock()
     kept = Ledger(file, None, clock)
