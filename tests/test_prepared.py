@@ -338,9 +338,12 @@ def test_a_manifest_that_does_not_fit_is_refused(
         opened(folder)
 
 
-def test_a_picture_without_a_caption_is_refused_at_the_door(prepared: Write) -> None:
+@pytest.mark.parametrize("lacks", [{"captions": []}, {"image": None}])
+def test_a_row_that_lacks_caption_or_picture_is_refused_at_the_door(
+    prepared: Write, lacks: dict[str, Any]
+) -> None:
     with pytest.raises(BadData, match="without a picture or a caption"):
-        opened(prepared([SQUARE, SQUARE | {"captions": []}]))
+        opened(prepared([SQUARE, SQUARE | lacks]))
 
 
 def test_what_prepare_writes_is_read(pictures: Path, tmp_path: Path) -> None:
