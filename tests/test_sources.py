@@ -307,6 +307,12 @@ def test_a_link_to_the_folder_may_be_given(tmp_path: Path) -> None:
     assert sources.folder(tmp_path / "link")[0].path == tmp_path / "link" / "one.png"
 
 
+def test_keywords_alone_are_a_caption(tmp_path: Path) -> None:
+    picture(tmp_path / "a.png")
+    jsonl(tmp_path, {"file_name": "a.png", "keywords": ["cat", "hat"]})
+    assert [one.captions for one in sources.folder(tmp_path)] == [("cat, hat",)]
+
+
 def test_check_passes_over_good_pictures(tmp_path: Path) -> None:
     sources.check([Captioned(picture(tmp_path / "one.png"), ("x",), (1.0,))])
     sources.check([])
