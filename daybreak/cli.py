@@ -295,6 +295,12 @@ def sample(
     steps: Steps = None,
     guidance: Guidance = None,
     seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture.")] = 0,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            metavar="WIDTHxHEIGHT", help="In pixels; a square as in the last stage if left out."
+        ),
+    ] = None,
     set_: Set = None,
     out: Annotated[
         Path | None, typer.Option(help="Folder for the pictures; RUN/samples/... if left out.")
@@ -310,6 +316,7 @@ def sample(
         steps=steps,
         guidance=guidance,
         seed=seed,
+        size=None if size is None else sampling.size(size),
         sets=tuple(set_ or ()),
         out=out,
     )

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from daybreak.failure import BadStorage
+from daybreak.failure import BadRecipe, BadStorage
 from tests import warm
 
 ENVIRONMENT = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
@@ -52,6 +52,26 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
         *("red-seed0-steps1.png", "red-seed1-steps1.png"),
         *("blue-seed0-steps1.png", "blue-seed1-steps1.png", "grid-steps1.png"),
     ], "prompts are drawn from the same noise, and other settings are other files"
+
+    wide = daybreak(
+        *("sample", "red", "--run", run, "--count", 2, "--steps", 1),
+        *("--size", "48x24", "--out", tmp_path / "wide"),
+    )
+    assert wide.returncode == 0, wide.stderr
+    paths = sorted((tmp_path / "wide").iterdir())
+    assert [path.name for path in paths] == [
+        *("grid-48x24-steps1.png", "red-seed0-48x24-steps1.png", "red-seed1-48x24-steps1.png"),
+    ]
+    with Image.open(paths[1]) as picture:
+        assert picture.size == (48, 24)
+    assert "another size" not in wide.stderr
+    few = ("sample", "red", "--run", run, "--count", 1, "--steps", 1, "--size")
+    large = daybreak(*few, "64x64")
+    assert "64x64 px is another size than that of training (32 x 32)" in large.stderr
+    for size, said in (("30x49", "take 32x48"), ("big", "--size big: write it as WIDTHxHEIGHT")):
+        refused = daybreak(*few, size)
+        assert refused.returncode == BadRecipe.code
+        assert said in refused.stderr
 
     alike = daybreak(
         *("sample", "a " * 50 + "cat", "a " * 50 + "dog", "dog?", "\u72ac" * 90, ".."),

@@ -5,6 +5,8 @@
 A setting that draws other pictures stands in the name: a-red-circle-seed0-steps20.png.
 """
 
+import math
+import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -13,11 +15,23 @@ from PIL import Image
 
 from daybreak import config
 from daybreak.data import disk
-from daybreak.failure import BadStorage
+from daybreak.failure import BadRecipe, BadStorage
 from daybreak.generate import draw, grid
 from daybreak.train import evaluations, runs
 
 LONGEST = 80  # bytes of a prompt in a file's name, and of the settings after it
+ALIKE = 4 / 3  # a picture is of a stage's size if its side, were it square, differs by no more
+
+
+class Size(NamedTuple):
+    """Of a picture, in pixels."""
+
+    width: int
+    height: int
+
+    def __str__(self) -> str:
+        """As it is asked for: 96x64."""
+        return f"{self.width}x{self.height}"
 
 
 class Wanted(NamedTuple):
@@ -29,6 +43,7 @@ class Wanted(NamedTuple):
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0  # of each prompt's first picture
+    size: Size | None = None  # a square of the last stage's resolution
     sets: tuple[str, ...] = ()
     out: Path | None = None
 
@@ -36,7 +51,8 @@ class Wanted(NamedTuple):
 def sample(run: Path, wanted: Wanted, tell: Callable[[str], None]) -> Iterator[Path]:
     """Draw with the averaged weights of a run; yields each file when it is there.
 
-    `tell` hears of prompts of which the model reads only the beginning.
+    `tell` hears of prompts of which the model reads only the beginning, and of a size that it has
+    not been trained at.
 
     Errors  NoCheckpoint, BadRecipe, BadStorage.
     """
@@ -46,7 +62,7 @@ def sample(run: Path, wanted: Wanted, tell: Callable[[str], None]) -> Iterator[P
     seeds = [wanted.seed + number for _ in wanted.prompts for number in range(wanted.each)]
     digest = config.digest(recipe)
     recipe = config.resampled(recipe, wanted.sets, wanted.steps, wanted.guidance)
-    how, side = recipe.sample, recipe.stage[-1].resolution
+    how, size = recipe.sample, _checked(wanted.size, recipe, tell)
     folder, apart = wanted.out or run / "samples" / _folder_name(wanted.prompts), _apart(wanted)
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -58,7 +74,9 @@ def sample(run: Path, wanted: Wanted, tell: Callable[[str], None]) -> Iterator[P
                 f"{_file_name(words)}: of {length} tokens {recipe.text.max_tokens} are read "
                 "(text.max_tokens)"
             )
-    pictures = draw.draw(model, prompts, seeds, side, side, how, recipe.flow, recipe.tread)
+    pictures = draw.draw(
+        model, prompts, seeds, size.height, size.width, how, recipe.flow, recipe.tread
+    )
 
     drawn = how.model_dump_json(exclude={"prompts", "every", "seed"})
     facts = {"recipe": digest, "step": str(found.step), "guide": how.guide, "sample": drawn}
@@ -70,6 +88,32 @@ def sample(run: Path, wanted: Wanted, tell: Callable[[str], None]) -> Iterator[P
     columns = min(wanted.each, 8) if len(wanted.prompts) > 1 else None
     grid.save(grid.grid(pictures, prompts, columns), folder / f"grid{apart}.png", facts)
     yield folder / f"grid{apart}.png"
+
+
+def size(text: str) -> Size:
+    """Read WIDTHxHEIGHT. Errors: BadRecipe."""
+    sides = re.fullmatch(r"([1-9][0-9]{0,4})x([1-9][0-9]{0,4})", text.strip().lower())
+    if sides is None:
+        raise BadRecipe(f"--size {text}: write it as WIDTHxHEIGHT in pixels, for example 96x64")
+    return Size(int(sides[1]), int(sides[2]))
+
+
+def _checked(size: Size | None, recipe: config.Recipe, tell: Callable[[str], None]) -> Size:
+    """The size to draw. Errors: BadRecipe if it is no whole number of patches."""
+    sides, patch = [stage.resolution for stage in recipe.stage], recipe.dit.patch
+    if size is None:
+        return Size(sides[-1], sides[-1])
+    if any(side % patch for side in size):
+        near = Size(*(max(1, round(side / patch)) * patch for side in size))
+        raise BadRecipe(
+            f"--size {size}: this model draws patches of {patch} px, so sides are multiples of "
+            f"that: take {near}"
+        )
+    side = math.sqrt(size.width * size.height)
+    if not any(one / ALIKE <= side <= one * ALIKE for one in sides):
+        was = " and ".join(f"{one} x {one}" for one in dict.fromkeys(sides))
+        tell(f"{size} px is another size than that of training ({was}): expect less of it")
+    return size
 
 
 def _folder_name(prompts: tuple[str, ...]) -> str:
@@ -87,6 +131,7 @@ def _apart(wanted: Wanted) -> str:
     """What tells the files of other settings from those of the recipe's."""
     given = {"steps": wanted.steps, "guidance": wanted.guidance}
     marks = ["best"] if wanted.best else []
+    marks += [str(wanted.size)] if wanted.size else []
     marks += [f"{key}{value:g}" for key, value in given.items() if value is not None]
     said = "-".join((*marks, *wanted.sets))
     return said and f"-{disk.named(said, LONGEST)}"
