@@ -64,10 +64,10 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
     ]
     with Image.open(paths[1]) as picture:
         assert picture.size == (48, 24)
-    assert "another size" not in wide.stderr
+    assert "48x24 px is another shape than that of training (32x32)" in wide.stderr
     few = ("sample", "red", "--run", run, "--count", 1, "--steps", 1, "--size")
     large = daybreak(*few, "64x64")
-    assert "64x64 px is another size than that of training (32 x 32)" in large.stderr
+    assert "64x64 px is another size than that of training (32x32)" in large.stderr
     for size, said in (("30x49", "take 32x48"), ("big", "--size big: write it as WIDTHxHEIGHT")):
         refused = daybreak(*few, size)
         assert refused.returncode == BadRecipe.code

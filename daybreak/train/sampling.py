@@ -109,10 +109,12 @@ def _checked(size: Size | None, recipe: config.Recipe, tell: Callable[[str], Non
             f"--size {size}: this model draws patches of {patch} px, so sides are multiples of "
             f"that: take {near}"
         )
-    side = math.sqrt(size.width * size.height)
-    if not any(one / ALIKE <= side <= one * ALIKE for one in sides):
-        was = " and ".join(f"{one} x {one}" for one in dict.fromkeys(sides))
-        tell(f"{size} px is another size than that of training ({was}): expect less of it")
+    side, square = math.sqrt(size.width * size.height), size.width == size.height
+    alike = any(one / ALIKE <= side <= one * ALIKE for one in sides)
+    if not alike or (recipe.drawn and not square):  # scenes are squares
+        other = "shape" if alike else "size"
+        was = " and ".join(f"{one}x{one}" for one in dict.fromkeys(sides))
+        tell(f"{size} px is another {other} than that of training ({was}): expect less of it")
     return size
 
 
