@@ -298,7 +298,7 @@ def sample(
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="WIDTHxHEIGHT", help="In pixels; a square as in the last stage if left out."
+            metavar="WIDTHxHEIGHT", help="In pixels; as in the last stage's grids if left out."
         ),
     ] = None,
     set_: Set = None,

@@ -65,6 +65,9 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
     with Image.open(paths[1]) as picture:
         assert picture.size == (48, 24)
     assert "48x24 px is another shape than that of training (32x32)" in wide.stderr
+    tall = daybreak(*("sample", "red", "--run", run, "--count", 1), "--set", "sample.aspect=0.5")
+    with Image.open(Path(tall.stdout.split("\n")[0])) as picture:
+        assert picture.size == (24, 48)
     few = ("sample", "red", "--run", run, "--count", 1, "--steps", 1, "--size")
     large = daybreak(*few, "64x64")
     assert "64x64 px is another size than that of training (32x32)" in large.stderr

@@ -4,6 +4,8 @@ import itertools
 import math
 
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from daybreak.generate import sampler
 from daybreak.model import flow
@@ -52,6 +54,18 @@ def test_the_time_grid_falls_from_one_to_zero_and_the_shift_keeps_the_ends() -> 
         assert all(now > then for now, then in itertools.pairwise(grid))
     assert math.isclose(sampler.times(2, 3.0)[1], 0.75)
     assert sampler.times(10, 1.0)[::2] == [1.0, 0.8, 0.6, 0.4, 0.2, 0.0]
+
+
+@given(st.floats(0.25, 4), st.integers(1, 64), st.sampled_from([4, 8, 16, 32]))
+def test_a_picture_of_any_aspect_has_about_as_many_pixels(
+    aspect: float, patches: int, patch: int
+) -> None:
+    side = patch * patches
+    height, width = sampler.size(sampler.Config(aspect=aspect), side, patch)
+    assert height % patch == width % patch == 0 < min(height, width)
+    assert abs(height - side / math.sqrt(aspect)) <= patch / 2 or height == patch
+    assert abs(width - side * math.sqrt(aspect)) <= patch / 2 or width == patch
+    assert sampler.size(sampler.Config(), side, patch) == (side, side)
 
 
 def test_drawn_times_have_the_moments_of_the_published_distribution() -> None:

@@ -199,7 +199,7 @@ def test_the_cards_snippet_runs_and_its_times_are_ours(
         ours = draw.draw(model, [PROMPT], [0], 32, 32, HOW, FLOW, ROUTE)[0]
         assert np.abs(np.asarray(picture).astype(int) - ours.astype(int)).max() <= 1
     for shift in (1.0, 3.0, 0.6):
-        expression = pipeline.snippet("x", "y", 32, HOW, shift).split("timesteps=")[1]
+        expression = pipeline.snippet("x", "y", (32, 32), HOW, shift).split("timesteps=")[1]
         times = runpy_value(expression.split(",\n")[0], tmp_path)
         np.testing.assert_allclose(times, pipeline.timesteps(HOW.steps, shift), rtol=1e-6)
 
@@ -210,7 +210,7 @@ def test_the_readmes_snippet_is_the_quickstarts_and_runs(
     recipe = config.load("quickstart")
     shift = recipe.flow.shift if recipe.sample.shift is None else recipe.sample.shift
     prompt = "a red circle above a blue square"
-    code = pipeline.snippet("runs/quickstart/pipeline", prompt, 32, recipe.sample, shift)
+    code = pipeline.snippet("runs/quickstart/pipeline", prompt, (32, 32), recipe.sample, shift)
     assert f"```python\n{code}```" in (ROOT / "README.md").read_text()
     exported(model, tmp_path / "runs" / "quickstart" / "pipeline", recipe.sample)
     (tmp_path / "snippet.py").write_text(code)
@@ -480,12 +480,13 @@ def test_a_prompt_of_any_signs_is_quoted_in_code_and_card(
 ) -> None:
     prompt = 'a "red": circle\n\\ ünd'
     for code in (
-        pipeline.snippet("x", prompt, 64, HOW, 1.0),
-        pipeline.custom_snippet("x", prompt),
+        pipeline.snippet("x", prompt, (64, 96), HOW, 1.0),
+        pipeline.custom_snippet("x", prompt, (64, 96)),
     ):
         said = [node.value for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Constant)]
         assert prompt in said
-    assert "height=64,\n    width=64,\n" in pipeline.snippet("x", prompt, 64, HOW, 1.0)
+    assert "height=64,\n    width=96,\n" in pipeline.snippet("x", prompt, (64, 96), HOW, 1.0)
+    assert ", height=64, width=96, generator" in pipeline.custom_snippet("x", prompt, (64, 96))
     card = CARD._replace(prompt=prompt)
     folder = pipeline.export(model, tmp_path / "pipeline", 32, HOW, FLOW, card)
     front = (folder / "README.md").read_text(encoding="utf-8").split("---\n")[1]

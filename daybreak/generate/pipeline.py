@@ -104,7 +104,8 @@ def export(
             },
         )
         (staged / "README.md").write_text(
-            _card(card, resolution, how, flow_config), encoding="utf-8"
+            _card(card, sampler.size(how, resolution, model.dit.config.patch), how, flow_config),
+            encoding="utf-8",
         )
         staged.chmod(0o755)
         old = disk.swap(staged, folder)
@@ -209,7 +210,9 @@ def _write(path: Path, value: dict[str, Any]) -> None:
     path.write_text(json.dumps(value, indent=2) + "\n", encoding="utf-8")
 
 
-def snippet(source: str, prompt: str, resolution: int, how: sampler.Config, shift: float) -> str:
+def snippet(
+    source: str, prompt: str, size: tuple[int, int], how: sampler.Config, shift: float
+) -> str:
     """Return the Python lines that draw `prompt` with the exported folder `source`."""
     u = f"[1 - i / {how.steps} for i in range({how.steps})]"
     times = f"[1000 * u for u in {u}]"
@@ -222,8 +225,8 @@ pipeline = PRXPixelPipeline.from_pretrained("{source}")
 torch.manual_seed(0)
 image = pipeline(
     {json.dumps(prompt, ensure_ascii=False)},
-    height={resolution},
-    width={resolution},
+    height={size[0]},
+    width={size[1]},
     timesteps={times},
     guidance_scale={how.guidance:g},
     use_resolution_binning=False,
@@ -232,8 +235,10 @@ image.save("picture.png")
 '''
 
 
-def custom_snippet(source: str, prompt: str) -> str:
+def custom_snippet(source: str, prompt: str, size: tuple[int, int]) -> str:
     """Return the Python lines that draw `prompt` with the folder's own pipeline.py."""
+    height, width = size
+    asked = "" if height == width else f"height={height}, width={width}, "
     return f'''import torch
 from diffusers import DiffusionPipeline
 
@@ -241,15 +246,15 @@ pipeline = DiffusionPipeline.from_pretrained(
     "{source}", custom_pipeline="pipeline", trust_remote_code=True
 )
 generator = torch.Generator().manual_seed({dice.key(0, 0, 0)})
-image = pipeline({json.dumps(prompt, ensure_ascii=False)}, generator=generator).images[0]
+image = pipeline({json.dumps(prompt, ensure_ascii=False)}, {asked}generator=generator).images[0]
 image.save("picture.png")
 '''
 
 
-def _card(card: Card, resolution: int, how: sampler.Config, flow_config: flow.Config) -> str:
+def _card(card: Card, size: tuple[int, int], how: sampler.Config, flow_config: flow.Config) -> str:
     """Return the model card: front matter, a snippet that runs, facts, recipe."""
     shift = sampler.shift(how, flow_config)
-    custom = custom_snippet("PATH_OF_THIS_FOLDER", card.prompt)
+    custom = custom_snippet("PATH_OF_THIS_FOLDER", card.prompt, size)
     rows = "\n".join(f"| {name} | {value} |" for name, value in card.facts)
     return f"""---
 library_name: diffusers
@@ -263,7 +268,7 @@ widget:
 A text-to-image model in pixel space, trained from random weights by daybreak on `{card.data}`.
 
 ```python
-{snippet("PATH_OF_THIS_FOLDER", card.prompt, resolution, how, shift)}```
+{snippet("PATH_OF_THIS_FOLDER", card.prompt, size, how, shift)}```
 
 One prompt per call: `PRXPixelPipeline` mixes up the time of several prompts under guidance.
 `timesteps` is the grid the model was tuned for; the scheduler's own is another. What the recipe

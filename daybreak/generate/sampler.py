@@ -17,6 +17,7 @@ Source   Euler on the flow's ODE: arXiv 2403.03206; the grid is that of training
          FlowMatchEulerDiscreteScheduler.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from itertools import pairwise
 from typing import Literal
@@ -53,15 +54,18 @@ class Apg(BaseModel):
 class Config(BaseModel):
     """How pictures are made: for the grids during training, and by default afterwards.
 
-    `every` counts training steps between two grids. Steps that are `stochastic` draw their noise
-    anew. `guide` names the weak network: the same one with an empty prompt ("classifier-free"), or
-    with routed tokens as in [tread] ("self"). Guidance acts for t in `interval`.
+    `every` counts training steps between two grids; their pictures are `aspect` times as wide as
+    high, with as many pixels as a square of the stage's resolution. Steps that are `stochastic`
+    draw their noise anew. `guide` names the weak network: the same one with an empty prompt
+    ("classifier-free"), or with routed tokens as in [tread] ("self"). Guidance acts for t in
+    `interval`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     prompts: tuple[str, ...] = ()
     every: int = Field(default=500, gt=0)
+    aspect: float = Field(default=1.0, ge=0.25, le=4)
     steps: int = Field(default=28, gt=0)
     stochastic: bool = False
     guide: Literal["classifier-free", "self"] = "classifier-free"
@@ -79,6 +83,15 @@ class Config(BaseModel):
                 f"interval begins at {low} and ends at {high}: write the lower t first"
             )
         return self
+
+
+def size(how: Config, resolution: int, patch: int) -> tuple[int, int]:
+    """Height and width of a picture with about resolution^2 pixels, whole numbers of patches."""
+    root = math.sqrt(how.aspect)
+    height, width = (
+        max(1, round(side / patch)) * patch for side in (resolution / root, resolution * root)
+    )
+    return height, width
 
 
 def shift(how: Config, flow_config: flow.Config) -> float:

@@ -13,15 +13,16 @@ from PIL import Image
 from daybreak import config
 from daybreak.data import disk
 from daybreak.generate import draw as sampling
-from daybreak.generate import grid
+from daybreak.generate import grid, sampler
 from daybreak.model.text_to_image import TextToImage
 
 
 def draw(model: TextToImage, recipe: config.Recipe, side: int) -> sampling.Picture:
-    """Draw every prompt with its seed."""
+    """Draw every prompt with its seed, at the resolution of a stage."""
     prompts, seeds = _asked(recipe)
     how = recipe.sample
-    return sampling.draw(model, prompts, seeds, side, side, how, recipe.flow, recipe.tread)
+    height, width = sampler.size(how, side, recipe.dit.patch)
+    return sampling.draw(model, prompts, seeds, height, width, how, recipe.flow, recipe.tread)
 
 
 def write(run: Path, pictures: sampling.Picture, recipe: config.Recipe, step: int) -> Path:

@@ -16,7 +16,7 @@ from PIL import Image
 from daybreak import config
 from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage
-from daybreak.generate import draw, grid
+from daybreak.generate import draw, grid, sampler
 from daybreak.train import evaluations, runs
 
 LONGEST = 80  # bytes of a prompt in a file's name, and of the settings after it
@@ -43,7 +43,7 @@ class Wanted(NamedTuple):
     steps: int | None = None
     guidance: float | None = None
     seed: int = 0  # of each prompt's first picture
-    size: Size | None = None  # a square of the last stage's resolution
+    size: Size | None = None  # as in the last stage's grids
     sets: tuple[str, ...] = ()
     out: Path | None = None
 
@@ -102,7 +102,8 @@ def _checked(size: Size | None, recipe: config.Recipe, tell: Callable[[str], Non
     """The size to draw. Errors: BadRecipe if it is no whole number of patches."""
     sides, patch = [stage.resolution for stage in recipe.stage], recipe.dit.patch
     if size is None:
-        return Size(sides[-1], sides[-1])
+        height, width = sampler.size(recipe.sample, sides[-1], patch)
+        return Size(width, height)
     if any(side % patch for side in size):
         near = Size(*(max(1, round(side / patch)) * patch for side in size))
         raise BadRecipe(
