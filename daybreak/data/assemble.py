@@ -1,8 +1,8 @@
 """From finished shards to a dataset: duplicates are left out, and everything is put in its place.
 
 Nothing is copied but the shards that lose a row, or that are too many to be a file each; the others
-are the same file under another name.
-All of it depends on the shards alone, so it can be done again after a kill.
+are the same file under another name. All of it depends on the shards alone, so it can be done again
+after a kill.
 """
 
 import contextlib

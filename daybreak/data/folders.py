@@ -117,10 +117,14 @@ def parts(path: Path, name: str, shard: int) -> records.Source:
     cut: list[records.Part] = [
         Files(path, names, sum(sizes[one] for one in names)) for names in stretches
     ]
-    if links := linked(path):
-        cut.append(Linked(tuple(links)))
     found = [*((one, sizes[one]) for one in named), *((one, _written(path / one)) for one in texts)]
-    return records.Source(name, "sidecars", _fingerprint(found), tuple(cut))
+    return with_links(records.Source(name, "sidecars", _fingerprint(found), tuple(cut)), path)
+
+
+def with_links(source: records.Source, path: Path) -> records.Source:
+    """What was found below a folder, and after it the links there, which are not followed."""
+    links = linked(path)
+    return source._replace(parts=(*source.parts, Linked(tuple(links)))) if links else source
 
 
 def _parts_of_metadata(

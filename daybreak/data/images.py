@@ -174,7 +174,10 @@ def _header(file: IO[bytes], where: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A loaded picture as it is to be seen; tags that cannot be read are passed over."""
+    """A loaded picture as it is to be seen; tags that cannot be read are passed over.
+
+    Not by Pillow's `exif_transpose`, which writes the tags anew, and fails where that fails.
+    """
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
     except (SyntaxError, struct.error, OSError, LookupError, TypeError, ValueError):

@@ -93,9 +93,9 @@ def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source
                 "folders of their own, and give both."
             )
         if packed:
-            return _with_links(tars.parts(packed, path, name), path)
+            return folders.with_links(tars.parts(packed, path, name), path)
         if listed:
-            return _with_links(tables.parquet(listed, path, name, wanted, shard), path)
+            return folders.with_links(tables.parquet(listed, path, name, wanted, shard), path)
         return folders.parts(path, name, shard)
     if drawn := DRAWN.fullmatch(name):
         return _drawn(name, int(drawn[1]), drawn[2], shard)
@@ -104,13 +104,6 @@ def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source
     raise BadData(
         f"{name}: there is no such file or folder; give one, scenes:N, or owner/name of the hub."
     )
-
-
-def _with_links(archives: Source, path: Path) -> Source:
-    """A folder of archives, and what it links to, which is not read."""
-    links = folders.linked(path)
-    more = (folders.Linked(tuple(links)),) if links else ()
-    return archives._replace(parts=(*archives.parts, *more))
 
 
 def _drawn(name: str, count: int, canvas: str | None, shard: int) -> Source:

@@ -213,7 +213,8 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 def snippet(
     source: str, prompt: str, size: tuple[int, int], how: sampler.Config, shift: float
 ) -> str:
-    """Return the Python lines that draw `prompt` with the exported folder `source`."""
+    """Return the Python lines that draw `prompt`, (height, width), with the folder `source`."""
+    height, width = size
     u = f"[1 - i / {how.steps} for i in range({how.steps})]"
     times = f"[1000 * u for u in {u}]"
     if shift != 1:
@@ -225,8 +226,8 @@ pipeline = PRXPixelPipeline.from_pretrained("{source}")
 torch.manual_seed(0)
 image = pipeline(
     {json.dumps(prompt, ensure_ascii=False)},
-    height={size[0]},
-    width={size[1]},
+    height={height},
+    width={width},
     timesteps={times},
     guidance_scale={how.guidance:g},
     use_resolution_binning=False,
