@@ -19,13 +19,14 @@ def test_a_file_takes_its_name_when_it_is_whole(tmp_path: Path) -> None:
 
 def test_what_a_name_cannot_say_whole_is_told_apart_all_the_same() -> None:
     said = ["a-cat", "a cat", "a cat!", "a-cat-", "..", "/etc/passwd", "x" * 299, "x" * 300]
-    said += ["\N{CAT FACE}" * 99, "\u732b" * 99, "\u732b" * 98 + "\u72ac"]
-    names = [disk.named(one, 40) for one in said]
-    assert names[0] == "a-cat"
-    assert len({name.lower() for name in names}) == len(names)
-    for name in names:
-        assert len(name.encode()) <= 40
-        assert Path(name).name == name.lstrip("-.") != ""
+    said += ["\N{CAT FACE}" * 99, "\u732b" * 99, "\u732b" * 98 + "\u72ac", "", "empty", "a  cat"]
+    for hyphen, plain in ("-", "a-cat"), (" ", "a cat"):
+        names = {one: disk.named(one, 40, hyphen) for one in said}
+        assert names[plain] == "a-cat"
+        assert len({name.lower() for name in names.values()}) == len(said)
+        for name in names.values():
+            assert len(name.encode()) <= 40
+            assert Path(name).name == name.lstrip("-.") != ""
 
 
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:

@@ -114,13 +114,14 @@ def cut_lines(path: Path, step: int) -> dict[str, Any]:
     return last
 
 
-def named(said: str, longest: int) -> str:
+def named(said: str, longest: int, hyphen: str = "-") -> str:
     """A file's name, of `longest` bytes at most, that says it as far as a name can.
 
-    What it cannot say whole ends in a digest: two that are not the same never share a name.
+    What it cannot say whole ends in a digest: two that are not the same never share a name. A
+    `hyphen` of the name stands for that sign, as for the spaces of a sentence.
     """
-    name = re.sub(r"[^\w.=+-]+", "-", said).strip("-.")
-    if name == said and len(name.encode()) <= longest:
+    name = re.sub(r"[^\w.=+-]+", "-", said).strip("-.") or "empty"
+    if name.replace("-", hyphen) == said and len(name.encode()) <= longest:
         return name
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
     short = name.encode()[: longest - len(digest) - 1].decode(errors="ignore")

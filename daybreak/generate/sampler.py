@@ -29,7 +29,7 @@ from torch import Tensor
 
 from daybreak.model import flow, tread
 from daybreak.model.dit import DiT
-from daybreak.model.text import Text
+from daybreak.model.text import Text, sent
 from daybreak.model.tread import Route
 from daybreak.train.dice import Dice
 
@@ -136,8 +136,11 @@ def in_turn(strong: Denoiser, weak: Denoiser) -> Pair:
 def noise(
     dice: Sequence[Dice], shape: tuple[int, int, int], scale: float, device: torch.device
 ) -> Float[Tensor, "b c h w"]:
-    """Draw noise (b, *shape) of standard deviation `scale`, equal on every device."""
-    return torch.cat([scale * die.normal(*shape) for die in dice]).to(device)
+    """Draw noise (b, *shape) of standard deviation `scale`, equal on every device.
+
+    The processor draws it, for a GPU while that is busy with the step before: nobody waits.
+    """
+    return sent(torch.cat([scale * die.normal(*shape) for die in dice]), device)
 
 
 def begin(

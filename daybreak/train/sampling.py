@@ -127,7 +127,7 @@ def _folder_name(prompts: tuple[str, ...]) -> str:
 
 def _file_name(prompt: str) -> str:
     """Turn a prompt into a file's name."""
-    return disk.named(prompt.replace(" ", "-") or "empty", LONGEST)
+    return disk.named(prompt, LONGEST, hyphen=" ")
 
 
 def _apart(wanted: Wanted) -> str:
