@@ -125,7 +125,7 @@ def named(said: str, longest: int, hyphen: str = "-") -> str:
         return name
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
     short = name.encode()[: longest - len(digest) - 1].decode(errors="ignore")
-    return f"{short}-{digest}".lstrip("-")
+    return f"{short}-{digest}"
 
 
 @contextmanager
