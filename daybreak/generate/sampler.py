@@ -162,7 +162,7 @@ def begin(
             tread.draw(routed, one[None], patch, die).kept
             for one, die in zip(start, dice, strict=True)
         ]
-        route = Route(routed.start, routed.stop, torch.cat(kept).to(device))
+        route = Route(routed.start, routed.stop, sent(torch.cat(kept), device))
     return start, route
 
 
