@@ -334,7 +334,7 @@ def evaluate(
     ] = "scenes",
     per_task: PerTask = 120,
     count: Annotated[
-        int, typer.Option(min=32, help="Pictures of validation and distribution.")
+        int, typer.Option(min=20, help="Pictures of validation and distribution.")
     ] = 5000,
     each: Annotated[
         int, typer.Option(min=1, help="Pictures of a prompt, for prompts and geneval.")
@@ -440,7 +440,7 @@ def compare(
     ] = 0.0,
     evaluations: Annotated[int, typer.Option(min=1, help="Of a run, the last one included.")] = 8,
     per_task: PerTask = 60,
-    pictures: Annotated[int, typer.Option(min=32, help="Of validation and distribution.")] = 512,
+    pictures: Annotated[int, typer.Option(min=20, help="Of validation and distribution.")] = 512,
     data: Annotated[
         Path | None, typer.Option(help="A prepared dataset to evaluate with, unless on scenes.")
     ] = None,

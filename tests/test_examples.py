@@ -83,13 +83,13 @@ def test_the_digest_names_what_decides_the_pictures(prepared: Callable[..., Path
 def test_too_few_pictures_are_refused_with_the_number_there_is(
     prepared: Callable[..., Path],
 ) -> None:
-    with pytest.raises(BadData, match=r"holds 33 pictures and 34 .* ask for 33 \(--count"):
-        examples.of_dataset(dataset(prepared, 33), 64, 16, 0, 34)
+    with pytest.raises(BadData, match=r"holds 20 pictures and 34 .* ask for 20 \(--count"):
+        examples.of_dataset(dataset(prepared, 20), 64, 16, 0, 34)
 
 
 def test_what_no_command_can_ask_for_is_not_advised(prepared: Callable[..., Path]) -> None:
-    with pytest.raises(BadData, match=r"holds 30 pictures and 31 are to be compared: give a large"):
-        examples.of_dataset(dataset(prepared), 64, 16, 0, 31)
+    with pytest.raises(BadData, match=r"holds 19 pictures and 31 are to be compared: give a large"):
+        examples.of_dataset(dataset(prepared, 19), 64, 16, 0, 31)
 
 
 def test_pictures_smaller_than_the_models_are_refused(prepared: Callable[..., Path]) -> None:

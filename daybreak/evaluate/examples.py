@@ -23,10 +23,10 @@ import numpy.typing as npt
 from daybreak.data import scenes
 from daybreak.data.plan import Slot
 from daybreak.data.prepared import Prepared
+from daybreak.evaluate.distances import FEWEST
 from daybreak.failure import BadData
 
 BATCH = 64
-FEWEST = 32  # pictures that a command can be asked for
 FIRST = 1 << 60  # index of the first scene
 
 
@@ -74,7 +74,7 @@ def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Exa
     opened = source.datasets[0]
     if len(opened.numbers) < count:
         there, ask = len(opened.numbers), ""
-        if there >= FEWEST:
+        if there >= FEWEST:  # that commands and recipes can ask for
             ask = (
                 f"ask for {there} (--count of evaluate, --pictures of compare, evaluate.pictures "
                 "of a recipe), or "
