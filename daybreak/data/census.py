@@ -42,6 +42,9 @@ SMALL_WORDS = frozenset({
     "with",
 })  # fmt: skip
 
+# A sign of scripts that leave no space between words: each is counted as one.
+UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\pM*)"
+
 T = TypeVar("T")
 
 
@@ -190,7 +193,8 @@ def tally(table: Any) -> Tally:
         licences.update(_values(rows["licence"]))
 
         captions = pc.list_flatten(rows["captions"])
-        spoken = pc.split_pattern_regex(pc.utf8_lower(captions), r"[^\pL\pM\pN']+")
+        apart = pc.replace_substring_regex(pc.utf8_lower(captions), UNSPACED, r" \1 ")
+        spoken = pc.split_pattern_regex(apart, r"[^\pL\pM\pN']+")
         owner, word = pc.list_parent_indices(spoken), pc.list_flatten(spoken)
         real = pc.not_equal(word, "")
         words.update(_values(pc.filter(word, real)))
