@@ -76,8 +76,9 @@ def test_a_column_of_plain_bytes_is_pictures(tmp_path: Path) -> None:
         assert contents(read(source)) == [(png(1), {"caption": "c"})]
 
 
-def test_bytes_are_pictures_however_their_lengths_are_written(tmp_path: Path) -> None:
-    for kind in (pa.binary(), pa.large_binary(), pa.binary_view()):
+def test_bytes_are_pictures_however_they_are_written(tmp_path: Path) -> None:
+    kinds = [pa.binary(), pa.large_binary(), pa.binary_view()]
+    for kind in (*kinds, pa.dictionary(pa.int32(), pa.binary())):
         plain = pa.array([png(1)], kind)
         inside = pa.StructArray.from_arrays([plain, pa.array(["1.png"])], ["bytes", "path"])
         for image in (plain, inside):

@@ -244,6 +244,8 @@ def _holds_bytes(kind: Any) -> bool:
     if pa.types.is_struct(kind):
         names = [kind.field(number).name for number in range(kind.num_fields)]
         return "bytes" in names and _holds_bytes(kind.field("bytes").type)
+    if pa.types.is_dictionary(kind):  # equal pictures are stored once
+        return _holds_bytes(kind.value_type)
     plain = pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
     return plain or pa.types.is_binary_view(kind)
 
