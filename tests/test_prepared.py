@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 from datasets import load_from_disk
 from hypothesis import given, settings
@@ -284,6 +285,18 @@ def test_a_dataset_of_damaged_pictures_ends_in_one_sentence(prepared: Write) -> 
     rows = [{"image": {"bytes": b"", "path": None}} for _ in range(5)]
     with pytest.raises(BadData, match=f"Nor can {SUBSTITUTES - 1} others"):
         opened(prepared(rows)).sample(Slot(0, 0, 64, 64))
+
+
+def test_more_files_than_a_process_may_map_are_not_called_damaged(
+    prepared: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(path: str) -> None:  # as pyarrow says it after vm.max_map_count files
+        raise OSError("Memory mapping file failed: Cannot allocate memory")
+
+    folder = prepared([SQUARE])
+    monkeypatch.setattr(pa, "memory_map", full)
+    with pytest.raises(BadData, match=r"data-\S+ is one file more than a process may map: rai"):
+        opened(folder)
 
 
 def test_a_worker_that_is_not_forked_opens_the_dataset_itself(prepared: Write) -> None:

@@ -14,6 +14,7 @@ Errors  BadData for a folder that is no prepared dataset, or not the one its man
 
 import itertools
 import json
+import os
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -264,7 +265,7 @@ def _mapped(
     try:
         # One after the other: a map outlives its file handle, of which there may be too few.
         table = pa.concat_tables(
-            [pa.ipc.open_stream(pa.memory_map(str(folder / name))).read_all() for name in files]
+            [pa.ipc.open_stream(_file(folder / name)).read_all() for name in files]
         )
         missing = [name for name in NEEDED if name not in table.column_names]
         if missing:
@@ -286,6 +287,20 @@ def _mapped(
     numbers = coded.indices.to_numpy().astype(np.int32)
     columns = {name: table[name] for name in NEEDED}
     return Opened(folder, table, columns, buckets, numbers, *shape, files)
+
+
+def _file(path: Path) -> Any:
+    """A file that is there, mapped into memory. Errors: BadData, which need not mean damage."""
+    try:
+        return pa.memory_map(str(path))
+    except OSError as error:
+        reason = (
+            f"cannot be read ({os.strerror(error.errno)}): mend that"
+            if error.errno  # what a map fails with has none
+            else "is one file more than a process may map: raise vm.max_map_count, or prepare the "
+            "datasets again with a larger --shard"
+        )
+        raise BadData(f"{path} {reason}") from error
 
 
 def chosen(captions: Sequence[str], weights: Sequence[float], die: float) -> str:
