@@ -61,6 +61,17 @@ def test_a_recipe_against_itself_gets_other_seeds(tiny: Path, tmp_path: Path) ->
     assert len({run.folder for run in runs}) == 6
 
 
+def test_the_folder_of_a_run_says_its_arm_as_other_files_say_what_they_hold(
+    tiny: Path, tmp_path: Path
+) -> None:
+    changes = ("dit.width=64", "sample.prompts=[" + ", ".join(["'\u732b'"] * 40) + "]")
+    found = made(arms.named([str(tiny)], changes, ("muon",)), tmp_path)
+    names = [run.folder.parent.name for run in arms.runs(found, 1, tmp_path)]
+    for name, said in zip(names, ("tiny", "without-muon", "dit.width=64"), strict=False):
+        assert name.rpartition("-")[0] == said
+    assert len(names[3].encode()) <= arms.LONGEST + len("-01234567")
+
+
 def test_runs_of_a_seed_follow_one_another_and_share_it(tiny: Path, tmp_path: Path) -> None:
     found = made(arms.named([str(tiny)], ("dit.width=64",), ()), tmp_path)
     runs = list(arms.runs(found, 3, tmp_path))

@@ -27,6 +27,7 @@ def test_what_a_name_cannot_say_whole_is_told_apart_all_the_same() -> None:
         for name in names.values():
             assert len(name.encode()) <= 40
             assert Path(name).name == name.lstrip("-.") != ""
+            assert disk.plain(name, 40) == name
 
 
 def test_what_a_killed_process_left_is_swept_and_nothing_else(tmp_path: Path) -> None:

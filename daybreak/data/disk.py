@@ -120,12 +120,16 @@ def named(said: str, longest: int, hyphen: str = "-") -> str:
     What it cannot say whole ends in a digest: two that are not the same never share a name. A
     `hyphen` of the name stands for that sign, as for the spaces of a sentence.
     """
-    name = re.sub(r"[^\w.=+-]+", "-", said).strip("-.") or "empty"
-    if name.replace("-", hyphen) == said and len(name.encode()) <= longest:
+    if (name := plain(said, longest)).replace("-", hyphen) == said:
         return name
     digest = hashlib.sha256(said.encode()).hexdigest()[:8]
-    short = name.encode()[: longest - len(digest) - 1].decode(errors="ignore")
-    return f"{short}-{digest}"
+    return f"{plain(said, longest - len(digest) - 1)}-{digest}"
+
+
+def plain(said: str, longest: int) -> str:
+    """What a name of `longest` bytes at most can say: others may come to say the same."""
+    name = re.sub(r"[^\w.=+-]+", "-", said).strip("-.") or "empty"
+    return name.encode()[:longest].decode(errors="ignore")
 
 
 @contextmanager

@@ -39,6 +39,7 @@ from daybreak.train.budget import Budget
 from daybreak.train.runs import FREE, machine, precision
 
 Unit = Literal["pictures", "flops", "seconds"]
+LONGEST = 60  # bytes of an arm's name in that of its folder
 OTHER_SEEDS = 1000  # from one arm of the same recipe to the next
 
 
@@ -183,7 +184,7 @@ def runs(arms: Sequence[Arm], seeds: int, out: Path) -> Iterator[Run]:
         for place, arm in enumerate(arms):
             digest = config.digest(arm.recipe)
             seed = arm.first_seed + number
-            folder = out / f"{_file_name(arm.name)}-{digest[:8]}" / f"seed-{seed}"
+            folder = out / f"{disk.plain(arm.name, LONGEST)}-{digest[:8]}" / f"seed-{seed}"
             yield Run(place, number, _with(arm.recipe, out=folder.as_posix(), seed=seed))
 
 
@@ -344,7 +345,3 @@ def _measured(recipe: Recipe, file: Path) -> list[float]:
 def _with(recipe: Recipe, **changes: Any) -> Recipe:
     """The recipe with some values changed, checked as a whole."""
     return config.parse(recipe.model_dump() | changes, "compare")
-
-
-def _file_name(name: str) -> str:
-    return "".join(sign if sign.isalnum() or sign in "-." else "-" for sign in name)[:60]
