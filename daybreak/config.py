@@ -336,8 +336,13 @@ def find(source: str | Path) -> Path:
 
 
 def dump(recipe: Recipe) -> str:
-    """Write a recipe with every value in it, as TOML that `load` reads back to an equal one."""
-    return tomli_w.dumps(_without_none(recipe.model_dump(mode="json")))
+    """Write a recipe with every value in it, as TOML that `load` reads back to an equal one.
+
+    Stages come last and as tables, so that another can be written behind them.
+    """
+    table = _without_none(recipe.model_dump(mode="json"))
+    stages = [f"\n[[stage]]\n{tomli_w.dumps(row)}" for row in table.pop("stage")]
+    return tomli_w.dumps(table) + "".join(stages)
 
 
 def assigned(given: Mapping[str, str | Path | None]) -> list[str]:

@@ -20,6 +20,14 @@ def test_a_resolved_recipe_reads_back_equal(path: Path, tmp_path: Path) -> None:
     assert config.digest(config.load(copy)) == config.digest(recipe)
 
 
+def test_a_stage_can_be_written_behind_a_resolved_recipe(tiny: Path) -> None:
+    recipe = config.load(tiny, ("stage.0.steps=9",))  # a short row
+    more = "[[stage]]\nresolution = 32\nsteps = 9\nbatch = 8\nlr = 1e-3\n"
+    longer = config.parse(tomllib.loads(config.dump(recipe) + more), "more.toml")
+    assert longer.stage[:-1] == recipe.stage
+    assert longer.stage[-1].steps == 9
+
+
 def test_a_built_in_recipe_is_found_by_name() -> None:
     assert config.load("quickstart") == config.load(RECIPES[0].parent / "quickstart.toml")
 
