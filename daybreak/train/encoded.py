@@ -69,8 +69,7 @@ def known(
         for folder in reader.partial:
             tell(
                 f"not all captions of {folder} are, and a batch with one that is not is encoded "
-                f"whole: daybreak prepare {folder} --cache-text {recipe.text.encoder} "
-                f"--max-tokens {recipe.text.max_tokens}"
+                f"whole: daybreak prepare {folder} --cache-text {recipe.out}/recipe.toml"
             )
         return reader
     for folder in folders:
