@@ -50,6 +50,16 @@ def test_pictures_come_with_the_texts_beside_them(tmp_path: Path) -> None:
     assert len(folders.parts(tmp_path, "source", 2).parts) == 2
 
 
+def test_a_name_finds_its_picture_however_its_accents_are_spelt(tmp_path: Path) -> None:
+    joined, apart = "\u00f3.png", "o\u0301.png"  # the second as disks of macOS once had it
+    for there, said in ((joined, apart), (apart, joined)):
+        folder = picture(tmp_path / said / there).parent
+        jsonl(folder, {"file_name": said, "text": "o"})
+        assert named(read(folder)) == [(there, "record")]
+    picture(tmp_path / apart / apart)
+    assert named(read(tmp_path / apart)) == [(apart, "record"), (joined, "unnamed")]
+
+
 def test_what_is_no_picture_in_a_folder_is_named(tmp_path: Path) -> None:
     picture(tmp_path / "fine.png")
     outside = picture(tmp_path.parent / f"{tmp_path.name}-outside.png")

@@ -13,6 +13,7 @@ Nothing outside the folder is ever read, whatever the metadata or a link inside 
 import hashlib
 import os
 import stat
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -134,7 +135,7 @@ def _parts_of_metadata(
     for row, after in rows_of(metadata):
         one = row.values.get("file_name") if isinstance(row, Row) else None
         if isinstance(one, str):
-            named.add(os.path.normpath(one))
+            named.add(next((form for form in _spelt(os.path.normpath(one)) if form in sizes), one))
         apart = one is None or one != last  # rows of one picture stay together
         if counts[-1] >= shard and apart:
             places.append(end)
@@ -218,7 +219,11 @@ def inside(root: Path, row: Row) -> Path:
         raise Refused(
             f"has no `file_name` with the name of a picture, but {listed or 'nothing'}.", "metadata"
         )
-    picture = root / name
+    try:
+        there = next((one for one in _spelt(name) if (root / one).is_file()), None)
+    except OSError:  # a name too long for the file system
+        there = None
+    picture = root / (there or name)
     if Path(name).is_absolute() or ".." in Path(name).parts:
         raise Refused(
             f"`file_name` {name!r} lies outside the folder; move the picture into it.", "unsafe"
@@ -228,10 +233,6 @@ def inside(root: Path, row: Row) -> Path:
             f"`file_name` {name!r} is a link that leads out of the folder; copy the picture.",
             "unsafe",
         )
-    try:
-        there = picture.is_file()
-    except OSError:  # a name too long for the file system
-        there = False
     if not there:
         raise Refused(f"names {name!r}, which does not exist in the folder.", "missing")
     return picture
@@ -305,6 +306,12 @@ def is_picture(name: str) -> bool:
 def within(path: Path, file: Path) -> bool:
     """Whether the file, all links followed, still lies in the folder."""
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(path))
+
+
+def _spelt(name: str) -> Iterator[str]:
+    """A name as it is written, then with accents joined and apart: disks differ in that."""
+    yield name
+    yield from (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
 
 
 def _stem(name: str) -> str:
