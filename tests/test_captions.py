@@ -79,7 +79,10 @@ def test_bytes_are_utf_8() -> None:
             {"keywords": ["a", 1]},
             'column `keywords` holds ["a", 1]; a caption is a text or a list of texts.',
         ),
-        ({"text": "Kätzchen".encode("latin-1")}, "its `text` is not UTF-8 (byte 1)."),
+        (
+            {"text": "Kätzchen".encode("latin-1")},
+            "its `text` is not UTF-8 (byte 1); save it as UTF-8.",
+        ),
         ({"text": "half a \ud83d face"}, "its `text` is not valid Unicode (at 7)."),
         ({"text": "x" * 100_000}, "its `text` has 100,000 characters; at most 8,000 are taken."),
     ],

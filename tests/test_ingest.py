@@ -158,7 +158,11 @@ def test_the_allowed_upscale_and_crop_are_inclusive_limits() -> None:
     assert take(encoded(smooth(48, 48)))["height"] == 48  # 64 / 48 is 4/3
     limit = Config(resolution=64, unit=8, max_aspect=1, max_crop=0.5)
     assert take(encoded(smooth(64, 128)), limit)["bucket"] == "64x64"
-    assert refused(encoded(smooth(64, 130)), limit)[0] == "aspect"
+    kind, reason = refused(encoded(smooth(64, 130)), limit)
+    assert kind == "aspect"
+    assert reason.endswith("--max-crop allows 50%. --max-aspect 1 makes no longer ones.")
+    coarse = Config(resolution=64, unit=32)
+    assert "A smaller --unit" in refused(encoded(smooth(64, 96)), coarse)[1]
 
 
 def test_the_shortest_side_can_be_asked_for() -> None:

@@ -65,7 +65,9 @@ def words(value: object, column: str) -> str:
         try:
             value = value.decode("utf-8-sig")
         except UnicodeDecodeError as error:
-            raise _refused(f"its `{column}` is not UTF-8 (byte {error.start}).") from error
+            raise _refused(
+                f"its `{column}` is not UTF-8 (byte {error.start}); save it as UTF-8."
+            ) from error
     if isinstance(value, str):
         _check_unicode(value, column)
         return clean(value)

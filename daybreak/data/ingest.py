@@ -157,10 +157,14 @@ def _check_size(height: int, width: int, config: Config) -> None:
     if min(height, width) < config.min_side:
         raise Refused(f"{size}; --min-side asks for {config.min_side} px.", "small")
     if lost > config.max_crop:
+        remedy = (
+            f"--max-aspect {config.max_aspect:g} makes no longer ones."
+            if max(height, width) > config.max_aspect * min(height, width)
+            else "A smaller --unit or a larger --resolution makes finer shapes."
+        )
         raise Refused(
             f"{size}; its nearest bucket, {fills}, would cut away {lost:.0%} of it, and "
-            f"--max-crop allows {config.max_crop:.0%}. A smaller --unit or a larger --resolution "
-            "makes finer shapes.",
+            f"--max-crop allows {config.max_crop:.0%}. {remedy}",
             "aspect",
         )
     if scale > config.max_upscale:
