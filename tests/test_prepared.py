@@ -312,6 +312,12 @@ def test_a_worker_that_is_not_forked_opens_the_dataset_itself(prepared: Write) -
 def test_a_folder_that_is_none_says_how_to_make_one(tmp_path: Path, prepared: Write) -> None:
     with pytest.raises(BadData, match="daybreak prepare SOURCE"):
         opened(tmp_path / "nothing")
+    (tmp_path / "pictures").mkdir()
+    with pytest.raises(BadData, match=r"prepare \S+pictures --out OTHER` makes one of it"):
+        opened(tmp_path / "pictures")
+    (tmp_path / "pictures" / ".staging").mkdir()
+    with pytest.raises(BadData, match="daybreak prepare SOURCE"):
+        opened(tmp_path / "pictures")
     saved = prepared(numbered(2, SQUARE))
     (saved / "manifest.json").unlink()
     assert is_prepared(saved)

@@ -240,10 +240,11 @@ def open_dataset(folder: Path) -> Opened:
         shape = int(settings["resolution"]), int(settings["unit"]), float(settings["max_aspect"])
     except FileNotFoundError as error:
         name = Path(error.filename).name
+        ours = any((folder / one).exists() for one in ("manifest.json", ".staging"))
         remedy = (
-            f"`daybreak prepare {folder} --out OTHER` makes one of it"
-            if (folder / "state.json").is_file()
-            else f"`daybreak prepare SOURCE --out {folder}` makes it, or finishes it"
+            f"`daybreak prepare SOURCE --out {folder}` makes it, or finishes it"
+            if ours or not folder.exists()
+            else f"`daybreak prepare {folder} --out OTHER` makes one of it"
         )
         raise BadData(f"{folder} is no prepared dataset, it has no {name}: {remedy}") from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
