@@ -167,6 +167,10 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "0.tar").touch()
+    with pytest.raises(BadData, match=r"holds 0\.tar and no loose picture; `daybreak prepare"):
+        sources.folder(tmp_path)
+    (tmp_path / "0.tar").unlink()
     with pytest.raises(BadData, match="holds no pictures"):
         sources.folder(tmp_path)
     (tmp_path / "metadata.jsonl").write_text("\n")

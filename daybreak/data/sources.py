@@ -217,8 +217,8 @@ def _captioned(
 
 
 def _side_by_side(path: Path) -> list[Captioned]:
-    captioned = []
-    for name in folders.walk(path):
+    captioned, there = [], folders.walk(path)
+    for name in there:
         picture = path / name
         if not folders.is_picture(name):
             continue
@@ -229,7 +229,13 @@ def _side_by_side(path: Path) -> list[Captioned]:
             Captioned(picture, (caption,), (1.0,)) if caption else Captioned(picture, (), ())
         )
     if not captioned:
-        raise BadData(folders.no_pictures(path))
+        packed = next((name for name in there if name.endswith((".tar", ".parquet"))), None)
+        raise BadData(
+            f"{path}: holds {packed} and no loose picture; `daybreak prepare {path} --out DATASET` "
+            "makes a dataset of it."
+            if packed
+            else folders.no_pictures(path)
+        )
     return captioned
 
 
