@@ -180,6 +180,8 @@ def prepare(
         raise BadRecipe(
             "give sources and --out DATASET; or --verify, or --cache-text ENCODER, and DATASET"
         )
+    if (part or max_tokens) and not cache_text:
+        raise BadRecipe("--part and --max-tokens are of captions to encode: give --cache-text too")
     if source and out:
         given = {
             "resolution": max(resolution) if resolution else None,

@@ -417,6 +417,8 @@ def test_the_verb_encodes_as_a_recipe_asks(
     dataset, encoder = prepared([{"captions": ["a red circle"]}]), saved(tmp_path / "encoder")
     with pytest.raises(BadRecipe, match="trains its own text encoder"):
         cli.prepare([str(dataset)], cache_text=str(tiny))
+    with pytest.raises(BadRecipe, match="--part and --max-tokens are of captions to encode"):
+        cli.prepare([str(dataset)], out=tmp_path / "part", part="1/2")
     sets = ('text.template="a {} circle"', "text.skip=1", f"text.encoder={encoder}")
     recipe = config.load(tiny, (*sets, f"data.source={dataset}", "dit.patch=16"), ("scenes",))
     tiny.write_text(config.dump(recipe))
