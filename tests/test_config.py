@@ -28,6 +28,12 @@ def test_a_stage_can_be_written_behind_a_resolved_recipe(tiny: Path) -> None:
     assert longer.stage[-1].steps == 9
 
 
+def test_data_that_is_named_by_nothing_is_refused(tiny: Path) -> None:
+    sets = config.assigned({"out": None, "data.source": ""})  # --data "$UNSET"
+    with pytest.raises(BadRecipe, match=r"data\.source: no source is named"):
+        config.load(tiny, tuple(sets), ("scenes",))
+
+
 def test_a_built_in_recipe_is_found_by_name() -> None:
     assert config.load("quickstart") == config.load(RECIPES[0].parent / "quickstart.toml")
 
