@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from daybreak.doctor import Finding
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
+CLOSED = errno.EACCES  # to this user: a file, or the folder that it lies in
 
 
 def tables(shown: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> None:
@@ -100,9 +101,10 @@ def plain_failures() -> Iterator[None]:
         if isinstance(error, Failure):
             code = error.code
             print(f"daybreak: {error}", file=sys.stderr)
-        elif isinstance(error, OSError) and error.errno in FULL:
+        elif isinstance(error, OSError) and error.errno in {*FULL, CLOSED}:
             code, what = BadStorage.code, error.filename or "what it says"
-            print(f"daybreak: cannot write {what}: {error.strerror}", file=sys.stderr)
+            verb = "read or write" if error.errno == CLOSED else "write"
+            print(f"daybreak: cannot {verb} {what}: {error.strerror}", file=sys.stderr)
         elif many:
             traceback.print_exc()
         else:

@@ -325,6 +325,16 @@ def test_a_folder_that_is_none_says_how_to_make_one(tmp_path: Path, prepared: Wr
         opened(saved)
 
 
+def test_a_manifest_that_the_disk_does_not_give_is_not_called_damaged(prepared: Write) -> None:
+    folder = prepared([SQUARE])
+    (folder / "manifest.json").unlink()
+    (folder / "manifest.json").mkdir()
+    with pytest.raises(
+        BadData, match=r"manifest\.json cannot be read \(Is a directory\): mend that"
+    ):
+        opened(folder)
+
+
 def test_a_shard_that_is_missing_or_cut_is_named(prepared: Write) -> None:
     folder = prepared(numbered(4, SQUARE), shards=2)
     shard = folder / "data-00001-of-00002.arrow"

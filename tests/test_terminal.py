@@ -23,6 +23,7 @@ def test_brackets_in_a_table_are_no_markup(capsys: pytest.CaptureFixture[str]) -
     [
         ("RuntimeError('no such luck')", 1, "RuntimeError: no such luck"),
         ("OSError(28, 'No space left on device', 'run/x')", 7, "daybreak: cannot write run/x: No "),
+        ("OSError(13, 'Permission denied', 'a')", 7, "daybreak: cannot read or write a: Permis"),
         ("BadData('tooth.png is no picture')", 3, "daybreak: tooth.png is no picture"),
     ],
 )

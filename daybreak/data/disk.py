@@ -61,10 +61,12 @@ def compare(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of JSON holds. Errors: BadData if it cannot be read."""
+    """What a file of JSON holds. Errors: BadData for other text, BadStorage."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except OSError as error:
+        raise BadStorage(f"cannot read {path}: {error.strerror}") from error
+    except ValueError as error:
         raise BadData(f"{path} cannot be read ({error}): remove the folder it lies in") from error
 
 

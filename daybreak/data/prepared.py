@@ -247,7 +247,9 @@ def open_dataset(folder: Path) -> Opened:
             else f"`daybreak prepare {folder} --out OTHER` makes one of it"
         )
         raise BadData(f"{folder} is no prepared dataset, it has no {name}: {remedy}") from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except OSError as error:
+        raise BadData(f"{error.filename} cannot be read ({error.strerror}): mend that") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadData(f"{folder}: its manifest cannot be read ({error}); prepare it again") from (
             error
         )
