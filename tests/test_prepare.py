@@ -833,6 +833,18 @@ def test_a_picture_has_the_captions_of_all_its_rows_whatever_the_cut(tmp_path: P
         assert found["00000.png"][1] == pytest.approx([0.3, 0.3, 0.3])
 
 
+def test_rows_of_one_picture_that_stand_apart_are_told_to_follow_one_another(
+    tmp_path: Path,
+) -> None:
+    inside = folder(tmp_path / "inside", 2)
+    rows = "file_name,text\n00000.png,one\n00001.png,two\n00000.png,another"
+    (inside / "metadata.csv").write_text(rows)
+    run(tmp_path / "out", inside)
+    assert captioned(tmp_path / "out")["00000.png"][0] == ["another"]
+    (left,) = lines(tmp_path / "out/rejected.jsonl")
+    assert left["reason"].startswith("comes twice; rows that name one picture give it all")
+
+
 def test_a_list_of_texts_is_as_many_captions_and_one_of_keywords_is_one(tmp_path: Path) -> None:
     inside = folder(tmp_path / "inside", 1)
     row = {

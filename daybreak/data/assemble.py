@@ -195,7 +195,13 @@ def _duplicate(stored: Stored, row: int, group: Group, far: int) -> dict[str, st
     same = "is the same file as" if group.kind == "exact" else "looks like"
     source = f" of {kept['source']}" if kept["source"] != own["source"] else ""
     bits = f" (hashes {far} bits apart)" if far else ""
-    return own | {"kind": "duplicate", "reason": f"{same} {kept['where']}{source}{bits}."}
+    reason = (
+        "comes twice; rows that name one picture give it all their captions if they follow one "
+        "another."
+        if kept == own
+        else f"{same} {kept['where']}{source}{bits}."
+    )
+    return own | {"kind": "duplicate", "reason": reason}
 
 
 def _write_groups(path: Path, stored: Stored, groups: Sequence[Group]) -> None:
