@@ -166,6 +166,17 @@ def test_a_missing_folder_is_named(tmp_path: Path) -> None:
         sources.folder(picture(tmp_path / "file.png"))
 
 
+@pytest.mark.parametrize(
+    ("table", "remedy"),
+    [("metadata.parquet", "into a metadata.jsonl there"), ("0.parquet", "folders of their own")],
+)
+def test_a_table_beside_pictures_is_refused(tmp_path: Path, table: str, remedy: str) -> None:
+    picture(tmp_path / "0.png")
+    (tmp_path / table).touch()
+    with pytest.raises(BadData, match=rf"holds both pictures .* and \S+{table}; .*{remedy}"):
+        sources.find(str(tmp_path), Columns(), 4)
+
+
 def test_an_empty_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "0.tar").touch()
     with pytest.raises(BadData, match=r"holds 0\.tar and no loose picture; `daybreak prepare"):

@@ -88,9 +88,13 @@ def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source
         listed = [path / one for one in inner if one.endswith(".parquet")]
         loose = [path / one for one in inner if folders.is_picture(one)]
         if loose and (other := packed or listed):  # img2dataset itself puts tables beside tars
+            remedy = (
+                "write what it says into a metadata.jsonl there."
+                if other[0].name == "metadata.parquet"  # which `datasets` takes for its imagefolder
+                else "put them into folders of their own, and give both."
+            )
             raise BadData(
-                f"{name}: holds both pictures (such as {loose[0]}) and {other[0]}; put them into "
-                "folders of their own, and give both."
+                f"{name}: holds both pictures (such as {loose[0]}) and {other[0]}; {remedy}"
             )
         if packed:
             return folders.with_links(tars.parts(packed, path, name), path)
