@@ -736,6 +736,18 @@ def test_muons_matrices_travel_in_bfloat16_and_back(published: config.Recipe) ->
     assert more == pytest.approx(2 * 2 * matrices / 8 * 7 / 8)
 
 
+def test_what_is_computed_in_float32_travels_in_float32(published: config.Recipe) -> None:
+    exact = config.parse(PUBLISHED | {"precision": "float32"}, "exact")
+    weights = sum(shape.numel() for shape, _ in flops.learned(published))
+    matrices = sum(shape.numel() for shape, by in flops.learned(published) if by == "muon")
+    half, full = (
+        budget.plan(recipe, Cluster(32, H200)).stages[0].seconds["communication"]
+        for recipe in (published, exact)
+    )
+    more = (2 * weights + 2 * 2 * matrices / 8) * 7 / 8
+    assert full - half == pytest.approx(more / H200.link)
+
+
 def test_weights_that_are_let_go_are_gathered_in_every_pass() -> None:
     mesh = {"dp_replicate": 4, "reshard_after_forward": True}
     again = config.parse(PUBLISHED | {"parallel": mesh}, "again")

@@ -260,7 +260,7 @@ def plan(
         pace = {
             "arithmetic": seconds,
             "communication": communication(
-                recipe, mesh, device.link, rounds(recipe, stage, number)
+                recipe, mesh, device.link, rounds(recipe, stage, number), dtype
             ),
         }
         counted = {name: stage.count * stage.batch * each for name, each in work.picture.items()}
@@ -375,25 +375,33 @@ def held(
     return parts | ({"program": float(log.memory())} if device == "cpu" else {})
 
 
-def communication(recipe: Recipe, mesh: Mesh, link: float, passes: int = 1) -> float:
+def communication(
+    recipe: Recipe,
+    mesh: Mesh,
+    link: float,
+    passes: int = 1,
+    dtype: torch.dtype = torch.bfloat16,
+) -> float:
     """Seconds in which one device exchanges weights and gradients for one step."""
-    inside, across = traffic(recipe, mesh, passes)
+    inside, across = traffic(recipe, mesh, passes, dtype)
     return inside / link + across / min(link, hardware.NETWORK)
 
 
-def traffic(recipe: Recipe, mesh: Mesh, passes: int = 1) -> tuple[float, float]:
+def traffic(
+    recipe: Recipe, mesh: Mesh, passes: int = 1, dtype: torch.dtype = torch.bfloat16
+) -> tuple[float, float]:
     """Bytes that one device sends in a step: to devices of its node, and to other nodes.
 
-    Weights are gathered in bfloat16, once or with `reshard_after_forward` twice for each of the
-    `passes`, gradients summed in float32, and each matrix travels to the device that makes its
-    momentum orthogonal and back, in bfloat16.
+    Weights are gathered in the precision of the blocks, once or with `reshard_after_forward` twice
+    for each of the `passes`, gradients summed in float32, and each matrix travels to the device
+    that makes its momentum orthogonal and back, in that precision, too.
     """
     learned = [(shape.numel(), learner) for shape, learner in flops.learned(recipe)]
     weights = sum(count for count, _ in learned)
     matrices = sum(count for count, learner in learned if learner == "muon")
     others = (mesh.shard - 1) / mesh.shard
-    gathered = 4 * passes if recipe.parallel.reshard_after_forward else 2
-    cut = (gathered + 4) * weights * others + 2 * 2 * matrices / mesh.shard * others
+    gathered = dtype.itemsize * (2 * passes if recipe.parallel.reshard_after_forward else 1)
+    cut = (gathered + 4) * weights * others + 2 * dtype.itemsize * matrices / mesh.shard * others
     copied = 2 * 4 * weights / mesh.shard * (mesh.replicate - 1) / mesh.replicate
     inside, across = (cut, copied) if mesh.shard <= hardware.PER_NODE else (0.0, cut + copied)
     return (inside, across) if mesh.devices > hardware.PER_NODE else (inside + across, 0.0)

@@ -238,7 +238,7 @@ def _traffic(recipe: Recipe, made: Plan) -> tuple[float, float]:
     """Bytes that a device sends in a step, in the stage whose steps take most passes."""
     count = made.cluster.number
     most = max(budget.rounds(recipe, stage, count) for stage in recipe.stage)
-    return budget.traffic(recipe, made.mesh, most)
+    return budget.traffic(recipe, made.mesh, most, budget.precision(recipe, made.cluster))
 
 
 def _epochs(recipe: Recipe, made: Plan) -> str:
