@@ -654,6 +654,10 @@ def plan(
     from daybreak.train import fitting
     from daybreak.train import plan as view
 
+    if host.processes() > 1:
+        raise BadRecipe(
+            "daybreak plan counts for all devices with one process: start it without torchrun"
+        )
     if share is not None and measure:
         raise BadRecipe("--measure finds the share that --share gives: leave one of them out")
     if fit and fit.exists():

@@ -611,7 +611,9 @@ def test_plan_gives_json(tiny: Path) -> None:
         (("--gpus", ""), "write how many and which"),
         (("--budget", ""), "for example 1500usd"),
         (("--gpus", "H200", "--price", "inf", "--budget", "5usd"), "--price inf"),
+        (("--gpus", "H200", "--price", "1e300"), "--price 1e+300"),
         (("--gpus", "H200", "--price", "0", "--budget", "5usd"), "no price above 0"),
+        (("--set", "budget.seconds=1e308"), "budget.seconds = 1e+308"),
         (("--set", "text.encoder=nobody/nothing"), "text.encoder"),
         (("--gpus", "RTX4090", "--set", "dit.width=24576", "--set", "dit.heads=2"), "needs"),
     ],
@@ -623,6 +625,14 @@ def test_what_cannot_be_planned_is_one_sentence(
         asked(tiny, *arguments)
     assert words in str(refused.value)
     assert "\n" not in str(refused.value)
+
+
+def test_a_plan_is_not_made_by_every_process_of_torchrun(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(BadRecipe, match="start it without torchrun"):
+        asked(tiny)
 
 
 def test_a_plan_loads_no_more_than_it_needs() -> None:

@@ -25,6 +25,7 @@ from daybreak.failure import BadRecipe
 from daybreak.model import text_cache
 from daybreak.train import flops, hardware, length, log, measure, memory, parallel, runs
 from daybreak.train.hardware import Cluster
+from daybreak.train.ledger import MOST
 from daybreak.train.memory import Mesh
 
 GB = hardware.GB
@@ -38,7 +39,6 @@ GPU_SOURCE = "assumed: what torchtitan reports for Llama 3.1 8B in bfloat16 on 8
 CPU_SHARE = 0.4
 CPU_SOURCE = "assumed: what the quickstart's record reached on two cores"
 
-MOST = 1e30  # of anything that a budget may be: more than there is
 UNITS: dict[str, tuple[Literal["seconds", "dollars", "flops", "pictures"], float]] = {
     "s": ("seconds", 1),
     "min": ("seconds", 60),
@@ -227,7 +227,7 @@ def plan(
     number, device = cluster
     if price is None and recipe.budget is not None:
         price = recipe.budget.price
-    if price is not None and not math.isfinite(price):
+    if price is not None and price >= MOST:
         raise BadRecipe(f"--price {price} is no price: give dollars for a device and hour")
     check_shares(recipe, number)
     dtype = precision(recipe, cluster)

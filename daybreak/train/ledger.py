@@ -33,6 +33,7 @@ from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.train import facts
 
+MOST = 1e30  # of anything that a budget may be: more than there is
 EVERY, SHARE = 1.0, 0.005  # seconds between two entries, and the share of time they may take
 CLOSING = 1.0  # seconds for the last checkpoint at least
 ENDING = 1.5  # seconds that a process takes to end, when nothing can be entered any more
@@ -48,10 +49,10 @@ class Config(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    seconds: float | None = Field(default=None, gt=0)
-    dollars: float | None = Field(default=None, gt=0)
-    flops: float | None = Field(default=None, gt=0)
-    price: float | None = Field(default=None, gt=0)
+    seconds: float | None = Field(default=None, gt=0, lt=MOST)
+    dollars: float | None = Field(default=None, gt=0, lt=MOST)
+    flops: float | None = Field(default=None, gt=0, lt=MOST)
+    price: float | None = Field(default=None, gt=0, lt=MOST)
     cooldown: float = Field(default=0.2, ge=0, le=1)
 
     @model_validator(mode="after")
