@@ -322,6 +322,15 @@ def test_seconds_of_a_run_that_had_no_price_are_paid_at_todays(file: Path) -> No
     assert Ledger(file, Config(dollars=9, price=4), Clock(), rate=4.0).paid == 2.0
 
 
+def test_what_was_paid_stays_so_on_devices_without_a_price(file: Path) -> None:
+    clock = Clock()
+    Ledger(file, None, clock, rate=3600).end()
+    clock.now = 10.0
+    Ledger(file, None, clock).end()
+    clock.now = 0.0
+    assert Ledger(file, None, clock, rate=3600).paid == 1.5
+
+
 def test_of_several_ranks_one_keeps_account(file: Path) -> None:
     before, clock = file.read_text(), Clock()
     other = Ledger(file, Config(seconds=90), clock, writes=False)

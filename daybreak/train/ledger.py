@@ -125,8 +125,10 @@ class Ledger:
 
     @property
     def paid(self) -> float | None:
-        """Dollars that they have cost, each with the devices it had."""
-        return None if self.rate is None else self.dollars + self.rate * self.clock() / 3600
+        """Dollars that they have cost, each with the devices it had, where those have a price."""
+        if self.rate is None and not self.dollars:
+            return None
+        return self.dollars + (self.rate or 0.0) * self.clock() / 3600
 
     @property
     def limit(self) -> float | None:
