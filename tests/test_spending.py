@@ -11,6 +11,7 @@ from daybreak import config
 from daybreak.evaluate import interim
 from daybreak.failure import BadRecipe
 from daybreak.train import checkpoint, evaluations, flops, loop, spending
+from daybreak.train.ledger import Ledger
 from daybreak.train.parallel import World
 
 
@@ -94,6 +95,16 @@ def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(
     assert json.loads((run / "run.json").read_text())["ledger"]["flops"] == pytest.approx(10 * step)
     assert loop.train(recipe, said.append) == (10, 0)
     assert said[-1] == f"{run} has spent its budget: 10 steps of 20; a larger one goes on"
+
+
+def test_a_grid_for_which_there_is_no_time_is_left_out_and_steps_go_on(
+    tiny: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Ledger, "drew", lambda kept, _: setattr(kept, "drawing", 3600.0))
+    recipe = config.load(tiny, ("budget.seconds=600", "sample.every=3"))
+    assert loop.train(recipe, lambda line: None) == (10, 0)
+    drawn = [grid.name for grid in Path(recipe.out, "samples").iterdir()]
+    assert drawn == ["step-0000003"], "the first one took an hour"
 
 
 @pytest.mark.slow
