@@ -584,6 +584,14 @@ def test_a_recipe_that_cannot_be_written_is_one_sentence(tiny: Path, tmp_path: P
         asked(tiny, "--gpus", "4xH100", "--fit", tmp_path / "nowhere" / "fitted.toml")
 
 
+def test_a_cheap_run_costs_cents_and_watts_and_not_nothing(tiny: Path) -> None:
+    whole = json.loads(asked(tiny, "--gpus", "H100", "--json", "--price", 1))
+    said = asked(tiny, "--gpus", "H100", "--price", 0.75 / whole["dollars"])
+    assert ", $0.75, fits" in said
+    assert " 0 kWh" not in said
+    assert ", $750, fits" in asked(tiny, "--gpus", "H100", "--price", 750 / whole["dollars"])
+
+
 def test_plan_gives_json(tiny: Path) -> None:
     found = json.loads(asked(tiny, "--gpus", "2xL40S", "--json", "--price", 0.5, "--share", 0.2))
     assert found["dollars"] == pytest.approx(0.5 * found["device_hours"])

@@ -123,7 +123,7 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
     elif recipe.compile:
         found["start"] = "not counted: blocks compile, for which --measure looks"
     if made.energy is not None:
-        found["energy"] = f"{made.energy:,.0f} kWh at full power"
+        found["energy"] = f"{_three(made.energy)} kWh at full power"
     if count > 1:
         found["mesh"] = f"{made.mesh.replicate} x {made.mesh.shard}; a step and device sends "
         found["mesh"] += f"{inside / 1e9:.1f} GB in its node, {across / 1e9:.1f} GB to others"
@@ -228,10 +228,11 @@ def facts(recipe: Recipe, made: Plan, times: float | None = None) -> dict[str, A
 
 
 def dollars(made: Plan, seconds: float) -> str:
-    """Price of all devices for so long."""
-    return (
-        "-" if made.price is None else f"{made.price * made.cluster.number * seconds / 3600:,.0f}"
-    )
+    """Price of all devices for so long; in cents, too, where it is small."""
+    if made.price is None:
+        return "-"
+    paid = made.price * made.cluster.number * seconds / 3600
+    return f"{paid:,.0f}" if paid >= 100 else f"{paid:.2f}"
 
 
 def _traffic(recipe: Recipe, made: Plan) -> tuple[float, float]:
