@@ -171,8 +171,13 @@ def test_the_results_of_geneval_are_read_without_a_model(tmp_path: Path) -> None
         ({"suite": "prompts", "prompts": "one", "resolution": 100}, BadRecipe, "divisible by 8"),
         ({"suite": "geneval", "prompts": "one"}, BadData, r"evaluation_metadata\.jsonl"),
         ({"suite": "geneval", "results": Path("no")}, BadData, "cannot read GenEval's results"),
-        ({"suite": "validation", "steps": 4}, BadRecipe, "draws nothing: leave --steps"),
-        ({"suite": "validation", "guidance": 0.0}, BadRecipe, "draws nothing: leave --steps"),
+        ({"suite": "validation", "steps": 4}, BadRecipe, "--steps is for --suite scenes or dist"),
+        ({"suite": "validation", "steps": None, "guidance": 1.0}, BadRecipe, "--guidance is for"),
+        ({"suite": "validation", "steps": None, "controls": True}, BadRecipe, "--controls is for"),
+        ({"suite": "prompts", "prompts": "one", "per_task": 5}, BadRecipe, "--per-task is for"),
+        ({"suite": "prompts", "prompts": "one", "number": 32}, BadRecipe, "--count is for"),
+        ({"prompts": "one"}, BadRecipe, "--prompts is for --suite prompts or geneval or coco30k"),
+        ({"data": Path("no")}, BadRecipe, "--data is for --suite validation or distribution, and"),
         ({"suite": "coco30k", "prompts": "one"}, BadRecipe, "give --reference"),
         (
             {
@@ -191,7 +196,7 @@ def test_the_results_of_geneval_are_read_without_a_model(tmp_path: Path) -> None
 def test_what_cannot_be_scored_is_one_sentence(
     foreign: Path, tmp_path: Path, given: dict[str, Any], kind: type[Failure], words: str
 ) -> None:
-    given = {"steps": 1, "per_task": 5, **given}
+    given = {"steps": 1, **given}
     if given.get("prompts") == "one":
         given["prompts"] = listed(tmp_path, "a bench")
     with pytest.raises(kind, match=words) as caught:

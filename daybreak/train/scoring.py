@@ -50,6 +50,21 @@ from daybreak.train.checkpoint import Checkpoint
 from daybreak.train.parallel import World, together
 
 SUITES = ("scenes", "validation", "distribution", "prompts", "geneval", "coco30k")
+ONLY = {  # options that some suites alone ask for
+    "per_task": ("scenes",),
+    "canvas": ("scenes",),
+    "controls": ("scenes",),
+    "number": ("validation", "distribution"),
+    "data": ("validation", "distribution"),
+    "each": ("prompts", "geneval"),
+    "prompts": ("prompts", "geneval", "coco30k"),
+    "reference": ("coco30k",),
+    "results": ("geneval",),
+    "features": ("distribution", "coco30k"),
+    "clip": ("prompts", "coco30k"),
+    "steps": tuple(name for name in SUITES if name != "validation"),
+    "guidance": tuple(name for name in SUITES if name != "validation"),
+}
 FIXED = 0  # seed of what is the same for every model, where none is given
 NAMES = {"per_task": "per-task", "number": "count"}  # of options, in that of a result
 LONGEST = 120  # bytes of it
@@ -118,6 +133,12 @@ def score(
     """
     if wanted.suite not in SUITES:
         raise BadRecipe(f"there is no suite {wanted.suite!r}: there are {', '.join(SUITES)}")
+    for key in asked_otherwise(wanted):
+        if wanted.suite not in (suites := ONLY.get(key, SUITES)):
+            raise BadRecipe(
+                f"--{NAMES.get(key, key)} is for --suite {' or '.join(suites)}, and this is "
+                f"{wanted.suite}: leave it out, or give the suite that is meant"
+            )
     with parallel.world(parallel.Config()) as here:
         if here.first:  # a failure ends the others too, and so does the result
             return together(here, lambda: _score(here, folder, wanted, out, progress))[0]
@@ -165,8 +186,6 @@ def _score(
         result = geneval.read(wanted.results)
         suite.write(path, {"suite": "geneval", **suite.plain(result), **about()})
         return Scored(path, result, (_table(result),))
-    if wanted.suite == "validation" and (wanted.steps or wanted.guidance is not None):
-        raise BadRecipe("the suite validation draws nothing: leave --steps and --guidance out")
     asked = _asked(wanted)
     clip = None if wanted.clip is None else clip_score.load(wanted.clip, accelerator.choose())
     chosen = None if artist.is_pipeline(folder) else _chosen(folder, wanted)
@@ -210,14 +229,20 @@ def _score(
     return Scored(path, result, _tables(wanted.suite, result))
 
 
+def asked_otherwise(wanted: Wanted) -> dict[str, Any]:
+    """What the command line says otherwise than usual."""
+    usual = Wanted()
+    return {key: value for key, value in wanted._asdict().items() if value != getattr(usual, key)}
+
+
 def called(wanted: Wanted) -> str:
     """The name of a result: SUITE, and what was asked otherwise than usual, as in scenes-steps20.
 
     So a sweep leaves alone the score that stands there, and its results lie side by side.
     """
-    usual, marks = Wanted(), [wanted.suite]
-    for key, value in wanted._asdict().items():
-        if key not in ("suite", "results", "sets") and value != getattr(usual, key):
+    marks = [wanted.suite]
+    for key, value in asked_otherwise(wanted).items():
+        if key not in ("suite", "results", "sets"):
             marks.append(NAMES.get(key, key) + _plain(value))
     return disk.named("-".join([*marks, *wanted.sets]), LONGEST)
 
