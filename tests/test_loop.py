@@ -353,9 +353,10 @@ def test_a_run_whose_facts_were_removed_goes_on_and_writes_them_anew(tiny: Path)
     loop.train(config.load(tiny, ("stage.0.steps=4",)), lambda line: None)
     recipe = config.load(tiny, ("stage.0.steps=6",))
     file = Path(recipe.out, "run.json")
-    file.write_text("{")
-    with pytest.raises(BadStorage, match="bring it back, or remove it"):
-        loop.train(recipe, lambda line: None, changed=True)
+    for damaged in ("{", "[]"):
+        file.write_text(damaged)
+        with pytest.raises(BadStorage, match="bring it back, or remove it"):
+            loop.train(recipe, lambda line: None, changed=True)
     file.unlink()
     assert loop.train(recipe, lambda line: None, changed=True) == (6, 0)
     assert json.loads(file.read_text())["ledger"]["sessions"] == 1

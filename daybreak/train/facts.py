@@ -15,6 +15,8 @@ def read(run: Path) -> dict[str, Any]:
     """Read it; nothing if it is not there. Errors: BadStorage if it is damaged."""
     try:
         found: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
+        if not isinstance(found, dict):
+            raise ValueError("it is no object")
     except (FileNotFoundError, NotADirectoryError):
         return {}
     except (ValueError, OSError) as error:
