@@ -1,5 +1,6 @@
 """The command line: one verb, one deed. A verb imports what it needs: `--help` is instant."""
 
+import math
 import os
 import sys
 from functools import partial
@@ -477,6 +478,12 @@ def compare(
     asked = suite.suite_of(metric)
     if target is not None and target > 1 and asked == "scenes":
         raise BadRecipe(f"--target {target:g}: {metric} is a share between 0 and 1, as in 0.8")
+    if not math.isfinite(margin) or not math.isfinite(target or 0.0):
+        raise BadRecipe(f"--target and --margin are finite numbers, as {metric} is")
+    if data is not None and asked == "scenes":
+        raise BadRecipe(f"--data is for validation and distribution: {metric} asks for no pictures")
+    if features is not None and asked != "distribution":
+        raise BadRecipe(f"--features is for distribution: {metric} asks no network")
     if record is not None:
         view.check(record)
     loaded = plan.named(recipe, tuple(set_ or ()), tuple(without or ()))
