@@ -18,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from daybreak import config, doctor
-from daybreak.failure import BadData, BadRecipe, BadStorage, NotFinite
+from daybreak.failure import BadData, BadRecipe, BadStorage, NoCheckpoint, NotFinite
 from daybreak.generate.draw import draw
 from daybreak.train import checkpoint, loop, runs
 from tests import warm
@@ -347,6 +347,16 @@ def test_a_run_goes_on_where_its_folder_has_gone(tiny: Path, tmp_path: Path) -> 
     moved = config.load(tiny, ("stage.0.steps=3", f"out={(tmp_path / 'moved').as_posix()}"))
     assert loop.train(moved, lambda line: None) == (3, 0)
     assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_that_a_run_removes_while_it_is_read_is_told_as_that(tiny: Path) -> None:
+    recipe = config.load(tiny, ("stage.0.steps=2",))
+    loop.train(recipe, lambda line: None)
+    run = Path(recipe.out)
+    chosen = checkpoint.required(run, print)
+    checkpoint.remove(chosen.folder)
+    with pytest.raises(NoCheckpoint, match="checkpoint-2 was removed while it was read"):
+        runs.trained(run, chosen=chosen)
 
 
 def test_a_run_whose_facts_were_removed_goes_on_and_writes_them_anew(tiny: Path) -> None:

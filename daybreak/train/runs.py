@@ -207,15 +207,28 @@ def trained(
 ) -> tuple[config.Recipe, checkpoint.Checkpoint, text_to_image.TextToImage]:
     """Load the averaged weights of a run's newest good checkpoint, ready to sample from.
 
-    `chosen` is one to take instead, already verified. Errors: NoCheckpoint if there is none.
+    `chosen` is one to take instead, already verified. Errors: NoCheckpoint if there is none, or no
+    more: a run that goes on removes those that are old.
     """
     recipe = recorded(run)
     found = chosen or checkpoint.required(run, lambda line: print(line, file=sys.stderr))
-    tokenizer = None if recipe.text.encoder else text.load_tokenizer(found.folder / "tokenizer")
-    model = text_to_image.build(
-        recipe.dit, recipe.text, tokenizer, compute=dtype or precision(recipe), route=recipe.tread
-    )
-    checkpoint.load_average(found, model)
+    try:
+        tokenizer = None if recipe.text.encoder else text.load_tokenizer(found.folder / "tokenizer")
+        model = text_to_image.build(
+            recipe.dit,
+            recipe.text,
+            tokenizer,
+            compute=dtype or precision(recipe),
+            route=recipe.tread,
+        )
+        checkpoint.load_average(found, model)
+    except Exception as error:
+        if found.folder.is_dir():
+            raise
+        raise NoCheckpoint(
+            f"{found.folder} was removed while it was read, as a run does that goes on: give the "
+            "same command again"
+        ) from error
     return recipe, found, model.to(accelerator.choose()).eval().requires_grad_(False)
 
 
