@@ -582,7 +582,7 @@ def inspect(
     """
     from rich.console import Console
 
-    from daybreak.data import census
+    from daybreak.data import census, prepared
     from daybreak.web import dataset, page
     from daybreak.web import run as of_run
 
@@ -601,6 +601,11 @@ def inspect(
         Console().print(of_run.summary(story))
         print(f"page: {page.write(of_run.page(story), path)}")
         return
+    if not prepared.is_prepared(folder):
+        raise BadData(
+            f"{folder} is neither a run, without recipe.toml, nor a dataset that is prepared, "
+            "without manifest.json: give the folder of one itself"
+        )
     opened = census.read(folder, terminal.counter("bytes checked"))
     found = census.count(opened, batch or 64, world or 1, resolution)
     Console().print(dataset.summary(found))

@@ -215,3 +215,6 @@ def test_the_verb_ends_as_training_would(prepared: Prepare, tmp_path: Path) -> N
     done = daybreak(tmp_path / "nothing")
     assert done.returncode == 3
     assert "is no folder: give a run" in done.stderr
+    done = daybreak(tmp_path)
+    assert done.returncode == 3
+    assert "is neither a run, without recipe.toml, nor a dataset" in done.stderr
