@@ -287,15 +287,22 @@ def test_a_dataset_of_damaged_pictures_ends_in_one_sentence(prepared: Write) -> 
         opened(prepared(rows)).sample(Slot(0, 0, 64, 64))
 
 
-def test_more_files_than_a_process_may_map_are_not_called_damaged(
-    prepared: Write, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        ("Cannot allocate memory", "is one file more than a process may map: raise vm.max_map_cou"),
+        ("No such device", r"cannot be read \(Memory mapping file failed: No such device\): mend"),
+    ],
+)
+def test_files_that_cannot_be_mapped_are_not_called_damaged(
+    prepared: Write, monkeypatch: pytest.MonkeyPatch, error: str, told: str
 ) -> None:
-    def full(path: str) -> None:  # as pyarrow says it after vm.max_map_count files
-        raise OSError("Memory mapping file failed: Cannot allocate memory")
+    def refused(path: str) -> None:  # as pyarrow says it after vm.max_map_count files, or of FUSE
+        raise OSError(f"Memory mapping file failed: {error}")
 
     folder = prepared([SQUARE])
-    monkeypatch.setattr(pa, "memory_map", full)
-    with pytest.raises(BadData, match=r"data-\S+ is one file more than a process may map: rai"):
+    monkeypatch.setattr(pa, "memory_map", refused)
+    with pytest.raises(BadData, match=rf"data-\S+ {told}"):
         opened(folder)
 
 

@@ -12,6 +12,7 @@ Shapes  picture (height, width, 3) of the slot.     Units  uint8, sRGB.
 Errors  BadData for a folder that is no prepared dataset, or not the one its manifest describes.
 """
 
+import errno
 import itertools
 import json
 import os
@@ -297,11 +298,12 @@ def _file(path: Path) -> Any:
     try:
         return pa.memory_map(str(path))
     except OSError as error:
+        full = os.strerror(errno.ENOMEM) in str(error)  # pyarrow leaves out the number
         reason = (
-            f"cannot be read ({os.strerror(error.errno)}): mend that"
-            if error.errno  # what a map fails with has none
-            else "is one file more than a process may map: raise vm.max_map_count, or prepare the "
+            "is one file more than a process may map: raise vm.max_map_count, or prepare the "
             "datasets again with a larger --shard"
+            if full
+            else f"cannot be read ({error.strerror or error}): mend that"
         )
         raise BadData(f"{path} {reason}") from error
 
