@@ -778,6 +778,14 @@ def test_weights_that_are_let_go_are_gathered_in_every_pass() -> None:
     )
 
 
+def test_an_average_that_teaches_is_gathered_in_every_pass() -> None:
+    teaches = {"teacher": "self", "blocks": [1], "target": 2}
+    taught = config.parse(PUBLISHED | {"repa": teaches}, "taught")
+    once, four = (budget.traffic(taught, Mesh(1, 8), passes)[0] for passes in (1, 4))
+    weights = sum(shape.numel() for shape, _ in flops.learned(taught))
+    assert four - once == pytest.approx(3 * 2 * weights * 7 / 8)
+
+
 def test_what_goes_to_another_node_goes_no_faster_than_out_of_the_device(
     published: config.Recipe,
 ) -> None:

@@ -393,14 +393,18 @@ def traffic(
     """Bytes that one device sends in a step: to devices of its node, and to other nodes.
 
     Weights are gathered in the precision of the blocks, once or with `reshard_after_forward` twice
-    for each of the `passes`, gradients summed in float32, and each matrix travels to the device
-    that makes its momentum orthogonal and back, in that precision, too.
+    for each of the `passes`, and those of an average that teaches once for each; gradients are
+    summed in float32, and each matrix travels to the device that makes its momentum orthogonal and
+    back, in that precision, too.
     """
     learned = [(shape.numel(), learner) for shape, learner in flops.learned(recipe)]
     weights = sum(count for count, _ in learned)
     matrices = sum(count for count, learner in learned if learner == "muon")
     others = (mesh.shard - 1) / mesh.shard
-    gathered = dtype.itemsize * (2 * passes if recipe.parallel.reshard_after_forward else 1)
+    times = 2 * passes if recipe.parallel.reshard_after_forward else 1
+    if recipe.repa is not None and recipe.repa.network is None:
+        times += passes
+    gathered = dtype.itemsize * times
     cut = (gathered + 4) * weights * others + 2 * dtype.itemsize * matrices / mesh.shard * others
     copied = 2 * 4 * weights / mesh.shard * (mesh.replicate - 1) / mesh.replicate
     inside, across = (cut, copied) if mesh.shard <= hardware.PER_NODE else (0.0, cut + copied)
