@@ -226,6 +226,8 @@ def test_devices_are_read_as_people_write_them(text: str, number: int, name: str
         ("8xL40", "did you mean L40S?"),
         ("TPU", "there are A100, H100"),
         ("0xH100", "write how many and which"),
+        ("-1xH100", "write how many and which"),
+        ("1000000xH100", "write how many and which"),
         ("", "write how many and which"),
         ("8x", "write how many and which"),
         ("9" * 5000 + "xH200", "no figures are known"),

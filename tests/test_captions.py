@@ -84,7 +84,7 @@ def test_bytes_are_utf_8() -> None:
             "its `text` is not UTF-8 (byte 1); save it as UTF-8.",
         ),
         ({"text": "half a \ud83d face"}, "its `text` is not valid Unicode (at 7)."),
-        ({"text": "x" * 100_000}, "its `text` has 100,000 characters; at most 8,000 are taken."),
+        ({"text": "x" * 100_000}, "its `text` has 100,000 characters; --max-caption takes 8,000."),
     ],
 )
 def test_what_is_no_caption_is_refused_with_the_reason(row: dict[str, object], reason: str) -> None:
@@ -96,7 +96,7 @@ def test_what_is_no_caption_is_refused_with_the_reason(row: dict[str, object], r
 
 def test_lengths_count_after_cleaning() -> None:
     assert captions.read({"text": " ab   c "}, shortest=4, longest=4).texts == ("ab c",)
-    with pytest.raises(Refused, match="has 4 characters; at least 5"):
+    with pytest.raises(Refused, match="has 4 characters; --min-caption asks for 5"):
         captions.read({"text": " ab   c "}, shortest=5)
 
 

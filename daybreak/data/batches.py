@@ -23,7 +23,16 @@ from typing import Annotated, ClassVar, NamedTuple, Protocol
 import numpy as np
 import numpy.typing as npt
 from jaxtyping import Float
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidatorFunctionWrapHandler,
+    WrapValidator,
+    model_validator,
+)
 from torch import Tensor
 
 from daybreak.data import images, scenes, sources
@@ -33,6 +42,17 @@ from daybreak.failure import BadData, BadRecipe
 from daybreak.train import dice
 
 CACHE_BYTES = 256 * 2**20  # decoded pictures that one worker keeps
+
+
+def _named(source: object, validate: ValidatorFunctionWrapHandler) -> object:
+    """Refuse what is neither a name nor names with weights, in one sentence for both."""
+    try:
+        return validate(source)
+    except ValidationError as error:
+        raise ValueError(
+            f"{source!r} names no source; write one as 'a', or several with their weights as "
+            "[['a', 0.7], ['b', 0.3]]"
+        ) from error
 
 
 def _weighed(source: str | tuple[tuple[str, float], ...]) -> str | tuple[tuple[str, float], ...]:
@@ -45,7 +65,9 @@ def _weighed(source: str | tuple[tuple[str, float], ...]) -> str | tuple[tuple[s
     return source
 
 
-Source = Annotated[str | tuple[tuple[str, float], ...], AfterValidator(_weighed)]
+Source = Annotated[
+    str | tuple[tuple[str, float], ...], WrapValidator(_named), AfterValidator(_weighed)
+]
 
 
 class Config(BaseModel):

@@ -135,11 +135,11 @@ def _told(value: object) -> bool:
 def _check_length(text: str, column: str, shortest: int, longest: int) -> None:
     if len(text) > longest:
         raise _refused(
-            f"its `{column}` has {len(text):,} characters; at most {longest:,} are taken."
+            f"its `{column}` has {len(text):,} characters; --max-caption takes {longest:,}."
         )
     if len(text) < shortest:
         raise _refused(
-            f"its `{column}` has {len(text):,} characters; at least {shortest:,} are asked for."
+            f"its `{column}` has {len(text):,} characters; --min-caption asks for {shortest:,}."
         )
 
 

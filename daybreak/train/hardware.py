@@ -86,14 +86,17 @@ DEVICES = {
 }
 
 
+MOST = 1_000_000  # devices: more than anybody has
 OTHERS = {"pcie", "nvl", "laptop", "max", "mig", "d"}  # of a board's name, for a slower one
 
 
 def parse(text: str, dtype: torch.dtype) -> Cluster:
     """Read `32xH200`, `H200` or `cpu`. Errors: BadRecipe, naming the nearest known GPU."""
-    number, name = re.fullmatch(r"(?:(\d{1,6})\s*[xX*]\s*)?(.*)", text.strip(), re.DOTALL).groups()  # type: ignore[union-attr]
+    number, name = re.fullmatch(
+        r"(?:(-?\d{1,18})\s*[xX*]\s*)?(.*)", text.strip(), re.DOTALL
+    ).groups()  # type: ignore[union-attr]
     count = int(number or 1)
-    if count < 1 or not name:
+    if not 0 < count < MOST or not name:
         raise BadRecipe(f"--gpus {text}: write how many and which, for example 32xH200")
     if name.lower() == "cpu":
         return Cluster(count, processor(dtype))
