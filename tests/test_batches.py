@@ -59,10 +59,7 @@ def test_captions_are_chosen_by_weight_and_dropped_by_share(tmp_path: Path) -> N
     [
         ({"source": "scenes", "mirrored": 0.5}, "tell left from right"),
         ({"source": []}, "no source is named"),
-        (
-            {"source": ["a", "b"]},
-            r"^1 validation error[^$]*weights as \[\['a",
-        ),
+        ({"source": ["a", "b"]}, r"^1 validation error[^$]*weights as \[\['a"),
         ({"source": 5}, "5 names no source"),
         ({"source": [["a", 0.5], ["b", -1.0]]}, "'b' has weight -1"),
         ({"source": [["a", 0.5], ["b", math.inf]]}, "'b' has weight inf"),
