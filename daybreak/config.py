@@ -347,8 +347,9 @@ def dump(recipe: Recipe) -> str:
 
 def assigned(given: Mapping[str, str | Path | None]) -> list[str]:
     """Write texts as `--set` has them, `data.source="pictures"`; those that are given."""
-    named = {key: str(text) for key, text in given.items() if text is not None}
-    written = {key: tomli_w.dumps({"value": text}) for key, text in named.items()}
+    written = {
+        key: tomli_w.dumps({"value": str(text)}) for key, text in given.items() if text is not None
+    }
     return [f"{key}={text.removeprefix('value = ').strip()}" for key, text in written.items()]
 
 

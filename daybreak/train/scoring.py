@@ -50,6 +50,7 @@ from daybreak.train.checkpoint import Checkpoint
 from daybreak.train.parallel import World, together
 
 SUITES = ("scenes", "validation", "distribution", "prompts", "geneval", "coco30k")
+DRAW = tuple(name for name in SUITES if name != "validation")
 ONLY = {  # options that some suites alone ask for
     "per_task": ("scenes",),
     "canvas": ("scenes",),
@@ -62,8 +63,8 @@ ONLY = {  # options that some suites alone ask for
     "results": ("geneval",),
     "features": ("distribution", "coco30k"),
     "clip": ("prompts", "coco30k"),
-    "steps": tuple(name for name in SUITES if name != "validation"),
-    "guidance": tuple(name for name in SUITES if name != "validation"),
+    "steps": DRAW,
+    "guidance": DRAW,
 }
 FIXED = 0  # seed of what is the same for every model, where none is given
 NAMES = {"per_task": "per-task", "number": "count"}  # of options, in that of a result
@@ -182,7 +183,7 @@ def _score(
 ) -> Scored:
     """What one process does; of several the first."""
     path = out / f"{called(wanted)}.json"
-    if wanted.suite == "geneval" and wanted.results is not None:
+    if wanted.results is not None:
         result = geneval.read(wanted.results)
         suite.write(path, {"suite": "geneval", **suite.plain(result), **about()})
         return Scored(path, result, (_table(result),))
