@@ -321,7 +321,7 @@ def main() -> None:
     parser.add_argument("--optimiser", action="store_true", help="take a step of AdamW, too")
     parser.add_argument("--threads", type=int, nargs="+", default=[torch.get_num_threads()])
     parser.add_argument("--batch", type=int)
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--eager", action="store_true", help="leave out what has to be compiled")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args()

@@ -40,12 +40,13 @@ def in_turn(
 ) -> dict[str, list[float]]:
     """Run every arm in each round, so that a machine that changes its speed does so for all.
 
-    Returns the seconds of each arm, round by round; those of the first `warm` rounds, in which
-    things are compiled, do not count.
+    Every other round goes backwards, lest one arm always come after another that leaves it a core
+    slowed down or warm. Returns the seconds of each arm, round by round; those of the first `warm`
+    rounds, in which things are compiled, do not count.
     """
     seconds: dict[str, list[float]] = {name: [] for name in arms}
     for turn in range(warm + rounds):
-        for name, arm in arms.items():
+        for name, arm in list(arms.items())[:: -1 if turn % 2 else 1]:
             began = now()
             arm()
             if turn >= warm:

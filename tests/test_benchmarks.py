@@ -4,6 +4,7 @@ import json
 import runpy
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,20 @@ def measured(
     assert found["threads"] > 0
     assert found["processor"]
     return found
+
+
+def test_no_arm_always_comes_after_the_same_other_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    in_turn = runpy.run_path(str(BENCHMARKS / "turns.py"))["in_turn"]
+    order = ""
+
+    def note(name: str) -> None:
+        nonlocal order
+        order += name
+
+    seconds = in_turn({name: partial(note, name) for name in "abc"}, rounds=3, warm=1)
+    assert order == "abccbaabccba"
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3, "c": 3}
 
 
 SMALL = ["--set", "dit.width=32", "--set", "dit.heads=2", "--set", "dit.depth=1"]
