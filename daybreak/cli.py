@@ -484,8 +484,6 @@ def compare(
         raise BadRecipe(f"--data is for validation and distribution: {metric} asks for no pictures")
     if features is not None and asked != "distribution":
         raise BadRecipe(f"--features is for distribution: {metric} asks no network")
-    if record is not None:
-        view.check(record)
     loaded = plan.named(recipe, tuple(set_ or ()), tuple(without or ()))
     if len(loaded) < 2 and target is None:
         raise BadRecipe(
@@ -506,6 +504,8 @@ def compare(
     runs = list(plan.runs(arms, seeds or enough, out))
     if seeds and seeds < enough and len(arms) > 1:
         print(f"with so many arms nothing is resolved by {seeds} seeds: give --seeds {enough}")
+    if record is not None:
+        view.check(record)
     if taken := plan.reuse(runs, out, target is not None):
         print(f"{len(taken)} of {len(runs)} runs were trained for another comparison and are used")
     if code := work.run(runs, arms, print):

@@ -11,7 +11,7 @@ from PIL import Image
 
 from daybreak import config
 from daybreak.config import Recipe
-from daybreak.failure import BadRecipe
+from daybreak.failure import BadRecipe, BadStorage
 from daybreak.train import arms, compare, evaluations, record
 from daybreak.train.arms import Arm, Run
 from daybreak.train.compare import Comparison, Outcome, Question
@@ -266,6 +266,12 @@ def test_a_record_is_not_written_over_another(found: Comparison, tmp_path: Path)
     (tmp_path / "record" / "README.md").write_text("an older one")
     with pytest.raises(BadRecipe, match="is there already"):
         record.check(tmp_path / "record")
+
+
+def test_a_record_that_cannot_be_written_is_refused_before_the_runs(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(BadStorage, match="cannot make the record .*: Not a directory"):
+        record.check(tmp_path / "file" / "record")
 
 
 def test_an_arm_that_diverged_is_written_down_as_that(tiny: Path, tmp_path: Path) -> None:

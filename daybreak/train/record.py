@@ -426,11 +426,15 @@ def record(found: Comparison, budget: str | None, measured: bool, folder: Path) 
 
 
 def check(folder: Path) -> None:
-    """Refuse a record's place before the runs. Errors: BadRecipe."""
+    """Make a record's place before the runs. Errors: BadRecipe; BadStorage."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadRecipe(
             f"--record {folder} is there already: records are not changed, name another"
         )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise BadStorage(f"cannot make the record {folder}: {error.strerror}") from error
 
 
 def _page(
