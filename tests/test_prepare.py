@@ -903,3 +903,18 @@ def test_the_summary_says_how_to_keep_what_only_looks_alike(tmp_path: Path) -> N
     (inside / "nearly.txt").write_text("x")
     said = "\n".join(prepare.summary(out, run(out, inside)))
     assert "1 of them only look alike, by 4 bits; --near 0 keeps such" in said
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (SMALL.model_copy(update={"image_column": "picture"}), "--image-column picture: is for"),
+        (SMALL.model_copy(update={"stream": True}), "--stream: is for datasets of the Hugging"),
+    ],
+)
+def test_what_is_asked_of_another_kind_of_source_is_refused(
+    tmp_path: Path, config: Config, said: str
+) -> None:
+    with pytest.raises(BadRecipe, match=said):
+        run(tmp_path / "out", folder(tmp_path / "in", 3), config=config)
+    assert not (tmp_path / "out").exists()

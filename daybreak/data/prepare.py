@@ -73,6 +73,7 @@ def prepare(
         if out.resolve().is_relative_to(Path(name).resolve()):
             raise BadRecipe(f"--out {out} lies in the source {name}: choose a folder beside it")
     found = [sources.find(name, wanted, config.shard, config.stream) for name in names]
+    _refuse_unasked(config, {one.layout for one in found})
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # Pillow warns of what is later refused with a reason
         config = settled(config, found)
@@ -104,6 +105,19 @@ def prepare(
             ) from error
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
+
+
+def _refuse_unasked(config: Config, layouts: set[str]) -> None:
+    """Refuse what is asked of no source that there is. Errors: BadRecipe."""
+    if config.image_column and layouts.isdisjoint(("parquet", "datasets", "streamed")):
+        raise BadRecipe(
+            f"--image-column {config.image_column}: is for tables, and no source is one; leave it "
+            "out"
+        )
+    if config.stream and "streamed" not in layouts:
+        raise BadRecipe(
+            "--stream: is for datasets of the Hugging Face hub, and no source is one; leave it out"
+        )
 
 
 def settings(given: dict[str, Any]) -> Config:
