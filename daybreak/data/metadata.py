@@ -1,16 +1,18 @@
 """The metadata of a folder of pictures: what each row of its one table says, and where it stands.
 
     metadata.jsonl     one object a line
-    metadata.csv       a header, then one row for each picture; a cell may hold lines of its own
+    metadata.csv       a header, then one row for each picture; a cell may hold lines of its own;
+                       between cells commas, or what spreadsheets write in their place
 
 A row names its picture (`file_name`); its other values are columns. The table is read from any row
 on without what comes before, and what is wrong with a row is said in the place of that row.
 """
 
+import contextlib
 import csv
 import json
 from collections.abc import Iterator, Sequence
-from itertools import groupby, islice
+from itertools import chain, groupby, islice
 from pathlib import Path
 from typing import IO, NamedTuple
 
@@ -18,6 +20,7 @@ from daybreak.data.records import Fault
 from daybreak.failure import BadData
 
 METADATA = ("metadata.jsonl", "metadata.csv")
+MARKS = (",", ";", "\t")  # between the cells of a CSV file
 
 
 class Row(NamedTuple):
@@ -28,11 +31,12 @@ class Row(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a row of the metadata begins; the header of a CSV file goes along."""
+    """Where a row of the metadata begins; what the header of a CSV file says goes along."""
 
     offset: int = 0
     line: int = 1
     header: tuple[str, ...] = ()
+    mark: str = MARKS[0]
 
 
 def metadata_of(path: Path) -> Path | None:
@@ -54,6 +58,8 @@ def rows_of(file: Path, first: Place = Place()) -> Iterator[tuple[Row | Fault, P
             yield from reader(file.name, _Lines(opened, first.offset), first)
     except OSError as error:
         raise BadData(f"{file}: cannot be read ({error.strerror}).") from error
+    except csv.Error as error:
+        raise BadData(f"{file}: its header is not CSV ({error}).") from error
 
 
 def stretch(file: Path, first: Place, count: int) -> Iterator[Row | Fault]:
@@ -128,7 +134,9 @@ def _json_row(name: str, line: int, text: str, complaint: str | None) -> Row | F
 
 
 def _csv_rows(name: str, lines: _Lines, first: Place) -> Iterator[tuple[Row | Fault, Place]]:
-    reader = csv.reader(lines, strict=True)
+    text = next(iter(lines), "")
+    mark = first.mark if first.header else _mark(text)
+    reader = csv.reader(chain((text,), lines), delimiter=mark, strict=True)
     header = first.header or tuple(next(reader, ()))
     row: Row | Fault
     while True:
@@ -142,7 +150,16 @@ def _csv_rows(name: str, lines: _Lines, first: Place) -> Iterator[tuple[Row | Fa
             row = _csv_row(name, first.line - 1 + reader.line_num, header, cells, lines)
             if not cells:
                 continue
-        yield row, Place(lines.offset, first.line + reader.line_num, header)
+        yield row, Place(lines.offset, first.line + reader.line_num, header, mark)
+
+
+def _mark(header: str) -> str:
+    """Return what stands between cells: that which leaves `file_name` alone, or else a comma."""
+    for mark in MARKS:
+        with contextlib.suppress(csv.Error):
+            if "file_name" in next(csv.reader((header,), delimiter=mark), ()):
+                return mark
+    return MARKS[0]
 
 
 def _csv_row(
