@@ -403,12 +403,16 @@ def test_a_link_to_a_folder_beside_archives_is_named(tmp_path: Path, ending: str
 def test_what_is_no_source_is_one_sentence(tmp_path: Path) -> None:
     (tmp_path / "splits").mkdir()
     (tmp_path / "splits" / "dataset_dict.json").write_text("{}")
+    (tmp_path / "zipped").mkdir()
+    (tmp_path / "zipped" / "many.ZIP").touch()
     for name, said in [
         (str(tmp_path / "absent"), "there is no such file or folder"),
         ("absent", "there is no such file or folder"),
         ("scenes:many", "there is no such file or folder"),
         (str(picture(tmp_path / "one.png")), "is neither .tar nor .parquet"),
         (str(tmp_path / "splits"), "holds several splits"),
+        (str(tmp_path / "zipped"), "holds many.ZIP and no loose picture; unpack it"),
+        (str(tmp_path / "zipped" / "many.ZIP"), "is packed; unpack it"),
     ]:
         with pytest.raises(BadData, match=said):
             sources.find(name, Columns(), 4)

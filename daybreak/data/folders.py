@@ -24,6 +24,7 @@ from daybreak.data.records import Fault, Record, Refused, printable
 from daybreak.failure import BadData
 
 BESIDE = (".txt", ".json")  # files that stand beside a picture
+PACKED = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip", ".zst")
 FOREIGN = frozenset({".avif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg", ".tga"})
 
 
@@ -260,7 +261,14 @@ def _refuse_deeper_metadata(path: Path, there: Sequence[str]) -> None:
 
 def no_pictures(path: Path) -> str:
     """Say that a folder holds none."""
+    if packed := next(filter(is_packed, walk(path)), None):
+        return f"{path}: holds {packed} and no loose picture; unpack it."
     return f"{path}: holds no pictures; put metadata.jsonl there, or picture.png with picture.txt."
+
+
+def is_packed(name: str) -> bool:
+    """Whether a file has to be unpacked before anything of it can be read."""
+    return name.lower().endswith(PACKED)
 
 
 def walk(path: Path) -> list[str]:

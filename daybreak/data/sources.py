@@ -77,6 +77,8 @@ def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source
             return tars.parts([path], path.parent, name)
         if path.suffix == ".parquet":
             return tables.parquet([path], path.parent, name, wanted, shard)
+        if folders.is_packed(name):
+            raise BadData(f"{name}: is packed; unpack it, and give the folder or the .tar.")
         raise BadData(f"{name}: is neither .tar nor .parquet; give a folder of pictures, or those.")
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
