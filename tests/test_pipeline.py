@@ -465,6 +465,13 @@ def test_a_place_that_holds_no_folder_is_a_storage_failure(
         exported(model, tmp_path / "file" / "pipeline")
 
 
+@pytest.mark.usefixtures("full_disk")
+def test_a_full_disk_is_a_storage_failure(model: TextToImage, tmp_path: Path) -> None:
+    with pytest.raises(BadStorage, match="cannot write.*File too large"):
+        exported(model, tmp_path / "pipeline")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_another_pipeline_of_diffusers_is_not_replaced(model: TextToImage, tmp_path: Path) -> None:
     theirs = tmp_path / "theirs"
     (theirs / "unet").mkdir(parents=True)

@@ -150,6 +150,9 @@ def test_a_place_that_cannot_be_written_is_a_storage_failure(tmp_path: Path) -> 
     (tmp_path / "file").write_text("x")
     with pytest.raises(BadStorage, match="cannot write"):
         prompts.prompts(PAINTER, asked, tmp_path / "file" / "out")
+    (tmp_path / "out" / "grid-0.png").mkdir(parents=True)
+    with pytest.raises(BadStorage, match=r"cannot write .*grid-0\.png"):
+        prompts.prompts(PAINTER, asked, tmp_path / "out")
 
 
 def test_the_clip_of_these_tests_sees_what_it_is_shown() -> None:

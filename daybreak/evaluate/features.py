@@ -30,7 +30,7 @@ import torch
 from jaxtyping import Float, UInt8
 from PIL import Image, ImageOps
 from safetensors import SafetensorError
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import load_file, save
 from torch import Tensor, nn
 
 from daybreak.data import disk, images
@@ -306,7 +306,7 @@ def keep(place: Path, features: Features, **others: Features) -> None:
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with disk.fresh(place) as staged:
-            save_file({"features": features, **others}, staged)
+            staged.write_bytes(save({"features": features, **others}))
     except OSError as error:
         raise BadStorage(
             f"cannot keep the reference in {place.parent}: {error.strerror}"

@@ -121,8 +121,9 @@ def prompts(
         for i, (name, text, number) in enumerate(zip(names, some, seeds, strict=True)):
             line = {"file_name": name, "prompt": text, "seed": number}
             lines.append(line if found is None else line | {"clip_score": float(found.values[i])})
-            _save(folder / name, pictures[i], text, number, artist)
-        _sheet(folder / f"grid-{sheet}.png", pictures, labels, each)
+            facts = {"prompt": text, "seed": str(number), "weights": artist.digest[:16]}
+            _save(Image.fromarray(pictures[i]), folder / name, facts)
+        _save(_sheet(pictures, labels, each), folder / f"grid-{sheet}.png", {})
         if progress is not None:
             progress(first + len(some), len(texts))
     _list(folder / "prompts.jsonl", lines)
@@ -146,19 +147,16 @@ def _list(path: Path, lines: list[dict[str, Any]]) -> None:
         raise BadStorage(f"cannot write {path}: {error.strerror}") from error
 
 
-def _save(
-    path: Path, picture: npt.NDArray[np.uint8], prompt: str, seed: int, artist: Artist
-) -> None:
-    facts = {"prompt": prompt, "seed": str(seed), "weights": artist.digest[:16]}
+def _save(picture: Image.Image, path: Path, facts: dict[str, str]) -> None:
     try:
-        grid.save(Image.fromarray(picture), path, facts)
+        grid.save(picture, path, facts)
     except OSError as error:
         raise BadStorage(f"cannot write {path}: {error.strerror}") from error
 
 
-def _sheet(path: Path, pictures: npt.NDArray[np.uint8], labels: list[str], each: int) -> None:
+def _sheet(pictures: npt.NDArray[np.uint8], labels: list[str], each: int) -> Image.Image:
     """One row for each prompt while that is not too narrow, and no picture larger than SHOWN."""
     shown = list(pictures)
     if pictures.shape[1] > SHOWN:
         shown = [fit(picture, SHOWN, SHOWN) for picture in pictures]
-    grid.save(grid.grid(shown, labels, each if each > 2 else None), path, {})
+    return grid.grid(shown, labels, each if each > 2 else None)

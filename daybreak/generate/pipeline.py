@@ -27,6 +27,7 @@ import tempfile
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 
 from daybreak.data import disk
@@ -115,6 +116,8 @@ def export(
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
+    except SafetensorError as error:  # what it makes of an OSError
+        raise BadStorage(f"cannot write {folder}: {error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return folder
