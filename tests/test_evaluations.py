@@ -123,10 +123,10 @@ def test_a_network_that_went_wrong_is_evaluated_and_said_to_be_so(tiny: Path) ->
 def test_a_disk_without_room_for_a_reference_does_not_end_the_run(
     tiny: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(tensors: object, file: Path) -> None:
-        raise OSError(errno.ENOSPC, "No space left on device", str(file))
+    def refuse(tensors: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(features, "save_file", refuse)
+    monkeypatch.setattr(features, "save", refuse)
     every = 'evaluate={every=2, suites=["distribution"], pictures=32}'
     run = trained(tiny, "stage.0.steps=2", every)
     assert [line["step"] for line in evaluations.lines(run)] == [2]

@@ -393,6 +393,6 @@ def test_references_that_cannot_be_used_are_refused(files: list[Path], tmp_path:
 
 @pytest.mark.usefixtures("full_disk")
 def test_a_reference_that_a_full_disk_does_not_take_is_a_storage_failure(tmp_path: Path) -> None:
-    with pytest.raises(BadStorage, match="cannot keep the reference.*: File too large"):
+    with pytest.raises(BadStorage, match=r"cannot keep the reference.*: File too large"):
         features.keep(tmp_path / "reference.safetensors", np.zeros((64, 64), np.float32))
     assert list(tmp_path.iterdir()) == []

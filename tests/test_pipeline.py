@@ -467,7 +467,7 @@ def test_a_place_that_holds_no_folder_is_a_storage_failure(
 
 @pytest.mark.usefixtures("full_disk")
 def test_a_full_disk_is_a_storage_failure(model: TextToImage, tmp_path: Path) -> None:
-    with pytest.raises(BadStorage, match="cannot write.*File too large"):
+    with pytest.raises(BadStorage, match=r"cannot write.*File too large"):
         exported(model, tmp_path / "pipeline")
     assert list(tmp_path.iterdir()) == []
 

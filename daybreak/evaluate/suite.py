@@ -43,7 +43,7 @@ LOWER = ("loss", "velocity", "image", "frechet", "kernel", "cmmd")  # what these
 DISTANCES = ("frechet", "kernel", "cmmd", "precision", "recall", "density", "coverage")
 METRICS: dict[Suite, tuple[str, ...]] = {
     "scenes": ("exact", *scenes_questions.TASKS, *SPLITS),
-    "validation": tuple(validation.values(validation.Summary(0.0, (0.0,) * 3, (0.0,) * 3))),
+    "validation": validation.NAMES,
     "distribution": DISTANCES,
 }
 SEED_RULE = "picture i is drawn with the noise of seed + i"  # where a suite says no other
@@ -110,9 +110,7 @@ def validate(
         for batch in examples.read()
     ]
     errors = validation.Errors(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
-    names = validation.values(validation.summarise(errors))
-    columns = [errors.velocity @ np.diff(validation.EDGES), *errors.velocity.T, *errors.image.T]
-    values = {name: mean(column) for name, column in zip(names, columns, strict=True)}
+    values = {name: mean(column) for name, column in validation.by_name(errors).items()}
     details = {
         "examples": examples.digest,
         "examples_seed": examples.seed,

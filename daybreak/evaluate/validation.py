@@ -34,27 +34,19 @@ from daybreak.model.text_to_image import TextToImage
 from daybreak.train.dice import Dice
 
 EDGES = (0.0, 0.3, 0.6, 1.0)  # of the bins of t
+BINS = tuple(f"{low:.1f}-{high:.1f}" for low, high in pairwise(EDGES))
+NAMES = ("loss", *(f"{error} {at}" for error in ("velocity", "image") for at in BINS))
 GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, cover an interval evenly however many
-BATCH = 64
 SEED_RULE = "level and noise of picture i in a bin of t are those of seed, bin and i"
 
 Floats = npt.NDArray[np.float64]
 
 
 class Errors(NamedTuple):
-    """Mean squared errors of each picture in each bin, (n, k), and the t they were made at."""
+    """Mean squared errors of each picture in each bin of t, (n, k)."""
 
-    t: Floats
     image: Floats
     velocity: Floats
-
-
-class Summary(NamedTuple):
-    """Means over pictures: by bin (k,), and of the velocity error over all t in [0, 1]."""
-
-    loss: float
-    image: tuple[float, ...]
-    velocity: tuple[float, ...]
 
 
 def errors(
@@ -65,9 +57,9 @@ def errors(
     seed: int = 0,
     first: int = 0,
 ) -> Errors:
-    """The errors of pictures numbered from `first` on.
+    """The errors of one batch of pictures, numbered from `first` on.
 
-    Rows of several calls may be put together in any order. `noise_scale` is that of the flow the
+    Rows of several batches may be put together in any order. `noise_scale` is that of the flow the
     network was trained with.
 
     Errors  ValueError unless there are as many captions as pictures.
@@ -75,24 +67,21 @@ def errors(
     if len(image) != len(captions):
         raise ValueError(f"{len(image)} pictures and {len(captions)} captions")
     device = next(model.dit.parameters()).device
-    found = Errors(*(np.zeros((len(image), len(EDGES) - 1)) for _ in range(3)))
-    for start in range(0, len(image), BATCH):
-        rows = slice(start, min(start + BATCH, len(image)))
-        x = image[rows].to(device, torch.float32)
-        with torch.no_grad():
-            words = model.text(captions[rows])
-            for number in range(len(EDGES) - 1):
-                t = level(number, first + start, len(x), seed)
-                # Steps of training are positive, so no picture meets the noise it was trained on.
-                dice = Dice(seed, -1 - number, first + start, len(x))
-                eps = (noise_scale * dice.normal(*x.shape[1:])).to(device)
-                noisy = flow.corrupt(x, t.to(device), eps)
-                guess = model.dit(noisy.x_t, noisy.t, words).x.float()
-                miss = flow.velocity(noisy.x_t, guess, noisy.t)
-                miss = miss - flow.velocity(noisy.x_t, x, noisy.t)
-                found.t[rows, number] = t
-                found.image[rows, number] = (guess - x).square().mean((1, 2, 3)).cpu()
-                found.velocity[rows, number] = miss.square().mean((1, 2, 3)).cpu()
+    x = image.to(device, torch.float32)
+    found = Errors(*(np.zeros((len(x), len(EDGES) - 1)) for _ in range(2)))
+    with torch.no_grad():
+        words = model.text(captions)
+        for number in range(len(EDGES) - 1):
+            t = level(number, first, len(x), seed).to(device)
+            # Steps of training are positive, so no picture meets the noise it was trained on.
+            dice = Dice(seed, -1 - number, first, len(x))
+            eps = (noise_scale * dice.normal(*x.shape[1:])).to(device)
+            noisy = flow.corrupt(x, t, eps)
+            guess = model.dit(noisy.x_t, noisy.t, words).x.float()
+            miss = flow.velocity(noisy.x_t, guess, noisy.t)
+            miss = miss - flow.velocity(noisy.x_t, x, noisy.t)
+            found.image[:, number] = (guess - x).square().mean((1, 2, 3)).cpu()
+            found.velocity[:, number] = miss.square().mean((1, 2, 3)).cpu()
     return found
 
 
@@ -104,22 +93,10 @@ def level(number: int, first: int, count: int, seed: int = 0) -> Float[Tensor, "
     return (low + (high - low) * (turns % 1)).clamp(min=flow.T_FIRST).float()
 
 
-def summarise(errors: Errors) -> Summary:
-    """Average over pictures; bins count by their width. Errors: ValueError for no pictures."""
-    if not len(errors.t):
-        raise ValueError("there are no pictures to average over")
-    velocity = errors.velocity.mean(0)
-    return Summary(
-        float(velocity @ np.diff(EDGES)),
-        tuple(errors.image.mean(0).tolist()),
-        tuple(velocity.tolist()),
-    )
+def by_name(errors: Errors) -> dict[str, Floats]:
+    """What each picture adds to each value, (n,): the value itself is the mean over pictures.
 
-
-def values(summary: Summary) -> dict[str, float]:
-    """The summary by names a log can hold: `loss`, `velocity 0.0-0.3`, `image 0.0-0.3`, ..."""
-    bins = [f"{low:.1f}-{high:.1f}" for low, high in pairwise(EDGES)]
-    rows = {"loss": summary.loss}
-    for name, numbers in (("velocity", summary.velocity), ("image", summary.image)):
-        rows |= {f"{name} {at}": number for at, number in zip(bins, numbers, strict=True)}
-    return rows
+    `loss` is the velocity error over all t in [0, 1]: each bin counts by its width.
+    """
+    columns = (errors.velocity @ np.diff(EDGES), *errors.velocity.T, *errors.image.T)
+    return dict(zip(NAMES, columns, strict=True))
