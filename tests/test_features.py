@@ -187,17 +187,17 @@ def test_a_family_is_that_of_the_network_however_its_folder_is_called(
 
 def test_a_digest_changes_with_weights_and_with_preparation(dino: Path, tmp_path: Path) -> None:
     model, _ = features.from_hub(str(dino))
-    here = features.pretrained(str(dino)).digest
-    assert here == features.pretrained(str(dino)).digest
+    here = features.load(str(dino)).digest
+    assert here == features.load(str(dino)).digest
     again = saved(model, tmp_path / "again")
-    assert features.pretrained(str(again)).digest == here
+    assert features.load(str(again)).digest == here
     (again / "preprocessor_config.json").write_text(
         json.dumps(PREPARATION | {"image_mean": [0.5, 0.5, 0.5]})
     )
-    assert features.pretrained(str(again)).digest != here
+    assert features.load(str(again)).digest != here
     with torch.no_grad():
         model.layernorm.bias[0] += 1
-    assert features.pretrained(str(saved(model, tmp_path / "moved"))).digest != here
+    assert features.load(str(saved(model, tmp_path / "moved"))).digest != here
 
 
 def test_weights_that_are_not_there_are_named_with_size_and_place() -> None:

@@ -76,9 +76,9 @@ def distribution(
                 features.keep(places[number], reference)
             except BadStorage as failure:
                 remarks.append(str(failure))
-        found, said = compare(extractor, np.concatenate(drawn[number]), reference)
+        found, said = compare(artist, extractor, np.concatenate(drawn[number]), reference)
         values |= found
-        remarks += said + _taught_by(artist, extractor)
+        remarks += said
     details = {
         "examples": examples.digest,
         "examples_seed": examples.seed,
@@ -144,12 +144,13 @@ def coco30k(
             "were enlarged"
         )
     for seen, extractor, against in zip(found, extractors, true, strict=True):
-        apart, said = compare(extractor, np.concatenate(seen), against.features)
+        apart, said = compare(artist, extractor, np.concatenate(seen), against.features)
         values |= apart
-        remarks += said + _taught_by(artist, extractor)
+        remarks += said
     if clip is not None:
         values["clip_score"] = mean(np.concatenate(scores))
-        remarks += _cut(cut)
+    if cut:
+        remarks.append(f"{cut} prompts are longer than CLIP reads")
     details = {
         "captions": prompts.digest,
         "reference": {one.name: of.digest for one, of in zip(extractors, true, strict=True)},
@@ -169,9 +170,9 @@ def names(network: str) -> list[str]:
 
 
 def compare(
-    extractor: Extractor, drawn: Features, reference: Features
+    artist: Artist, extractor: Extractor, drawn: Features, reference: Features
 ) -> tuple[dict[str, Estimate], list[str]]:
-    """All distances of two sets of features, and what must be said of them.
+    """All distances of what an artist has drawn, by name, and what must be said of them.
 
     Errors  BadData for too few pictures.
     """
@@ -192,21 +193,12 @@ def compare(
         remarks.append(
             f"{name}.frechet rests on {n} pictures: it compares only with values from as many"
         )
+    if extractor.family.startswith(tuple(artist.taught)):
+        remarks.append(
+            f"{extractor.name} took part in the training of this model: look at its distances, and "
+            "report those of another network"
+        )
     return {f"{name}.{key}": value for key, value in values.items()}, remarks
-
-
-def _taught_by(artist: Artist, extractor: Extractor) -> list[str]:
-    if not extractor.family.startswith(tuple(artist.taught)):
-        return []
-    said = "took part in the training of this model: look at its distances, and report those of"
-    return [f"{extractor.name} {said} another network"]
-
-
-def _cut(number: int) -> list[str]:
-    return [f"{number} prompts are longer than CLIP reads"] if number else []
-
-
-# What is kept of a reference
 
 
 def _place(cache: Path, examples: str, extractor: Extractor) -> Path:

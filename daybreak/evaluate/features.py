@@ -77,8 +77,9 @@ def load(name: str, device: torch.device | str = "cpu") -> Extractor:
     if name == "scenes":
         return scenes(device)
     if name == "inception":
-        return inception(inception_home(), device)
-    return pretrained(name, device)
+        return inception(device)
+    model, processor = from_hub(name)
+    return from_model(name, model.to(device), processor)
 
 
 def extract(extractor: Extractor, pictures: npt.NDArray[Any]) -> Features:
@@ -139,17 +140,11 @@ def scenes(device: torch.device | str = "cpu") -> Extractor:
     )
 
 
-def pretrained(source: str, device: torch.device | str = "cpu") -> Extractor:
-    """A vision model of `transformers`, or the picture side of one that also reads.
-
-    Errors  BadRecipe if it cannot be loaded.
-    """
-    model, processor = from_hub(source)
-    return from_model(source, model.to(device), processor)
-
-
 def from_model(name: str, model: Any, processor: Any) -> Extractor:
-    """A loaded model with mean, spread and side from the preparation that was saved with it."""
+    """A loaded vision model of `transformers`, or the picture side of one that also reads.
+
+    Mean, spread and side are those of the preparation that was saved with it.
+    """
     device = model.device
     side = _side(processor)
     mean, spread = (
@@ -169,11 +164,12 @@ def from_model(name: str, model: Any, processor: Any) -> Extractor:
     return Extractor(name, _digest(model, preparation), side, network, family)
 
 
-def inception(weights: Path, device: torch.device | str = "cpu") -> Extractor:
+def inception(device: torch.device | str = "cpu") -> Extractor:
     """The Inception v3 of the FID, with weights converted from the original ones.
 
     Errors  BadRecipe without the package, the file, or if the file is another one.
     """
+    weights = inception_home()
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
     except (ImportError, RuntimeError) as error:  # torchvision of another torch is no ImportError

@@ -30,8 +30,8 @@ from daybreak.data.scenes_captions import COLOURS, OPPOSITE, Specification, pars
 from daybreak.evaluate import scenes_diagnosis
 from daybreak.evaluate.scenes_checker import Detection, detect, judge
 from daybreak.evaluate.scenes_questions import SCORED, Item, held_out, tasks
-from daybreak.evaluate.scenes_suite import Generate, Pictures
-from daybreak.evaluate.statistics import cluster_bootstrap, wilson
+from daybreak.evaluate.scenes_suite import Generate, Pictures, share_of
+from daybreak.evaluate.statistics import cluster_bootstrap
 from daybreak.failure import BadRecipe
 
 Floats = npt.NDArray[np.float64]
@@ -116,7 +116,7 @@ def unconditional(blank: Pictures, config: Config, asked: Sequence[Item]) -> dic
     ]
     low, high = cluster_bootstrap(passed, range(len(seen)))
     return {
-        "well_formed": _share([scenes_diagnosis.well_formed(one.things) for one in seen]),
+        "well_formed": share_of([scenes_diagnosis.well_formed(one.things) for one in seen]),
         "passed": {"exact": float(np.mean(passed)), "low": low, "high": high, "n": len(seen)},
     }
 
@@ -130,11 +130,13 @@ def retrieval(
         picture = scenes.sample(config, training_seed, number).image
         verdict = judge(detect(picture, config.canvas), item.specification, config.canvas)
         passed.setdefault(item.split or item.task, []).append(verdict.passed)
-    by_task = {task: _share(passed[task]) for task in SCORED if task in passed}
+    by_task = {task: share_of(passed[task]) for task in SCORED if task in passed}
     return {
         "overall": float(np.mean([share["exact"] for share in by_task.values()])),
         "tasks": by_task,
-        "held_out": {split: _share(passed[split]) for split in config.held_out if split in passed},
+        "held_out": {
+            split: share_of(passed[split]) for split in config.held_out if split in passed
+        },
     }
 
 
@@ -224,7 +226,7 @@ def memorisation(distances: Floats, drawn: int, training: int) -> dict[str, Any]
         "training": training,
         "median": float(np.median(ours)),
         "fresh_median": float(np.median(fresh)),
-        "near": _share((ours <= np.quantile(fresh, NEAR)).tolist()),
+        "near": share_of((ours <= np.quantile(fresh, NEAR)).tolist()),
         "near_by_chance": NEAR,
     }
 
@@ -297,11 +299,6 @@ def _rows(specifications: Sequence[Specification], places: dict[Hashable, int]) 
     return sparse.csr_array(
         (values, (rows, columns)), shape=(len(specifications), len(places)), dtype=np.float64
     )
-
-
-def _share(passed: Sequence[bool]) -> dict[str, Any]:
-    low, high = wilson(sum(passed), len(passed))
-    return {"exact": sum(passed) / len(passed), "low": low, "high": high, "n": len(passed)}
 
 
 # For people

@@ -185,10 +185,10 @@ def _result(
         "prompts": len(asked),
         "overall": _mean([(item, score.verdict) for item, score in scored]),
         "tasks": {
-            task: _share([s.verdict.passed for _, s in its]) for task, its in by_task.items()
+            task: share_of([s.verdict.passed for _, s in its]) for task, its in by_task.items()
         },
         "held_out": {
-            split: _share([s.verdict.passed for _, s in its]) for split, its in by_split.items()
+            split: share_of([s.verdict.passed for _, s in its]) for split, its in by_split.items()
         },
         "gaps": {split: _gap(by_task, its) for split, its in by_split.items()},
         "controls": {
@@ -196,10 +196,10 @@ def _result(
             "ground_truth": _mean([(item, score.truth) for item, score in scored]),
         },
         "attributes": {
-            name: _share([mark for marks in few if (mark := marks[place]) is not None])
+            name: share_of([mark for marks in few if (mark := marks[place]) is not None])
             for place, name in enumerate(ATTRIBUTES)
         },
-        "undetermined": _share([score.verdict.undetermined for _, score in rows]),
+        "undetermined": share_of([score.verdict.undetermined for _, score in rows]),
         "product": {
             name: _product([score.verdict for _, score in its])
             for name, its in [*by_task.items(), *by_split.items()]
@@ -217,7 +217,7 @@ def _gap(
     known = [score.verdict.passed for task in tasks for _, score in by_task[task]]
     new = [score.verdict.passed for _, score in held]
     if not known or not new:
-        return _share([])
+        return share_of([])
     gap = sum(known) / len(known) - sum(new) / len(new)
     low, high = difference(sum(known), len(known), sum(new), len(new))
     return {"exact": gap, "low": low, "high": high, "n": len(new)}
@@ -247,7 +247,7 @@ def _diagnosis(
 def _mean(rows: Sequence[tuple[Item, Verdict]]) -> dict[str, float | int | None]:
     """The mean of the tasks' shares; images of one specification are one cluster."""
     if not rows:
-        return _share([])
+        return share_of([])
     passed = np.array([verdict.passed for _, verdict in rows], dtype=np.float64)
     names = [item.task for item, _ in rows]
     means = [passed[[name == task for name in names]].mean() for task in SCORED if task in names]
@@ -255,7 +255,8 @@ def _mean(rows: Sequence[tuple[Item, Verdict]]) -> dict[str, float | int | None]
     return {"exact": float(np.mean(means)), "low": low, "high": high, "n": len(rows)}
 
 
-def _share(passed: Sequence[bool]) -> dict[str, float | int | None]:
+def share_of(passed: Sequence[bool]) -> dict[str, float | int | None]:
+    """How many of them passed, as a share with its interval; None where there are none."""
     if not passed:
         return {"exact": None, "low": None, "high": None, "n": 0}
     low, high = wilson(sum(passed), len(passed))
