@@ -20,8 +20,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, ClassVar, NamedTuple, Protocol
 
-import numpy as np
-import numpy.typing as npt
 from jaxtyping import Float
 from pydantic import (
     AfterValidator,
@@ -36,7 +34,7 @@ from pydantic import (
 from torch import Tensor
 
 from daybreak.data import images, scenes, sources
-from daybreak.data.plan import Slot
+from daybreak.data.plan import Rows, Slot, shuffle
 from daybreak.data.prepared import Picture, Prepared, Sample, chosen, is_prepared, one_by_one
 from daybreak.failure import BadData, BadRecipe
 from daybreak.train import dice
@@ -191,14 +189,16 @@ class Folder:
     ) -> None:
         self.pictures = sources.folder(folder, caption_columns)
         sources.check(self.pictures)
-        said = [
-            [
-                *(one.path.relative_to(folder).as_posix(), one.path.stat().st_size, one.captions),
+        facts = [
+            (
+                one.path.relative_to(folder).as_posix(),
+                one.path.stat().st_size,
+                one.captions,
                 [weight / math.fsum(one.weights) for weight in one.weights],
-            ]
+            )
             for one in self.pictures
         ]
-        self.files = {folder.name: hashlib.sha256(json.dumps(said).encode()).hexdigest()}
+        self.files = {folder.name: hashlib.sha256(json.dumps(facts).encode()).hexdigest()}
         self.seed = seed
         self.kept: dict[tuple[int, int], Picture] = {}
         self.bytes = 0
@@ -246,10 +246,9 @@ class Folder:
 
 
 @lru_cache(maxsize=2)
-def order(seed: int, epoch: int, count: int) -> npt.NDArray[np.int64]:
+def order(seed: int, epoch: int, count: int) -> Rows:
     """Return the shuffle of an epoch, a permutation of 0 .. count - 1."""
-    generator = np.random.Generator(np.random.Philox(dice.key(seed, "order", epoch)))
-    return generator.permutation(count)
+    return shuffle(count, seed, "order", epoch)
 
 
 def files(sources: Sequence[Pictures]) -> dict[str, str]:

@@ -106,7 +106,7 @@ class Plan:
             for shelf in self.shelves
             for rows in _slices(self.seed, shelf, number, self.batch)
         ]
-        return [planned[place] for place in _shuffle(len(planned), self.seed, "batches", number)]
+        return [planned[place] for place in shuffle(len(planned), self.seed, "batches", number)]
 
     def __getitem__(self, number: int) -> Planned:
         epoch, place = self.locate(number)
@@ -162,7 +162,7 @@ def _pass(seed: int, shelf: Shelf, turn: int) -> Rows:
         start, stop = _due(turn, rate, len(rows)), _due(turn + 1, rate, len(rows))
         rounds = range(start // len(rows), -(-stop // len(rows)))
         orders = [
-            _shuffle(len(rows), seed, "rows", shelf.bucket.name, dataset, one) for one in rounds
+            shuffle(len(rows), seed, "rows", shelf.bucket.name, dataset, one) for one in rounds
         ]
         skipped = start - rounds.start * len(rows)
         order = np.concatenate(orders)[skipped : skipped + stop - start] if orders else rows[:0]
@@ -170,7 +170,7 @@ def _pass(seed: int, shelf: Shelf, turn: int) -> Rows:
     if len(drawn) == 1:
         return drawn[0]
     mixed = np.concatenate(drawn)
-    return mixed[_shuffle(len(mixed), seed, "mix", shelf.bucket.name, turn)]
+    return mixed[shuffle(len(mixed), seed, "mix", shelf.bucket.name, turn)]
 
 
 def _due(turn: int, rate: float, count: int) -> int:
@@ -178,6 +178,6 @@ def _due(turn: int, rate: float, count: int) -> int:
     return math.floor(turn * rate * count)
 
 
-def _shuffle(count: int, *key: int | str) -> Rows:
+def shuffle(count: int, *key: int | str) -> Rows:
     """A permutation of 0 .. count - 1 that depends on the key alone."""
     return np.random.Generator(np.random.Philox(dice.key(*key))).permutation(count)

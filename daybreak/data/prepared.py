@@ -89,8 +89,7 @@ class Prepared:
         self.datasets = [open_dataset(Path(folder)) for folder, _ in folders]
         counts = [len(one.numbers) for one in self.datasets]
         self.starts = [0, *itertools.accumulate(counts)]
-        weights = [weight for _, weight in folders]
-        self.rates = rates(counts, weights) if len(folders) > 1 else (1.0,)
+        self.rates = rates(counts, [weight for _, weight in folders])
 
     def __reduce__(self) -> tuple[type["Prepared"], tuple[object, ...]]:
         """A worker that is not forked opens the files anew instead of being sent their bytes."""
@@ -147,8 +146,9 @@ class Prepared:
         """Sort all rows by the bucket in which they are trained."""
         count = self.starts[-1]
         if count < batch:
+            names = " and ".join(folder for folder, _ in self.folders)
             raise BadRecipe(
-                f"{self._names} holds {count} pictures and a batch takes {batch}: set stage.batch "
+                f"{names} holds {count} pictures and a batch takes {batch}: set stage.batch "
                 f"to {count} or less, or prepare more pictures"
             )
         pieces = [
@@ -184,10 +184,6 @@ class Prepared:
         ends = np.cumsum(np.bincount(one.numbers, minlength=len(one.buckets)))[:-1]
         for bucket, rows in zip(one.buckets, np.split(order, ends), strict=True):
             yield at(bucket, one.largest, resolution, one.unit, self.patch, one.max_aspect), rows
-
-    @property
-    def _names(self) -> str:
-        return " and ".join(folder for folder, _ in self.folders)
 
     def _read(self, row: int, slot: Slot) -> tuple[Picture, str]:
         dataset = bisect_right(self.starts, row) - 1
