@@ -54,7 +54,7 @@ def arms(
 ) -> dict[str, tuple[Callable[[], object], int]]:
     """Ways to draw, by name, each with how many pictures it draws."""
     shift = recipe.flow.shift if how.shift is None else how.shift
-    times = pipeline.timesteps(how.steps, shift)
+    times = [1000 * t for t in sampler.times(how.steps, shift)[:-1]]
 
     def pipe() -> object:
         return theirs(

@@ -33,6 +33,8 @@ FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"})
 SIGNATURES = (b"\x89PNG", b"\xff\xd8\xff", b"GIF8", b"II*\0", b"MM\0*")
 LIMIT = 64_000_000
+TOO_LARGE = f"has more than {LIMIT // 1_000_000} megapixels; scale it down."
+TOO_MUCH_TEXT = "has more compressed text in it than pictures have; save it without its metadata."
 WHITE = (255, 255, 255)
 QUALITY = 92  # of JPEG, with colour as fine as grey: half-size colour bleeds over drawn edges
 
@@ -69,7 +71,7 @@ def decode(
             raise
         except Exception as error:  # decoders raise whatever they tripped over
             if _is_text_bomb(error):
-                raise Refused(f"{where}: {_too_much_text()}", "bomb") from error
+                raise Refused(f"{where}: {TOO_MUCH_TEXT}", "bomb") from error
             raise Refused(f"{where}: cannot be decoded ({why(error)}); replace it.") from error
 
 
@@ -153,7 +155,7 @@ def _header(file: IO[bytes], where: str) -> Image.Image:
     try:
         image = Image.open(file, formats=FORMATS)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise Refused(f"{where}: {_too_large()}", "bomb") from error
+        raise Refused(f"{where}: {TOO_LARGE}", "bomb") from error
     except UnidentifiedImageError as error:
         file.seek(0)
         begins = file.read(4)
@@ -166,10 +168,10 @@ def _header(file: IO[bytes], where: str) -> Image.Image:
         ) from error
     except Exception as error:
         if _is_text_bomb(error):
-            raise Refused(f"{where}: {_too_much_text()}", "bomb") from error
+            raise Refused(f"{where}: {TOO_MUCH_TEXT}", "bomb") from error
         raise Refused(f"{where}: has a damaged header ({why(error)}); replace it.") from error
     if image.width * image.height > LIMIT:
-        raise Refused(f"{where}: {_too_large()}", "bomb")
+        raise Refused(f"{where}: {TOO_LARGE}", "bomb")
     return image
 
 
@@ -245,14 +247,6 @@ def _from_profile(image: Image.Image) -> Image.Image:
         except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
             pass
     return image.convert("RGB")
-
-
-def _too_large() -> str:
-    return f"has more than {LIMIT // 1_000_000} megapixels; scale it down."
-
-
-def _too_much_text() -> str:
-    return "has more compressed text in it than pictures have; save it without its metadata."
 
 
 def _is_text_bomb(error: Exception) -> bool:

@@ -76,40 +76,13 @@ def export(
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        staged = Path(tempfile.mkdtemp(prefix=f".tmp-{folder.name}-", dir=folder.parent))
-    except OSError as error:
-        raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
-    try:
-        _transformer(model.dit, staged / "transformer")
-        plain = how.stochastic and flow_config.noise_scale == 1  # its scheduler knows no other
-        private = {"_sampling": sampling(how, flow_config, route), "_taught": list(card.taught)}
-        _scheduler(staged / "scheduler", plain, private)
-        shutil.copyfile(Path(__file__).with_name("custom_pipeline.py"), staged / "pipeline.py")
-        encoder: Any = model.text.encoder
-        with hub.without_bars():
-            encoder.save_pretrained(staged / "text_encoder")
-        model.text.tokenizer.save_pretrained(staged / "tokenizer")
-        tokenizer_class = _portable(staged / "tokenizer" / "tokenizer_config.json")
-        _write(
-            staged / "model_index.json",
-            {
-                "_class_name": "PRXPixelPipeline",
-                "_diffusers_version": "0.39.0",
-                "default_sample_size": resolution,
-                "noise_scale": flow_config.noise_scale,
-                "prompt_max_tokens": model.text.config.max_tokens,
-                "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
-                "text_encoder": ["transformers", type(encoder).__name__],
-                "tokenizer": ["transformers", tokenizer_class],
-                "transformer": ["diffusers", "PRXTransformer2DModel"],
-            },
-        )
-        (staged / "README.md").write_text(
-            _card(card, sampler.size(how, resolution, model.dit.config.patch), how, flow_config),
-            encoding="utf-8",
-        )
-        staged.chmod(0o755)
-        old = disk.swap(staged, folder)
+        with tempfile.TemporaryDirectory(
+            prefix=f".tmp-{folder.name}-", dir=folder.parent, ignore_cleanup_errors=True
+        ) as place:
+            staged = Path(place)
+            _fill(staged, model, resolution, how, flow_config, card, route)
+            staged.chmod(0o755)
+            old = disk.swap(staged, folder)
         for other in list(old.iterdir()) if old.exists() else ():  # what others put there stays
             if not (folder / other.name).exists():
                 other.rename(folder / other.name)
@@ -118,8 +91,6 @@ def export(
         raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
     except SafetensorError as error:  # what it makes of an OSError
         raise BadStorage(f"cannot write {folder}: {error}") from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
     return folder
 
 
@@ -131,9 +102,42 @@ def _replaceable(folder: Path) -> bool:
     return not any(folder.iterdir()) or all((folder / name).exists() for name in written)
 
 
-def timesteps(steps: int, shift: float) -> list[float]:
-    """Return our time grid in the unit of diffusers' schedulers, without the final zero."""
-    return [1000 * t for t in sampler.times(steps, shift)[:-1]]
+def _fill(
+    folder: Path,
+    model: TextToImage,
+    resolution: int,
+    how: sampler.Config,
+    flow_config: flow.Config,
+    card: Card,
+    route: tread.Config | None,
+) -> None:
+    """Write all that is in a pipeline folder into an empty one."""
+    _transformer(model.dit, folder / "transformer")
+    plain = how.stochastic and flow_config.noise_scale == 1  # its scheduler knows no other
+    private = {"_sampling": sampling(how, flow_config, route), "_taught": list(card.taught)}
+    _scheduler(folder / "scheduler", plain, private)
+    shutil.copyfile(Path(__file__).with_name("custom_pipeline.py"), folder / "pipeline.py")
+    encoder: Any = model.text.encoder
+    with hub.without_bars():
+        encoder.save_pretrained(folder / "text_encoder")
+    model.text.tokenizer.save_pretrained(folder / "tokenizer")
+    tokenizer_class = _portable(folder / "tokenizer" / "tokenizer_config.json")
+    _write(
+        folder / "model_index.json",
+        {
+            "_class_name": "PRXPixelPipeline",
+            "_diffusers_version": "0.39.0",
+            "default_sample_size": resolution,
+            "noise_scale": flow_config.noise_scale,
+            "prompt_max_tokens": model.text.config.max_tokens,
+            "scheduler": ["diffusers", "FlowMatchEulerDiscreteScheduler"],
+            "text_encoder": ["transformers", type(encoder).__name__],
+            "tokenizer": ["transformers", tokenizer_class],
+            "transformer": ["diffusers", "PRXTransformer2DModel"],
+        },
+    )
+    size = sampler.size(how, resolution, model.dit.config.patch)
+    (folder / "README.md").write_text(_card(card, size, how, flow_config), encoding="utf-8")
 
 
 def sampling(
