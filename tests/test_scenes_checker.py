@@ -464,7 +464,7 @@ def test_specks_beside_what_was_asked_for_fail() -> None:
 
 def found(shape: str, colour: str, x: float, y: float) -> Found:
     """Twice as high as wide."""
-    return Found(Thing(shape, colour, None, x, y, 5.0), True, 6, 12, 1.0, 1.0, 1.0)
+    return Found(Thing(shape, colour, None, x, y, 5.0), True, 6, 12)
 
 
 @pytest.mark.parametrize(

@@ -408,8 +408,8 @@ def test_quantiles_of_few_values_are_taken_as_far_out_as_the_docstring_says() ->
 
 def test_a_share_without_exception_is_as_sure_as_its_clusters_are_many() -> None:
     prompts = [number // 4 for number in range(80)]  # four pictures of each of twenty
-    assert share_interval(np.ones(80), prompts) == wilson(20, 20)
-    assert share_interval(np.zeros(80), prompts) == wilson(0, 20)
+    assert share_interval(np.ones(80), prompts, [0] * 80) == wilson(20, 20)
+    assert share_interval(np.zeros(80), prompts, [0] * 80) == wilson(0, 20)
     tasks = [number % 2 for number in range(80)]  # a prompt of two tasks is one of each
     assert share_interval(np.ones(80), prompts, tasks) == wilson(40, 40)
 

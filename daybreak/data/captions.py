@@ -95,19 +95,16 @@ def read(
     Errors  Refused, with the first thing that is wrong, if none is left.
     """
     kept: list[tuple[str, float]] = []
-    faults = []
+    faults = list[str]()
     for column, weight in asked or usual(columns):
-        mine = list[str]()
         try:
-            for text in several(columns.get(column), column):
-                try:
-                    _check_length(text, column, shortest, longest)
-                except Refused as fault:
-                    faults.append(str(fault))
-                else:
-                    mine.append(text)
+            said = several(columns.get(column), column)
         except Refused as fault:
             faults.append(str(fault))
+            continue
+        wrong = [_wrong_length(text, column, shortest, longest) for text in said]
+        faults += filter(None, wrong)
+        mine = [text for text, fault in zip(said, wrong, strict=True) if not fault]
         kept += [(text, weight / len(mine)) for text in mine]
     if not kept:
         raise Refused(faults[0] if faults else _nothing(columns, asked), "caption")
@@ -132,15 +129,13 @@ def _told(value: object) -> bool:
     return bool(clean(value)) if isinstance(value, str) else value is not None
 
 
-def _check_length(text: str, column: str, shortest: int, longest: int) -> None:
+def _wrong_length(text: str, column: str, shortest: int, longest: int) -> str | None:
+    """What is wrong with the length of a caption, if something is."""
     if len(text) > longest:
-        raise _refused(
-            f"its `{column}` has {len(text):,} characters; --max-caption takes {longest:,}."
-        )
+        return f"its `{column}` has {len(text):,} characters; --max-caption takes {longest:,}."
     if len(text) < shortest:
-        raise _refused(
-            f"its `{column}` has {len(text):,} characters; --min-caption asks for {shortest:,}."
-        )
+        return f"its `{column}` has {len(text):,} characters; --min-caption asks for {shortest:,}."
+    return None
 
 
 def _check_unicode(text: str, column: str) -> None:

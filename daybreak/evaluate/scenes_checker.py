@@ -86,9 +86,6 @@ class Found(NamedTuple):
     accepted: bool
     width: int  # of its box
     height: int
-    score: float
-    lead: float
-    purity: float
 
 
 class Detection(NamedTuple):
@@ -238,9 +235,6 @@ def _explain(
         accepted,
         across.stop - across.start,
         down.stop - down.start,
-        score,
-        lead,
-        purity,
     )
 
 

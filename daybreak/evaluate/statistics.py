@@ -123,9 +123,7 @@ def cluster_bootstrap(
 
 
 def share_interval(
-    passed: npt.NDArray[np.float64],
-    clusters: Sequence[Hashable],
-    strata: Sequence[Hashable] | None = None,
+    passed: npt.NDArray[np.float64], clusters: Sequence[Hashable], strata: Sequence[Hashable]
 ) -> tuple[float, float]:
     """The 95 % interval of a share, of clustered verdicts 0 and 1.
 
@@ -135,7 +133,7 @@ def share_interval(
     Shapes, errors  as `cluster_bootstrap`.
     """
     if len(passed) and passed.min() == passed.max():
-        n = len(set(zip(clusters, strata or clusters, strict=True)))
+        n = len(set(zip(clusters, strata, strict=True)))
         return wilson(n if passed[0] else 0, n)
     return cluster_bootstrap(passed, clusters, strata)
 

@@ -70,7 +70,11 @@ def grid(
         row, column = divmod(i, columns)
         x = margin + column * (cell_width + gap)
         y = top + sum(cell_height + extra + gap for extra in label_heights[:row])
-        _paste(sheet, image, factor, x, y, cell_width, cell_height)
+        high, wide = factor * image.shape[0], factor * image.shape[1]
+        left, up = x + (cell_width - wide) // 2, y + (cell_height - high) // 2
+        draw.rectangle((left - 1, up - 1, left + wide, up + high), outline=FRAME)
+        large = Image.fromarray(image).resize((wide, high), Image.Resampling.NEAREST)
+        sheet.paste(large, (left, up))
         below = y + cell_height + gap // 2
         for k, line in enumerate(wrapped[i]):
             draw.text((x, below + k * leading), line, INK, font)
@@ -96,23 +100,6 @@ def _columns(count: int) -> int:
     whole = [c for c in range(math.ceil(math.sqrt(count)), count + 1) if count % c == 0]
     best = min(whole, key=lambda c: abs(c - wanted))
     return best if best <= 2 * wanted else math.ceil(wanted)
-
-
-def _paste(
-    sheet: Image.Image,
-    image: npt.NDArray[np.uint8],
-    factor: int,
-    x: int,
-    y: int,
-    cell_width: int,
-    cell_height: int,
-) -> None:
-    height, width = image.shape[0] * factor, image.shape[1] * factor
-    x, y = x + (cell_width - width) // 2, y + (cell_height - height) // 2
-    frame = (x - 1, y - 1, x + width, y + height)
-    ImageDraw.Draw(sheet).rectangle(frame, outline=FRAME)
-    large = Image.fromarray(image).resize((width, height), Image.Resampling.NEAREST)
-    sheet.paste(large, (x, y))
 
 
 def _wrap(label: str, font: Font, width: int) -> list[str]:

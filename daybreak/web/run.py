@@ -244,7 +244,7 @@ def _scores(story: Story) -> Iterator[Score]:
     for name, line in [*found, *((file.stem, _object(file)) for file in files)]:
         values = line.get("values")
         if isinstance(values, dict) and values:
-            yield Score(name, [(key, *_interval(v)) for key, v in values.items() if _is_value(v)])
+            yield Score(name, [(key, *_written(v)) for key, v in values.items() if _is_value(v)])
 
 
 def _incidents(story: Story) -> Iterator[tuple[str, ...]]:
@@ -319,14 +319,11 @@ def _object(file: Path) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def _interval(one: Mapping[str, Any]) -> tuple[str, str]:
-    low, high = one.get("low"), one.get("high")
+def _written(one: Mapping[str, Any]) -> tuple[str, str]:
+    """A value and its interval; a dash for one that is not finite."""
+    value, low, high = one.get("value"), one.get("low"), one.get("high")
     between = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
-    return _value(one), between
-
-
-def _value(one: Mapping[str, Any]) -> str:
-    return "-" if one.get("value") is None else f"{one['value']:.4g}"
+    return "-" if value is None else f"{value:.4g}", between
 
 
 def _is_value(one: object) -> bool:
