@@ -50,7 +50,7 @@ def first_half_red_circle(prompts: list[str], seeds: list[int]) -> Pictures:
 
 @pytest.fixture(scope="module")
 def perfect() -> dict[str, object]:
-    return evaluate(Truth(SMALL, 5, 40), SMALL, 5, 40, workers=1)
+    return evaluate(Truth(SMALL, 5, 40), SMALL, 5, 40)
 
 
 def at(result: object, path: str) -> object:
@@ -77,13 +77,13 @@ def test_shuffled_prompts_score_near_chance(perfect: dict[str, object]) -> None:
 
 
 def test_noise_scores_nothing() -> None:
-    result = evaluate(noise, SMALL, 0, 6, workers=1)
+    result = evaluate(noise, SMALL, 0, 6)
     assert at(result, "overall.exact") == 0
     assert at(result, "overall.low") == 0
 
 
 def test_always_the_same_circle_scores_where_it_is_asked_for() -> None:
-    result = evaluate(first_half_red_circle, SMALL, 1, 40, workers=1)
+    result = evaluate(first_half_red_circle, SMALL, 1, 40)
     assert at(result, "tasks.single.exact") == pytest.approx(0.2, abs=0.15)
     assert at(result, "tasks.position.exact") == 0
     assert at(result, "attributes.count.exact") == pytest.approx(2 / 6)
@@ -124,7 +124,7 @@ def test_a_model_that_draws_the_held_out_pairs_as_others_falls_behind() -> None:
         if item.split == "H1":
             things = tuple(thing._replace(shape="circle") for thing in item.scene.things)
             truth.pictures[item.seed] = scenes.render(item.scene._replace(things=things))
-    result = evaluate(truth, SMALL, 5, 15, workers=1)
+    result = evaluate(truth, SMALL, 5, 15)
     gap = at(result, "gaps.H1.exact")
     assert gap == pytest.approx(1 - at(result, "held_out.H1.exact"), abs=0.03)  # type: ignore[operator]
     assert at(result, "gaps.H1.low") > 0.2  # type: ignore[operator]
@@ -134,7 +134,7 @@ def test_a_model_that_draws_the_held_out_pairs_as_others_falls_behind() -> None:
 
 
 def test_what_is_noise_is_far_from_what_is_found_in_it() -> None:
-    result = evaluate(noise, SMALL, 0, 6, workers=1)
+    result = evaluate(noise, SMALL, 0, 6)
     assert at(result, "fidelity.model.psnr") < 15  # type: ignore[operator]
 
 
@@ -144,14 +144,14 @@ def test_what_a_canvas_cannot_draw_has_no_score(perfect: dict[str, object], task
 
 
 def test_checking_in_processes_changes_nothing() -> None:
-    one = evaluate(Truth(SMALL, 2, 5), SMALL, 2, 5, workers=1)
+    one = evaluate(Truth(SMALL, 2, 5), SMALL, 2, 5)
     two = evaluate(Truth(SMALL, 2, 5), SMALL, 2, 5, workers=2)
     assert one == two
 
 
 def test_progress_ends_at_the_number_of_pictures() -> None:
     heard: list[tuple[int, int]] = []
-    evaluate(noise, SMALL, 0, 7, progress=lambda done, of: heard.append((done, of)), workers=1)
+    evaluate(noise, SMALL, 0, 7, progress=lambda done, of: heard.append((done, of)))
     assert heard == [(60, 70), (70, 70)]
 
 
@@ -160,7 +160,7 @@ def test_pictures_that_were_not_asked_for_stop_the_evaluation() -> None:
         return noise(prompts, seeds)[1:]
 
     with pytest.raises(ValueError, match="asked for 60 pictures"):
-        evaluate(short, SMALL, 0, 10, workers=1)
+        evaluate(short, SMALL, 0, 10)
 
 
 def test_a_table_has_a_row_for_each_share(perfect: dict[str, object]) -> None:

@@ -254,7 +254,8 @@ def order(seed: int, epoch: int, count: int) -> Rows:
 def files(sources: Sequence[Pictures]) -> dict[str, str]:
     """The sha256 of the files that the pictures of all stages come from.
 
-    Other files of a name that is taken, as of two folders called alike, are told by their stage.
+    Where two stages have different files of one name, as from folders called alike, the name of the
+    later one ends in the number of its stage.
     """
     found: dict[str, str] = {}
     for number, source in enumerate(sources):

@@ -42,9 +42,9 @@ def clean(text: str) -> str:
 
 
 def several(value: object, column: str) -> list[str]:
-    """The captions in one cell, cleaned, without empty ones. A list is as many captions.
+    """The captions in one cell, cleaned; empty ones are left out.
 
-    But one of keywords or tags is one caption: `words`.
+    A list is as many captions, but in a column of keywords or tags it is one.
 
     Errors  Refused as `words`.
     """
@@ -121,7 +121,7 @@ def usual(columns: Mapping[str, object]) -> list[tuple[str, float]]:
 
 
 def _told(value: object) -> bool:
-    """Whether there is a caption in a value, or what has to be complained of."""
+    """Whether a value holds a caption, or something else that has to be complained of."""
     if isinstance(value, list):
         return any(map(_told, value))
     if isinstance(value, float):

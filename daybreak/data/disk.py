@@ -29,7 +29,10 @@ def sealed(path: Path) -> dict[str, Any]:
 
 
 def complaint(folder: Path, name: str, listed: dict[str, Any], hashed: bool = True) -> str | None:
-    """Say what is wrong with a file, by what `sealed` said of it; without `hashed`, by its size."""
+    """What is wrong with a file that `sealed` described as `listed`; None if nothing is.
+
+    Without `hashed` it is judged by its size alone.
+    """
     path = folder / name
     if not path.is_file():
         return f"{name} is missing"
@@ -92,9 +95,9 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, step: int) -> dict[str, Any]:
-    """Drop lines of steps after `step`, and such as a crash left half written; the last kept.
+    """Drop the lines of steps after `step`, and what a crash has left half written.
 
-    Of a step that stands there twice its later line counts.
+    Of two lines of one step the later is kept. Returns the last that is kept, or an empty object.
 
     Errors  BadStorage if the disk does not give or take it.
     """
@@ -117,10 +120,10 @@ def cut_lines(path: Path, step: int) -> dict[str, Any]:
 
 
 def named(said: str, longest: int, hyphen: str = "-") -> str:
-    """A file's name, of `longest` bytes at most, that says it as far as a name can.
+    """A file's name of at most `longest` bytes for a text; two texts never share one.
 
-    What it cannot say whole ends in a digest: two that are not the same never share a name. A
-    `hyphen` of the name stands for that sign, as for the spaces of a sentence.
+    It is that of `plain` if the text can be read from it: then each `hyphen` of the text, a space
+    perhaps, is a "-" of the name, and nothing else is changed. If not, a digest follows.
     """
     if (name := plain(said, longest)).replace("-", hyphen) == said:
         return name
@@ -129,7 +132,10 @@ def named(said: str, longest: int, hyphen: str = "-") -> str:
 
 
 def plain(said: str, longest: int) -> str:
-    """What a name of `longest` bytes at most can say: others may come to say the same."""
+    """A text as a file's name of at most `longest` bytes; other texts may give the same one.
+
+    Each run of signs other than letters, digits and _ . = + - becomes one "-".
+    """
     name = re.sub(r"[^\w.=+-]+", "-", said).strip("-.") or "empty"
     return name.encode()[:longest].decode(errors="ignore")
 
@@ -162,13 +168,13 @@ def claimed(folder: Path, busy: str) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes have left half written; for who has the folder to himself."""
+    """Remove what killed processes left half written; only while no other process writes there."""
     for left in folder.glob(f".tmp-{'[0-9a-f]' * 8}-*"):
         left.unlink(missing_ok=True)
 
 
 def swap(staged: Path, folder: Path) -> Path:
-    """Put a folder in its place; returns where the one lies that was there, if one was.
+    """Put a folder in its place, and return the path to which an earlier one there was moved.
 
     Errors  OSError if the disk refuses, and that one is back in its place.
     """

@@ -121,10 +121,11 @@ def _near(
     near: int,
     look: Callable[[int], Look],
 ) -> Iterator[Group]:
-    """Take the rows from the best to the last; each takes what is alike and not yet taken.
+    """Groups of rows that look alike, in the order in which their kept rows rank.
 
-    Hashes that hang together by pairs are looked at before any others, so that the thumbnails of
-    no more than those are held.
+    Rows are visited from the best to the last, and each that is in no group yet takes all such rows
+    that look like it. Hashes that a chain of close pairs joins are visited together, so that no
+    more than the thumbnails of one chain are held.
     """
     values, belongs = np.unique(hashes[rows], return_inverse=True)
     neighbours: dict[int, list[int]] = {}

@@ -202,7 +202,7 @@ class Prepared:
         return crop(picture, slot.height, slot.width, across), caption
 
     def _substitute(self, slot: Slot, attempt: int) -> int:
-        """Another row of the same dataset, of the same bucket as long as there is hope."""
+        """Another row of the same dataset, by dice: the first attempts stay within its bucket."""
         dataset = bisect_right(self.starts, slot.row) - 1
         start, numbers = self.starts[dataset], self.datasets[dataset].numbers
         alike = np.flatnonzero(numbers == numbers[slot.row - start])

@@ -85,7 +85,7 @@ def shard_path(staging: Path, number: int) -> Path:
 
 
 def report_path(staging: Path, number: int) -> Path:
-    """Where it stands that a part is finished, and what came of it."""
+    """The file that says that a part is finished, and what came of it."""
     return staging / f"{number:06d}.json"
 
 

@@ -130,7 +130,10 @@ def check(
 
 @cache
 def _load_once(network: str) -> None:
-    """See that a network of the distribution is there; a comparison would ask for every run."""
+    """Make sure that the network of the distribution is there: once, for all runs of a comparison.
+
+    Errors  BadRecipe if it is not.
+    """
     from daybreak.evaluate import features
 
     features.load(network)

@@ -20,7 +20,6 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from daybreak import host
 from daybreak.data import scenes
 from daybreak.data.scenes import CANVASES, Config
 from daybreak.data.scenes_captions import Specification
@@ -66,12 +65,12 @@ def evaluate(
     seed: int,
     per_task: int = 120,
     progress: Callable[[int, int], None] | None = None,
-    workers: int | None = None,
+    workers: int = 1,
 ) -> dict[str, object]:
     """Draw, check and count; the result is ready for JSON.
 
     `progress` hears how many pictures of how many are drawn. Checking runs in `workers` processes
-    (all cores by default; 1 stays in this process) while the next pictures are drawn.
+    (1 stays in this process) while the next pictures are drawn.
 
     Shares stand as {exact, low, high, n} with 95 % intervals: `overall`, `tasks.NAME`,
     `held_out.SPLIT`, `attributes.NAME`, `controls.shuffled`, `controls.ground_truth`. Where n is 0
@@ -82,7 +81,7 @@ def evaluate(
     Errors  ValueError if the generator returns other pictures than it was asked for.
     """
     asked = [*tasks(config, seed, per_task), *held_out(config, seed, per_task)]
-    with _pool(host.cores() if workers is None else workers) as pool:
+    with _pool(workers) as pool:
         pending, truths = [], []
         for start in range(0, len(asked), BATCH):
             batch = asked[start : start + BATCH]
@@ -111,7 +110,7 @@ def _pool(workers: int) -> Executor:
 
 
 def _inspect(pictures: Pictures, number: int, canvas: str) -> None:
-    """N requested is N used, and rounded bytes, or the evaluation stops."""
+    """Make sure that all pictures came back that were asked for, as bytes. Errors: ValueError."""
     size = CANVASES[canvas].size
     if pictures.dtype != np.uint8 or pictures.shape != (number, size, size, 3):
         raise ValueError(

@@ -138,7 +138,7 @@ def noise(
 ) -> Float[Tensor, "b c h w"]:
     """Draw noise (b, *shape) of standard deviation `scale`, equal on every device.
 
-    The processor draws it, for a GPU while that is busy with the step before: nobody waits.
+    The processor draws it, while a GPU is busy with the step before, so neither waits.
     """
     return sent(torch.cat([scale * die.normal(*shape) for die in dice]), device)
 
