@@ -208,13 +208,11 @@ def _from_metadata(file: Path, caption_columns: Sequence[tuple[str, float]]) -> 
 def _captioned(
     file: Path, picture: Path, row: Row, caption_columns: Sequence[tuple[str, float]]
 ) -> Captioned:
+    found = list[tuple[str, float]]()
     try:
-        found = [
-            (text, weight / len(texts))
-            for name, weight in caption_columns or captions.usual(row.values)
-            for texts in [captions.several(row.values.get(name), name)]
-            for text in texts
-        ]
+        for name, weight in caption_columns or captions.usual(row.values):
+            texts = captions.several(row.values.get(name), name)
+            found += [(text, weight / len(texts)) for text in texts]
     except Refused as fault:
         raise BadData(f"{file}:{row.line}: {fault}") from fault
     return Captioned(

@@ -114,11 +114,11 @@ def _axes(
 
 def _legend(draw: ImageDraw.ImageDraw, arms: Sequence[Arm], frame: Frame) -> None:
     """Names at the edge where the curves leave most room: the bottom right if they rise."""
-    left, top, _, bottom = frame.box
+    left, top, right, bottom = frame.box
     ends = [curve[-1][1] - curve[0][1] for arm in arms for curve in arm.curves if curve]
     rising = sum(end for end in ends if math.isfinite(end)) > 0
     once = all(len(curve) < 2 for arm in arms for curve in arm.curves)  # all of it stands right
-    across = left + (0.05 if once else 0.6) * (frame.box[2] - left)
+    across = left + (0.05 if once else 0.6) * (right - left)
     start = bottom - 14 - 20 * len(arms) if rising else top + 8
     for number, (arm, colour) in enumerate(zip(arms, _colours(len(arms)), strict=True)):
         y = start + 20 * number + 8

@@ -57,26 +57,27 @@ def distribution(
     done = 0
     for batch in examples.read():
         height, width = batch.pictures.shape[1:3]
-        seeds = [seed + batch.first + place for place in range(len(batch.captions))]
+        seeds = [seed + batch.first + number for number in range(len(batch.captions))]
         pictures = artist.draw(batch.captions, seeds, height, width)
-        for number, extractor in enumerate(extractors):
-            drawn[number].append(features.extract(extractor, pictures))
-            if known[number] is None:
-                true[number].append(features.extract(extractor, batch.pictures))
+        for extractor, reference, ours, theirs in zip(extractors, known, drawn, true, strict=True):
+            ours.append(features.extract(extractor, pictures))
+            if reference is None:
+                theirs.append(features.extract(extractor, batch.pictures))
         done += len(seeds)
         if progress is not None:
             progress(done, examples.total)
     values: dict[str, Estimate] = {}
     remarks: list[str] = []
-    for number, extractor in enumerate(extractors):
-        reference = known[number]
+    for extractor, place, reference, ours, theirs in zip(
+        extractors, places, known, drawn, true, strict=True
+    ):
         if reference is None:
-            reference = np.concatenate(true[number])
+            reference = np.concatenate(theirs)
             try:
-                features.keep(places[number], reference)
+                features.keep(place, reference)
             except BadStorage as failure:
                 remarks.append(str(failure))
-        found, said = compare(artist, extractor, np.concatenate(drawn[number]), reference)
+        found, said = compare(artist, extractor, np.concatenate(ours), reference)
         values |= found
         remarks += said
     details = {

@@ -13,9 +13,9 @@ Source  clustered intervals, arXiv 2411.00640.
 """
 
 import multiprocessing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -66,7 +66,7 @@ def evaluate(
     per_task: int = 120,
     progress: Callable[[int, int], None] | None = None,
     workers: int = 1,
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """Draw, check and count; the result is ready for JSON.
 
     `progress` hears how many pictures of how many are drawn. Checking runs in `workers` processes
@@ -165,7 +165,7 @@ def _shuffled(asked: Sequence[Item], seed: int) -> dict[int, Specification]:
 
 def _result(
     config: Config, seed: int, asked: Sequence[Item], scores: Sequence[Score]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     rows = list(zip(asked, scores, strict=True))
     known = [(item, score) for item, score in rows if item.split is None]
     scored = [(item, score) for item, score in known if item.task in SCORED]
@@ -224,7 +224,7 @@ def _gap(
 
 def _diagnosis(
     config: Config, asked: Sequence[Item], seen: Sequence[Seen], true: Sequence[Seen]
-) -> dict[str, object]:
+) -> dict[str, Any]:
     """What was taken for what, and how cleanly it was drawn: by the model, and in true renders."""
     confusion, fidelity = {}, {}
     for name, pictures in (("model", seen), ("ground_truth", true)):
@@ -279,7 +279,7 @@ def _product(verdicts: Sequence[Verdict]) -> float | None:
     return product
 
 
-def _row(item: Item, verdict: Verdict) -> dict[str, object]:
+def _row(item: Item, verdict: Verdict) -> dict[str, Any]:
     """What somebody who looks at failures wants to read."""
     return {
         "task": item.task,
@@ -305,19 +305,17 @@ def _row(item: Item, verdict: Verdict) -> dict[str, object]:
     }
 
 
-def table(result: dict[str, object]) -> list[tuple[str, str, str, str]]:
+def table(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
     """(name, exact, 95 % interval, n) for people, the score first; None is a dash."""
     rows = [("overall", result["overall"])]
     for group in ("tasks", "held_out", "controls", "attributes"):
-        shares = result[group]
-        assert isinstance(shares, dict)
-        rows += [(f"{group.replace('_', ' ')}: {name}", share) for name, share in shares.items()]
+        title = group.replace("_", " ")
+        rows += [(f"{title}: {name}", share) for name, share in result[group].items()]
     rows.append(("undetermined", result["undetermined"]))
     return [_written(name, share) for name, share in rows]
 
 
-def _written(name: str, share: object) -> tuple[str, str, str, str]:
-    assert isinstance(share, dict)
+def _written(name: str, share: Mapping[str, Any]) -> tuple[str, str, str, str]:
     if share["exact"] is None:
         return name, "-", "-", "0"
     interval = f"{100 * share['low']:.1f} - {100 * share['high']:.1f} %"

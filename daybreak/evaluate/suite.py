@@ -82,16 +82,15 @@ def scenes(
     asked = (len(scenes_questions.TASKS) + len(config.held_out)) * per_task
     workers = 1 if asked < FEW else max(1, host.cores() // host.processes())
     found = scenes_suite.evaluate(square(artist), config, seed, per_task, progress, workers)
-    groups: list[Any] = [found[group] for group in ("tasks", "held_out", "controls")]
-    shares: dict[str, Any] = {"exact": found["overall"]}
-    for group in groups:
-        shares |= group
+    shares = {"exact": found["overall"]}
+    for group in ("tasks", "held_out", "controls"):
+        shares |= found[group]
     values = {
         name: Estimate(share["exact"], share["low"], share["high"])
         for name, share in shares.items()
         if share["n"]
     }
-    return Result(values, int(found["prompts"]), found)  # type: ignore[call-overload]
+    return Result(values, found["prompts"], found)
 
 
 def validate(
