@@ -172,7 +172,7 @@ class Scenes:
 
 @lru_cache(maxsize=2)
 def said(config: scenes.Config, seed: int) -> tuple[str, ...]:
-    """Return the captions of the first 20,000 scenes, which recipes that are compared share."""
+    """Return the captions of the first 20,000 scenes, once for all recipes that are compared."""
     return tuple(
         scenes.caption(config, scenes.scene(config, seed, index), index) for index in range(20_000)
     )

@@ -161,7 +161,7 @@ def read(folder: Path, progress: Callable[[int, int], None] | None = None) -> Wr
     Errors  BadData, as training would say it, or for a file whose sha256 is another.
     """
     opened = open_dataset(folder)
-    manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    manifest = disk.read_json(folder / "manifest.json")
     disk.compare(folder, manifest["files"], progress)
     return Written(
         opened,

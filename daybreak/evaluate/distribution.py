@@ -80,10 +80,7 @@ def distribution(
         found, said = compare(artist, extractor, np.concatenate(ours), reference)
         values |= found
         remarks += said
-    details = {
-        "examples": examples.digest,
-        "examples_seed": examples.seed,
-        "source": examples.source,
+    details = examples.facts | {
         "extractors": {extractor.name: extractor.digest for extractor in extractors},
         "resize": "bicubic with antialiasing, once, to the side of the network",
     }

@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -46,6 +46,11 @@ class Examples(NamedTuple):
     total: int
     read: Callable[[], Iterator[Batch]]
     seed: int = 0  # that they were chosen with
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What a result must say of them, for JSON."""
+        return {"examples": self.digest, "examples_seed": self.seed, "source": self.source}
 
 
 def of_scenes(config: scenes.Config, seed: int, count: int) -> Examples:

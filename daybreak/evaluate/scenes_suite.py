@@ -86,7 +86,7 @@ def evaluate(
         for start in range(0, len(asked), BATCH):
             batch = asked[start : start + BATCH]
             pictures = generate([item.prompt for item in batch], [item.seed for item in batch])
-            _inspect(pictures, len(batch), config.canvas)
+            _check(pictures, len(batch), config.canvas)
             renders = scenes.renders([item.scene for item in batch])
             with deaf():
                 pending.append(pool.submit(look, pictures, config.canvas))
@@ -109,7 +109,7 @@ def _pool(workers: int) -> Executor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
-def _inspect(pictures: Pictures, number: int, canvas: str) -> None:
+def _check(pictures: Pictures, number: int, canvas: str) -> None:
     """Make sure that all pictures came back that were asked for, as bytes. Errors: ValueError."""
     size = CANVASES[canvas].size
     if pictures.dtype != np.uint8 or pictures.shape != (number, size, size, 3):

@@ -110,13 +110,7 @@ def validate(
     ]
     errors = validation.Errors(*(np.concatenate(rows) for rows in zip(*parts, strict=True)))
     values = {name: mean(column) for name, column in validation.by_name(errors).items()}
-    details = {
-        "examples": examples.digest,
-        "examples_seed": examples.seed,
-        "source": examples.source,
-        "seed": seed,
-        "seed_rule": validation.SEED_RULE,
-    }
+    details = examples.facts | {"seed": seed, "seed_rule": validation.SEED_RULE}
     return Result(values, examples.total, details)
 
 
