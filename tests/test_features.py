@@ -222,6 +222,23 @@ def test_half_a_model_is_refused(dino: Path, tmp_path: Path) -> None:
         features.load(str(folder))
 
 
+def test_weights_that_are_damaged_or_of_another_width_are_refused(
+    dino: Path, tmp_path: Path
+) -> None:
+    model, _ = features.from_hub(str(dino))
+    folder = saved(model, tmp_path / "other")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"hidden_size": 32}))
+    with pytest.raises(BadRecipe, match="neither a local folder nor can be loaded"):
+        features.load(str(folder))
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "model.safetensors").unlink()
+    for data in (b"", b"PK\3\4 and no more", b"<html>"):  # what unpickling makes of them differs
+        (folder / "pytorch_model.bin").write_bytes(data)
+        with pytest.raises(BadRecipe, match="neither a local folder nor can be loaded"):
+            features.load(str(folder))
+
+
 def test_inception_without_its_package_or_weights_says_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

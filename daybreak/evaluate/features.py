@@ -36,6 +36,7 @@ from torch import Tensor, nn
 from daybreak.data import disk, images
 from daybreak.evaluate import scenes_features
 from daybreak.failure import BadData, BadRecipe, BadStorage, told
+from daybreak.model.hub import Unpickling
 
 Pictures = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
@@ -220,7 +221,7 @@ def from_hub(source: str) -> tuple[Any, Any]:
         model, report = AutoModel.from_pretrained(
             hub, revision=revision, dtype=torch.float32, output_loading_info=True
         )
-    except (OSError, ValueError, SafetensorError) as error:
+    except (OSError, ValueError, SafetensorError, EOFError, RuntimeError, Unpickling) as error:
         named = f"{hub} ({KNOWN[source][1]})" if source in KNOWN else hub
         raise BadRecipe(
             f"the features of {source} need the model {named}, which is neither a local folder nor "
