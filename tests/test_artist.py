@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from daybreak.evaluate import artist
@@ -153,6 +154,33 @@ def test_an_exported_run_draws_the_sides_that_the_run_draws(
     )
     assert exported.unit == artist.ours(network, side, HOW, FLOW).unit == patch
     assert drawn(exported, [1], side + patch).shape == (1, side + patch, side + patch, 3)
+
+
+class OneSize:
+    """A pipeline that cannot be asked for a size, as some of diffusers."""
+
+    scheduler = object()
+
+    def __call__(self, prompt: str, generator: object, return_dict: bool) -> object:
+        return ([Image.new("RGB", (16, 16))],)
+
+    def to(self, device: object) -> "OneSize":
+        return self
+
+    def set_progress_bar_config(self, disable: bool) -> None:
+        """Has none."""
+
+
+def test_a_pipeline_of_one_size_is_not_asked_for_another(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(artist, "_load", lambda folder, dtype: OneSize())
+    by = artist.pipeline(tmp_path)
+    assert drawn(by, [1, 2], 16).shape == (2, 16, 16, 3)
+    with pytest.raises(BadRecipe, match="draws 16 x 16 pixels where 32 x 32 were asked for"):
+        drawn(by, [1], 32)
+    with pytest.raises(BadRecipe, match="draws one size only; leave --resolution out"):
+        artist.pipeline(tmp_path, 32)
 
 
 def test_two_processes_draw_the_pictures_of_one(on_ranks: Callable[..., str]) -> None:

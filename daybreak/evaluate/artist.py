@@ -133,6 +133,7 @@ def pipeline(
             raise BadRecipe(f"{folder}: {name} takes no {key}, so it cannot be scored like this")
     if "use_resolution_binning" in known:  # it would draw another size and scale that
         settings["use_resolution_binning"] = False
+    sized = {"height", "width"} <= known.keys()  # whether a size can be asked for
 
     def one(prompt: str, seed: int, size: Mapping[str, int]) -> Image.Image:
         generator = torch.Generator().manual_seed(dice.key(seed, 0, 0))  # as a run's own noise
@@ -149,10 +150,9 @@ def pipeline(
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:
         size = {"height": height, "width": width}
-        drawn = [
-            one(prompt, seed, {} if (height, width) == default else size)
-            for prompt, seed in zip(prompts, seeds, strict=True)
-        ]
+        if (height, width) == default or not sized:
+            size = {}
+        drawn = [one(*asked, size) for asked in zip(prompts, seeds, strict=True)]
         for picture in drawn:
             if picture.size != (width, height):
                 raise BadRecipe(
@@ -161,10 +161,9 @@ def pipeline(
                 )
         return np.stack([np.asarray(picture) for picture in drawn])
 
-    asked = {"height": side, "width": side} if side is not None else {}
-    if not asked.keys() <= known.keys():
+    if side is not None and not sized:
         raise BadRecipe(f"{folder}: {name} draws one size only; leave --resolution out")
-    first = one("a picture", 0, asked)
+    first = one("a picture", 0, {} if side is None else {"height": side, "width": side})
     if first.width != first.height or (side is not None and first.width != side):
         raise BadRecipe(
             f"{folder}: {name} draws {first.width} x {first.height} pixels: give the side of a "
