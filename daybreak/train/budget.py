@@ -28,7 +28,6 @@ from daybreak.train.hardware import Cluster
 from daybreak.train.ledger import MOST
 from daybreak.train.memory import Mesh
 
-GB = hardware.GB
 FILL = 0.95  # of a datasheet's memory: allocators leave gaps, and the driver wants some too
 # Shares of the peak where nothing was measured. torchtitan gives 33 to 39 % without and with
 # compilation in benchmarks/llama3_h100_202412_torchtitan.md; this is the middle.

@@ -14,9 +14,11 @@ Source  peaks, memory, power and links: NVIDIA's datasheets of the SXM boards (A
 """
 
 import difflib
+import math
 import os
 import re
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import NamedTuple
 
@@ -146,21 +148,30 @@ def processor(dtype: torch.dtype) -> Device:
 
 
 @cache
-def speed(dtype: torch.dtype, kind: str, seconds: float = 0.2) -> float:
-    """Measure the FLOP/s of one large product, the best of those that fit into `seconds`.
+def speed(dtype: torch.dtype, kind: str) -> float:
+    """Measure the FLOP/s of one large product, the best of 0.2 seconds.
 
     Once for a process: what it finds first holds.
     """
     side = 1024 if kind == "cpu" else 8192
     left = torch.ones(side, side, dtype=dtype, device=kind)
-    product(left, left)  # the first one looks for its kernel
-    best, until = 0.0, time.perf_counter() + seconds
-    while time.perf_counter() < until or not best:
-        began = time.perf_counter()
+
+    def multiply() -> None:
         product(left, left)
         if kind == "cuda":
             torch.cuda.synchronize()
-        best = max(best, 2 * side**3 / (time.perf_counter() - began))
+
+    multiply()  # the first one looks for its kernel
+    return 2 * side**3 / fastest(multiply, 0.2)
+
+
+def fastest(deed: Callable[[], object], seconds: float) -> float:
+    """Do something again and again for so long; return the seconds that the fastest time took."""
+    best, until = math.inf, time.perf_counter() + seconds
+    while time.perf_counter() < until or best == math.inf:
+        began = time.perf_counter()
+        deed()
+        best = min(best, time.perf_counter() - began)
     return best
 
 

@@ -80,7 +80,7 @@ def age() -> float:
 LOADED = time.monotonic()
 
 
-def stopwatch(gone: float = 0.0) -> Callable[[], float]:
+def stopwatch(gone: float) -> Callable[[], float]:
     """Return a clock that counts seconds from now on, and those that are gone already."""
     began = time.monotonic()
     return lambda: gone + time.monotonic() - began

@@ -17,12 +17,12 @@ import contextlib
 import json
 import math
 import os
+import resource
 import sys
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from types import TracebackType
 from typing import Any, BinaryIO, NamedTuple, Self, TextIO
 
 from rich.console import Console
@@ -110,12 +110,7 @@ class Log:
             self._show(self.progress.start)
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: object) -> None:
         """Leave the last state of the bar standing; write what could not be written before."""
         self._write(b"")
         self._close()
@@ -296,11 +291,7 @@ def memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes this process has held in memory; 0 where the system does not say."""
-    if sys.platform == "win32":
-        return 0
-    import resource
-
+    """The most bytes this process has held in memory."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

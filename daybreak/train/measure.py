@@ -8,12 +8,10 @@ captions by ones as long as the recipe allows, networks by random ones (train/st
 import contextlib
 import itertools
 import json
-import math
 import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -22,10 +20,11 @@ import numpy.typing as npt
 
 from daybreak.config import Recipe
 from daybreak.data import batches, images
-from daybreak.train import log, stand_ins
+from daybreak.train import hardware, log, stand_ins
 
 FIRST, STEPS = 4, 20  # steps that do not count: they compile; and steps that do
 DRAWN = 32  # scenes drawn at once
+TRIED = 0.05  # seconds for which pictures are prepared again and again
 
 
 class Pace(NamedTuple):
@@ -69,9 +68,9 @@ def preparing(recipe: Recipe, side: int) -> float:
     if recipe.drawn is not None:
         source = batches.Scenes(recipe.drawn, recipe.seed)
         slots = source.plan(side, DRAWN, first=0)(0)
-        return _fastest(lambda: source.samples(slots)) / DRAWN
+        return hardware.fastest(lambda: source.samples(slots), TRIED) / DRAWN
     data = images.encode(noise(side, 0), "jpeg")
-    return _fastest(lambda: images.decode_to_cover(data, "a picture", side, side))
+    return hardware.fastest(lambda: images.decode_to_cover(data, "a picture", side, side), TRIED)
 
 
 def noise(side: int, seed: int) -> npt.NDArray[np.uint8]:
@@ -114,13 +113,3 @@ def _pretend(recipe: Recipe, folder: Path) -> Path:
         (folder / f"{number}.jpg").write_bytes(images.encode(picture, "jpeg"))
         (folder / f"{number}.txt").write_text(f"{number} " + "a word " * recipe.text.max_tokens)
     return folder
-
-
-def _fastest(deed: Callable[[], object], seconds: float = 0.05) -> float:
-    """Seconds that something takes when nothing is in its way."""
-    best, until = math.inf, time.perf_counter() + seconds
-    while time.perf_counter() < until or best == math.inf:
-        began = time.perf_counter()
-        deed()
-        best = min(best, time.perf_counter() - began)
-    return best

@@ -12,6 +12,7 @@ the code in the file is the true one.
 
 import contextlib
 import errno
+import fcntl
 import json
 import os
 import re
@@ -94,8 +95,6 @@ class Status:
         """
         if self.held is not None:
             return
-        import fcntl  # a lock of this process: a loader's worker, forked from it, does not keep it
-
         try:
             held = self.lock.open("a+", encoding="utf-8")
         except OSError as error:
@@ -103,6 +102,7 @@ class Status:
         held.seek(0)
         before = held.read().strip()
         try:
+            # A lock of this process: a loader's worker, forked from it, does not keep it.
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             held.close()

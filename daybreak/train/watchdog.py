@@ -27,7 +27,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
-from typing import NoReturn, Self, TextIO
+from typing import NoReturn, Self
 
 import torch.distributed as dist
 
@@ -63,14 +63,12 @@ class Watchdog:
         leave: Callable[[LostPeer], object],
         compiled: bool = False,
         tell: Callable[[str], object] = print,
-        stream: TextIO | None = None,
     ) -> None:
         self.here, self.limit, self.leave = here, limit, leave
         self.store = here.store.clone()  # type: ignore[attr-defined]  # no other thread waits on it
         self.store.set_timeout(timedelta(seconds=ANSWER))
         self.names = [f"rank {rank}" for rank in range(here.size)]
         self.neighbours = rendezvous.neighbours(self.store, here.rank, here.size)
-        self.stream = stream or sys.stderr
         self.step: int | None = None
         self.durations: deque[float] = deque(maxlen=20)
         self.last = time.monotonic()
@@ -170,9 +168,9 @@ class Watchdog:
         """Print the stacks, wait for the others to do so, and leave."""
         rank = self.here.rank
         with suppress(OSError, ValueError):  # nobody has to listen
-            print(f"rank {rank}: no step for {waited:.0f} s; its threads:", file=self.stream)
-            self.stream.flush()
-            faulthandler.dump_traceback(self.stream)
+            print(f"rank {rank}: no step for {waited:.0f} s; its threads:", file=sys.stderr)
+            sys.stderr.flush()
+            faulthandler.dump_traceback(sys.stderr)
         after = "the first step" if self.step is None else f"a step after {self.step}"
         sentence = f"rank {rank} of {self.here.size} waited {waited:.0f} s for {after} to be done"
         silent = self._silent()
@@ -184,7 +182,7 @@ class Watchdog:
     def _leave(self, error: LostPeer, more: str = "") -> NoReturn:
         """Say why, write it down, and end the process."""
         with suppress(OSError, ValueError):
-            print(f"daybreak: {error}{more}", file=self.stream, flush=True)
+            print(f"daybreak: {error}{more}", file=sys.stderr, flush=True)
         with suppress(Exception):
             self.leave(error)
         os._exit(LostPeer.code)
