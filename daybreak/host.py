@@ -46,6 +46,17 @@ def processes() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
+def is_there(process: int) -> bool:
+    """Whether a process of this machine lives."""
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # it is another user's
+        return True
+    return True
+
+
 def cpu_quota(cgroup: Path) -> float | None:
     """Cores a container may keep busy, by version 2 or 1 of Linux' control groups."""
     second = _words(cgroup / "cpu.max")

@@ -28,6 +28,7 @@ from torch.distributed import (  # type: ignore[attr-defined]  # public, though 
 )
 
 from daybreak.failure import LostPeer, told
+from daybreak.host import is_there
 
 GOODBYE = timedelta(seconds=20)
 ROLL_CALL = 3.0  # seconds in which who is still there says so
@@ -163,25 +164,15 @@ def neighbours(store: Store, rank: int, size: int) -> dict[int, int]:
     first = rank - int(os.environ.get("LOCAL_RANK", "0"))
     beyond = min(size, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
     found = {n: int(store.get(f"rank {n}")) for n in range(first, beyond) if n != rank}
-    return {n: process for n, process in found.items() if _is_there(process)}
+    return {n: process for n, process in found.items() if is_there(process)}
 
 
 def miss(store: Store, neighbours: Mapping[int, int]) -> None:
     """Leave a note for a neighbour that was killed: it could not, and NCCL waits for it."""
     for rank, process in neighbours.items():
         with suppress(dist.DistError):
-            if not _is_there(process) and not store.check([f"rank {rank} is done"]):
+            if not is_there(process) and not store.check([f"rank {rank} is done"]):
                 leave_note(store, rank, LostPeer("its process has ended unheard"))
-
-
-def _is_there(process: int) -> bool:
-    try:
-        os.kill(process, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # another user's by now; at worst it is missed later
-        return True
-    return True
 
 
 def note(store: Store) -> Note | None:
@@ -201,14 +192,23 @@ def lost(rank: int, note: Note | None, otherwise: str = "", blamed: int | None =
 
 
 def absent(store: Store, rank: int, size: int) -> list[int]:
-    """Return the ranks that do not answer; none where nobody keeps notes any more."""
-    until, gone = time.monotonic() + ROLL_CALL, list[int]()
+    """Return the ranks that do not answer when they are asked whether they are there."""
     with suppress(dist.DistError):
         store.set("who is there?", "")
-        store.set(f"rank {rank} is there", "")
-        while gone := [n for n in range(size) if not store.check([f"rank {n} is there"])]:
+    return silent(store, rank, size, "is there", ROLL_CALL)
+
+
+def silent(store: Store, rank: int, size: int, says: str, seconds: float) -> list[int]:
+    """Say something of this rank; return those that do not say it of themselves within `seconds`.
+
+    None where nobody keeps notes any more: rank 0 does, and leaves when it has read all of them.
+    """
+    until = time.monotonic() + seconds
+    with suppress(dist.DistError):
+        store.set(f"rank {rank} {says}", "")
+        while quiet := [n for n in range(size) if not store.check([f"rank {n} {says}"])]:
             if time.monotonic() > until:
-                return gone
+                return quiet
             time.sleep(0.1)
     return []
 

@@ -23,6 +23,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self, TextIO
 
+from daybreak import host
 from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage, Failure, LostPeer
 
@@ -41,13 +42,7 @@ def alive(run: Path) -> bool | None:
         return None
     if held is None or held["host"] != socket.gethostname():
         return None
-    try:
-        os.kill(int(held["process"]), 0)
-    except ProcessLookupError:
-        return False
-    except OSError:  # it is another user's
-        return True
-    return True
+    return host.is_there(int(held["process"]))
 
 
 class Status:

@@ -67,7 +67,6 @@ class Watchdog:
         self.here, self.limit, self.leave = here, limit, leave
         self.store = here.store.clone()  # type: ignore[attr-defined]  # no other thread waits on it
         self.store.set_timeout(timedelta(seconds=ANSWER))
-        self.names = [f"rank {rank}" for rank in range(here.size)]
         self.neighbours = rendezvous.neighbours(self.store, here.rank, here.size)
         self.step: int | None = None
         self.durations: deque[float] = deque(maxlen=20)
@@ -161,7 +160,7 @@ class Watchdog:
 
     def _somebody_compiles(self) -> bool:
         with suppress(dist.DistError):
-            return any(self.store.check([f"{name} compiles"]) for name in self.names)
+            return any(self.store.check([f"rank {n} compiles"]) for n in range(self.here.size))
         return False
 
     def _end(self, waited: float) -> NoReturn:
@@ -173,9 +172,9 @@ class Watchdog:
             faulthandler.dump_traceback(sys.stderr)
         after = "the first step" if self.step is None else f"a step after {self.step}"
         sentence = f"rank {rank} of {self.here.size} waited {waited:.0f} s for {after} to be done"
-        silent = self._silent()
+        silent = rendezvous.silent(self.store, rank, self.here.size, "hangs", ANSWER)
         if silent:
-            sentence += f"; {', '.join(self.names[rank] for rank in silent)} does not answer"
+            sentence += f"; {', '.join(f'rank {other}' for other in silent)} does not answer"
         first = silent[0] if silent else None
         self._leave(LostPeer(sentence, first), "; the stacks above say where")
 
@@ -186,21 +185,3 @@ class Watchdog:
         with suppress(Exception):
             self.leave(error)
         os._exit(LostPeer.code)
-
-    def _silent(self) -> list[int]:
-        """Return the ranks that have not noticed within a few seconds."""
-        until = time.monotonic() + ANSWER
-        silent: list[int] = []
-        try:
-            self.store.set(f"rank {self.here.rank} hangs", "")
-            while silent := [
-                rank
-                for rank, name in enumerate(self.names)
-                if not self.store.check([f"{name} hangs"])
-            ]:
-                if time.monotonic() > until:
-                    break
-                time.sleep(0.1)
-        except dist.DistError:  # rank 0 keeps the notes; it has read all of them, and left
-            return []
-        return silent
