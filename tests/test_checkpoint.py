@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import save_file
+from torch import nn
 
 from daybreak import config
 from daybreak.data import disk
@@ -43,7 +44,7 @@ class Parts:
 
     @property
     def state(self) -> checkpoint.State:
-        return checkpoint.State(self.model, self.average, self.optimizers)
+        return checkpoint.State(self.model, self.average, self.optimizers, nn.Module())
 
     def tensors(self) -> dict[str, torch.Tensor]:
         return checkpoint.flat(self.state.tensors)

@@ -86,7 +86,7 @@ class State(NamedTuple):
     model: TextToImage
     average: TextToImage
     optimizers: dict[str, tuple[Optimizer, float]]
-    learned: nn.Module | None = None
+    learned: nn.Module
 
     @property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
@@ -101,7 +101,7 @@ class State(NamedTuple):
             "model": self.model.weights(),
             "ema": self.average.weights(),
             "optimizer": moments,
-            "objective": self.learned.state_dict() if self.learned is not None else {},
+            "objective": self.learned.state_dict(),
         }
         return {file: tensors for file, tensors in files.items() if tensors}
 
@@ -308,8 +308,8 @@ def _prime(
     for name, (optimizer, _) in optimizers.items():
         optimizer.state.clear()
         weights = [weight for group in optimizer.param_groups for weight in group["params"]]
-        for flat, shape in stored.items():
-            file, owner, *rest = flat.split(".")
+        for key, shape in stored.items():  # optimizer.muon.3.momentum_buffer
+            file, owner, *rest = key.split(".")
             if (file, owner) != ("optimizer", name) or int(rest[0]) >= len(weights):
                 continue
             weight = weights[int(rest[0])]
@@ -348,8 +348,8 @@ def _fill(
     for path in sorted(checkpoint.folder.glob("[!.]*.safetensors")):
         with safe_open(path, "pt") as file:
             for name in file.keys():  # noqa: SIM118
-                if (flat := f"{path.stem}.{name}") in wanted:
-                    _copy(file.get_tensor(name), wanted[flat])
+                if (key := f"{path.stem}.{name}") in wanted:
+                    _copy(file.get_tensor(name), wanted[key])
 
 
 def _copy(whole: Tensor, mine: Tensor) -> None:

@@ -27,7 +27,7 @@ from torch import Tensor
 
 from daybreak.data import disk
 from daybreak.failure import LostPeer, NotFinite
-from daybreak.train.parallel import World, gather
+from daybreak.train.parallel import World, gather, local
 
 RECENT, ENOUGH = 64, 16  # losses that the next is compared with, and how many there must be
 SLOW = 5  # times a usual step is a long wait: the median of LAST steps, if KNOWN are done
@@ -140,10 +140,8 @@ class Guard:
         return Verdict(step=False, back=finite and self.config.spike == "rollback")
 
     def return_to(self, state: Mapping[str, Any]) -> None:
-        """Take the state of a checkpoint; what was bad since then still counts."""
-        bad = self.bad
-        self.restore(state)
-        self.bad = bad
+        """Take the losses that a checkpoint holds; what was bad since then still counts."""
+        self.recent = deque(state["recent"], maxlen=RECENT)
 
     def new_stage(self) -> None:
         """Forget the losses so far: at another resolution they are of another size."""
@@ -156,7 +154,7 @@ class Guard:
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the guard that had this state."""
-        self.recent = deque(state["recent"], maxlen=RECENT)
+        self.return_to(state)
         self.bad = state["bad"]
 
     def _taken(self, loss: float) -> Verdict:
@@ -300,11 +298,7 @@ def _bits(tensor: Tensor) -> Int[Tensor, ""]:
     In words of eight bytes, if they come out even: a sum of narrower ones would copy them to wide
     ones first, which for a frozen encoder's embedding takes gigabytes.
     """
-    from torch.distributed.tensor import DTensor
-
-    mine = tensor.detach()
-    mine = mine.to_local() if isinstance(mine, DTensor) else mine
-    mine = mine.contiguous().flatten()
+    mine = local(tensor.detach()).contiguous().flatten()
     if mine.nbytes % 8:
         return mine.view(WORDS[mine.element_size()]).sum(dtype=torch.int64)
     if mine.storage_offset() * mine.element_size() % 8:

@@ -260,10 +260,7 @@ def clip(here: World, parameters: Iterable[nn.Parameter], limit: float) -> Float
     since replicas that add up by themselves could differ in the last bit, and then all weights
     would.
     """
-    from torch.distributed.tensor import DTensor
-
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    rows = [grad.to_local() if isinstance(grad, DTensor) else grad for grad in gradients]
+    rows = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm(rows)
     if here.mesh is not None:
         squares = norm.square()
@@ -273,6 +270,13 @@ def clip(here: World, parameters: Iterable[nn.Parameter], limit: float) -> Float
     if norm.device.type != "cpu" or not norm + 1e-6 <= limit:
         torch._foreach_mul_(rows, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
+
+
+def local(tensor: Tensor) -> Tensor:
+    """Return the rows of a tensor that this rank holds; all of one that is not cut up."""
+    from torch.distributed.tensor import DTensor
+
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(here: World, row: Shaped[Tensor, "..."]) -> Shaped[Tensor, "r ..."]:

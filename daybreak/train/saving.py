@@ -39,7 +39,7 @@ from daybreak.failure import BadStorage, NotFinite
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train import checkpoint, runs
 from daybreak.train.checkpoint import SCHEMA, State
-from daybreak.train.parallel import World, together
+from daybreak.train.parallel import World, local, together
 from daybreak.train.rendezvous import fulfil
 
 PAUSES = (0.5, 2.0)  # seconds before what failed is tried again
@@ -173,7 +173,7 @@ class Saver:
         """Look for what is not finite; write what one rank can write for all."""
         for file, some in tensors.items():
             for name, value in some.items():
-                if not bool(torch.isfinite(_local(value)).all()):
+                if not bool(torch.isfinite(local(value)).all()):
                     raise NotFinite(
                         f"{file}.{name} holds numbers that are not finite, so {target} is not "
                         "saved: the same command continues from the last checkpoint"
@@ -335,7 +335,7 @@ def _pieces(flat: Mapping[str, Tensor], replicas: int) -> dict[str, int]:
     """Return the number of the file that each tensor's rows go to, from 1; replicas share them."""
     number, held, numbers = 1, 0.0, dict[str, int]()
     for name, value in flat.items():
-        more = _local(value).nbytes / replicas
+        more = local(value).nbytes / replicas
         if held and held + more > PIECE:
             number, held = number + 1, 0.0
         numbers[name], held = number, held + more
@@ -360,12 +360,6 @@ def _reason(error: BaseException) -> tuple[int, str]:
     said = re.search(r"os error (\d+)", str(error))
     number = int(said[1]) if said else 0
     return number, os.strerror(number) if number else str(error)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    from torch.distributed.tensor import DTensor
-
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _write_json(path: Path, value: dict[str, Any]) -> None:
