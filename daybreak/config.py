@@ -9,8 +9,10 @@ import difflib
 import hashlib
 import math
 import tomllib
+from bisect import bisect_left
 from collections.abc import Mapping
 from importlib import resources
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -232,11 +234,7 @@ class Recipe(BaseModel):
 
     def stage_at(self, step: int) -> int:
         """Index (from 0) of the stage of a step (from 1, over all); past the end, of the last."""
-        for number, stage in enumerate(self.stage):
-            if step <= stage.count:
-                return number
-            step -= stage.count
-        return len(self.stage) - 1
+        return max(0, bisect_left(self.starts, step) - 1)
 
     def data_of(self, stage: Stage) -> Data:
         """[data] as a stage has it; `caption_columns` are those of its own source alone."""
@@ -259,6 +257,11 @@ class Recipe(BaseModel):
         """Families of networks that a run learns from, and that must not judge its pictures."""
         aligned = self.repa is not None and self.repa.network is not None
         return frozenset({"dino"} if aligned or self.dino is not None else ())
+
+    @property
+    def starts(self) -> list[int]:
+        """Steps of the run that are done when each stage begins."""
+        return [0, *accumulate(stage.count for stage in self.stage[:-1])]
 
     @property
     def steps(self) -> int:

@@ -121,6 +121,14 @@ def test_a_stage_is_as_long_as_its_steps_or_its_samples(tiny: Path) -> None:
     assert config.parse(tomllib.loads(config.dump(by_samples)), "again") == by_samples
 
 
+def test_a_step_is_one_of_the_stage_that_has_begun_and_not_ended(tiny: Path) -> None:
+    row = "resolution=32,batch=8,lr=1e-3"
+    rows = ",".join(f"{{{row},steps={steps}}}" for steps in (4, 1, 3))
+    recipe = config.load(tiny, (f"stage=[{rows}]",))
+    assert recipe.starts == [0, 4, 5]
+    assert [recipe.stage_at(step) for step in range(10)] == [0, 0, 0, 0, 0, 1, 2, 2, 2, 2]
+
+
 def test_files_that_are_no_recipes_are_refused(tmp_path: Path) -> None:
     with pytest.raises(BadRecipe, match=r"there is no recipe 'nowhere'.*quickstart"):
         config.load("nowhere")

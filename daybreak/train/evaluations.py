@@ -54,12 +54,11 @@ def check(recipe: Recipe, metric: str | None = None) -> None:
     config = recipe.evaluate
     if config is None:
         return
-    before, resolutions = 0, []
-    for stage in recipe.stage:
+    resolutions = []
+    for stage, before in zip(recipe.stage, recipe.starts, strict=True):
         after = before + stage.count
         if after == recipe.steps or before // config.every < after // config.every:
             resolutions.append(stage.resolution)
-        before = after
     interim.check(config, recipe.drawn, resolutions, recipe.dit.patch, metric or config.best)
 
 

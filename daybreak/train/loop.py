@@ -307,8 +307,8 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
 
 def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
     """Yield the batches that are left: number of the stage, step in it, this rank's share."""
-    recipe, before, seen = run.recipe, 0, 0
-    for number, stage in enumerate(recipe.stage):
+    recipe = run.recipe
+    for number, (stage, before) in enumerate(zip(recipe.stage, recipe.starts, strict=True)):
         had = min(stage.count, max(0, start - before))
         if had < stage.count:
             stream = loader.stream(
@@ -317,7 +317,7 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
                 recipe.seed,
                 stage.resolution,
                 stage.batch,
-                first=seen,
+                first=runs.pictures_seen(recipe, before),
                 count=stage.count - had,
                 done=had,
                 device=run.here.device,
@@ -328,7 +328,6 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
             )
             for now, batch in enumerate(run.pace.timed(stream), start=had + 1):
                 yield number, now, batch
-        before, seen = before + stage.count, seen + stage.count * stage.batch
 
 
 def _save(run: Run, step: int, wait: bool) -> None:

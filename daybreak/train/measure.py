@@ -81,10 +81,9 @@ def noise(side: int, seed: int) -> npt.NDArray[np.uint8]:
 
 def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
     """The same steps, fewer of them, and nothing between them."""
-    before, stages = 0, []
-    for stage in recipe.stage:
+    stages = []
+    for stage, before in zip(recipe.stage, recipe.starts, strict=True):
         without = recipe.resting(stage, before + 1)  # here the stage's first step comes sooner
-        before += stage.count
         changed = {"steps": FIRST + STEPS, "samples": None, "batch": stage.batch // count}
         stages.append(stage.model_copy(update=changed | {"without": tuple(sorted(without))}))
     never = sum(stage.count for stage in stages) + 1

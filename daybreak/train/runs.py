@@ -234,11 +234,10 @@ def trained(
 
 def pictures_seen(recipe: config.Recipe, step: int) -> int:
     """Count the pictures of all steps up to this one."""
-    seen = 0
-    for stage in recipe.stage:
-        seen += min(step, stage.count) * stage.batch
-        step = max(0, step - stage.count)
-    return seen
+    return sum(
+        min(stage.count, max(0, step - before)) * stage.batch
+        for stage, before in zip(recipe.stage, recipe.starts, strict=True)
+    )
 
 
 def millions(model: text_to_image.TextToImage) -> float:

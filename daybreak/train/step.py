@@ -154,10 +154,10 @@ def _gradient(
 
 def to_go(recipe: config.Recipe, flops: Sequence[float], step: int, number: int) -> float:
     """Return how much work is left, in steps of the stage that this one belongs to."""
-    each, left, before = flops[number], 0.0, 0
-    for stage, one in zip(recipe.stage, flops, strict=True):
-        before += stage.count
-        left += min(stage.count, max(0, before - step)) * (one / each if each else 1.0)
+    each, left = flops[number], 0.0
+    for stage, before, one in zip(recipe.stage, recipe.starts, flops, strict=True):
+        steps = min(stage.count, max(0, before + stage.count - step))
+        left += steps * (one / each if each else 1.0)
     return left
 
 

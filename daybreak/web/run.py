@@ -5,7 +5,6 @@ killed, and one that was copied from another machine; the same command makes the
 are those of the recipe's prompts: a row for each prompt, a column for each of some steps.
 """
 
-import itertools
 import json
 import math
 import shlex
@@ -214,13 +213,8 @@ def _curves(story: Story) -> Iterator[Curve]:
             if line.get(name) is not None
         ]
         falls = name in FALLING or name in parts
-        if (drawn := curve(title, points, _ends(story.recipe), falls)) is not None:
+        if (drawn := curve(title, points, story.recipe.starts[1:], falls)) is not None:
             yield drawn
-
-
-def _ends(recipe: Recipe) -> list[int]:
-    """The last steps of all stages but the newest."""
-    return list(itertools.accumulate(stage.count for stage in recipe.stage))[:-1]
 
 
 def _measured(story: Story) -> Iterator[Curve]:
@@ -233,7 +227,7 @@ def _measured(story: Story) -> Iterator[Curve]:
             if (value := line["values"].get(name, {}).get("value")) is not None
         ]
         falls = name.endswith("loss")
-        if (drawn := curve(name, points, _ends(story.recipe), falls)) is not None:
+        if (drawn := curve(name, points, story.recipe.starts[1:], falls)) is not None:
             yield drawn
 
 
