@@ -17,7 +17,7 @@ import sys
 import sysconfig
 import tempfile
 from pathlib import Path
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 
@@ -44,14 +44,8 @@ class Finding(NamedTuple):
 
     name: str
     value: str
-    remark: str  # why it is slow or missing, and what to do; empty where all is well
-    ok: bool
-    there: bool = True  # or else absent, which does no harm
-
-    @property
-    def mark(self) -> str:
-        """What the line begins with."""
-        return ("ok" if self.there else "-") if self.ok else "slow"
+    remark: str = ""  # why it is slow or missing, and what to do
+    mark: Literal["ok", "slow", "-"] = "ok"  # -: absent, which does no harm
 
 
 def report(folder: Path = Path()) -> list[Finding]:
@@ -109,7 +103,7 @@ def compiler(device: str = "cpu") -> str | None:
 
 def versions() -> list[Finding]:
     """The programs that decide what a run computes."""
-    python = Finding("python", platform.python_version(), "", True)
+    python = Finding("python", platform.python_version())
     return [_version("daybreak"), python, *map(_version, PACKAGES)]
 
 
@@ -124,8 +118,8 @@ def cores() -> Finding:
     elif threads <= usable / 2 and "OMP_NUM_THREADS" in os.environ:
         remark = f"OMP_NUM_THREADS={os.environ['OMP_NUM_THREADS']} leaves cores idle: unset it"
     else:
-        return Finding("cores", value, "", True)
-    return Finding("cores", value, remark, False)
+        return Finding("cores", value)
+    return Finding("cores", value, remark, "slow")
 
 
 def memory() -> Finding:
@@ -133,16 +127,16 @@ def memory() -> Finding:
     free = _available_memory()
     limit = host.memory_limit(host.CGROUP)
     if free is None and limit is None:
-        return Finding("memory", "unknown", "", True)
+        return Finding("memory", "unknown")
     usable = min(amount for amount in (free, limit) if amount is not None)
     value = f"{usable / GIB:.1f} GiB free"
     if limit is not None and limit == usable:
         value = f"{usable / GIB:.1f} GiB allowed"
     if usable < LITTLE_MEMORY:
         return Finding(
-            "memory", value, "little: use a smaller `micro` or end other programs", False
+            "memory", value, "little: use a smaller `micro` or end other programs", "slow"
         )
-    return Finding("memory", value, "", True)
+    return Finding("memory", value)
 
 
 def disk(folder: Path) -> Finding:
@@ -151,8 +145,8 @@ def disk(folder: Path) -> Finding:
     free = shutil.disk_usage(there).free
     value = f"{free / GIB:.1f} GiB free at {there}"
     if free < LITTLE_DISK:
-        return Finding("disk", value, "little: lower `keep`, or choose another `out`", False)
-    return Finding("disk", value, "", True)
+        return Finding("disk", value, "little: lower `keep`, or choose another `out`", "slow")
+    return Finding("disk", value)
 
 
 def standing(folder: Path) -> Path:
@@ -174,8 +168,8 @@ def shared_memory(where: Path = Path("/dev/shm")) -> list[Finding]:  # noqa: S10
             "little: loader workers hand over pictures there, 2 GiB at most for each process of a "
             "run, and die where it is full; docker run --shm-size=16g"
         )
-        return [Finding("shared memory", value, remark, False)]
-    return [Finding("shared memory", value, "", True)]
+        return [Finding("shared memory", value, remark, "slow")]
+    return [Finding("shared memory", value)]
 
 
 def vectors() -> Finding:
@@ -186,14 +180,14 @@ def vectors() -> Finding:
     value = f"{platform.machine()}, torch uses {known}" + (f" ({listed})" if listed else "")
     if known in {"DEFAULT", "NO AVX"} and not _is_arm():  # whose default are its vectors
         remark = "torch has no vector kernels for this processor: every step will be slow"
-        return Finding("instructions", value, remark, False)
-    return Finding("instructions", value, "", True)
+        return Finding("instructions", value, remark, "slow")
+    return Finding("instructions", value)
 
 
 def bfloat16() -> Finding:
     """Whether computing in bfloat16 pays."""
     if fast_bfloat16():
-        return Finding("bfloat16", "fast", "", True)
+        return Finding("bfloat16", "fast")
     remark = (
         "blocks compute in float32: bfloat16 on ARM has not been measured yet; to try it, --set "
         "precision=bfloat16"
@@ -205,7 +199,7 @@ def bfloat16() -> Finding:
         "; a recipe that fits the time you have: "
         "daybreak plan quickstart --measure --budget 8min --fit mine.toml"
     )
-    return Finding("bfloat16", "slow", remark, False)
+    return Finding("bfloat16", "slow", remark, "slow")
 
 
 def _is_arm() -> bool:
@@ -217,7 +211,7 @@ def compilation() -> Finding:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = compiler(device)
     if found:
-        return Finding("compiler", found, "", True)
+        return Finding("compiler", found)
     name = _compiler_name(device)
     if shutil.which(name) is None:
         package = "gcc" if device == "cuda" else "g++"
@@ -235,7 +229,7 @@ def compilation() -> Finding:
             ("a library", "CC") if device == "cuda" else ("a library with OpenMP", "CXX")
         )
         remark = f"{name} cannot build {what}: install a complete compiler or set {variable}"
-    return Finding("compiler", "none", remark, False)
+    return Finding("compiler", "none", remark, "slow")
 
 
 def accelerator() -> Finding:
@@ -254,28 +248,29 @@ def accelerator() -> Finding:
                 f"too old for this torch ({torch.__version__}), which has no kernels for it: "
                 "CUDA_VISIBLE_DEVICES= in front of a command keeps to the processor"
             )
-            return Finding("gpu", value, remark, False)
-        return Finding("gpu", value, "", True)
+            return Finding("gpu", value, remark, "slow")
+        return Finding("gpu", value)
     if sys.platform == "darwin":
-        return Finding("gpu", "none", "Apple's is not used: runs compute on the processor", True)
+        return Finding("gpu", "none", "Apple's is not used: runs compute on the processor")
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
         built = torch.version.cuda or "no CUDA"
         remark = (
             f"there is a driver, but this torch ({torch.__version__}, built for {built}) cannot "
             "use it: install the build that matches, see pytorch.org/get-started"
         )
-        return Finding("gpu", "not usable", remark, False)
-    return Finding("gpu", "none", "the small recipes run on the CPU; the large ones do not", True)
+        return Finding("gpu", "not usable", remark, "slow")
+    return Finding("gpu", "none", "the small recipes run on the CPU; the large ones do not")
 
 
 def extras() -> list[Finding]:
     """Which optional parts can be used."""
     findings = []
     for extra, module in EXTRAS.items():
-        there = importlib.util.find_spec(module) is not None
-        remark = "" if there else f'pip install "daybreak[{extra}]"'
-        value = "usable" if there else "absent"
-        findings.append(Finding(f"extra {extra}", value, remark, True, there))
+        if importlib.util.find_spec(module):
+            findings.append(Finding(f"extra {extra}", "usable"))
+        else:
+            remark = f'pip install "daybreak[{extra}]"'
+            findings.append(Finding(f"extra {extra}", "absent", remark, "-"))
     return findings
 
 
@@ -287,11 +282,11 @@ def _compiler_name(device: str) -> str:
 
 def _version(package: str) -> Finding:
     try:
-        return Finding(package, importlib.metadata.version(package), "", True)
+        return Finding(package, importlib.metadata.version(package))
     except importlib.metadata.PackageNotFoundError:
         if importlib.util.find_spec(package):
-            return Finding(package, "run from its source folder, not installed", "", True)
-        return Finding(package, "missing", f"pip install {package}", False)
+            return Finding(package, "run from its source folder, not installed")
+        return Finding(package, "missing", f"pip install {package}", "slow")
 
 
 @functools.cache
