@@ -493,7 +493,7 @@ def _flat(value: Any, prefix: str = "", whole: bool = False) -> dict[str, Any]:
     for key, entry in pairs:
         name = f"{prefix}{key}"
         rows = isinstance(entry, list) and bool(entry)
-        if isinstance(entry, dict) or (rows and not (whole and not isinstance(entry[0], dict))):
+        if isinstance(entry, dict) or (rows and (isinstance(entry[0], dict) or not whole)):
             flat |= _flat(entry, f"{name}.", whole)
         elif entry is not None:
             flat[name] = entry

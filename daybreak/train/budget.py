@@ -38,7 +38,8 @@ GPU_SOURCE = "assumed: what torchtitan reports for Llama 3.1 8B in bfloat16 on 8
 CPU_SHARE = 0.4
 CPU_SOURCE = "assumed: what the quickstart's record reached on two cores"
 
-UNITS: dict[str, tuple[Literal["seconds", "dollars", "flops", "pictures"], float]] = {
+Kind = Literal["seconds", "dollars", "flops", "pictures"]
+UNITS: dict[str, tuple[Kind, float]] = {
     "s": ("seconds", 1),
     "min": ("seconds", 60),
     "h": ("seconds", 3600),
@@ -56,7 +57,7 @@ SPELT |= {"days": "d", "dollars": "usd", "flops": "flop"}
 class Budget(NamedTuple):
     """What may be spent: so many seconds, dollars, FLOPs or pictures."""
 
-    kind: Literal["seconds", "dollars", "flops", "pictures"]
+    kind: Kind
     amount: float
 
 
@@ -195,8 +196,12 @@ def granted(recipe: Recipe) -> tuple[Budget, ...]:
     if recipe.budget is None:
         return ()
     given = recipe.budget
-    found = Budget("seconds", given.seconds or 0), Budget("dollars", given.dollars or 0)
-    return tuple(one for one in (*found, Budget("flops", given.flops or 0)) if one.amount)
+    amounts: dict[Kind, float | None] = {
+        "seconds": given.seconds,
+        "dollars": given.dollars,
+        "flops": given.flops,
+    }
+    return tuple(Budget(kind, amount) for kind, amount in amounts.items() if amount is not None)
 
 
 def cluster(recipe: Recipe, gpus: str | None) -> Cluster:

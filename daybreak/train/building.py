@@ -24,6 +24,8 @@ from daybreak.train.checkpoint import Checkpoint, State
 from daybreak.train.parallel import World
 
 VARIANTS = 256  # of a block that may be compiled
+# What CPU kernels say when there is no memory: torch's own, and those of oneDNN.
+FULL = ("allocate", "could not create a primitive")
 WRITING = 5.0  # seconds in which a linker fills the file that it has made
 
 
@@ -89,10 +91,6 @@ def _captions(sources: Sequence[batches.Pictures]) -> Iterator[str]:
     for number, source in enumerate(sources):
         if source not in sources[:number]:
             yield from source.captions()
-
-
-# What CPU kernels say when there is no memory: torch's own, and those of oneDNN.
-FULL = ("allocate", "could not create a primitive")
 
 
 @contextmanager

@@ -238,8 +238,7 @@ def _open(entered: Entered, dtype: torch.dtype) -> None:
 def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
     """Take the steps that are left, with what lies between them."""
     recipe, here, log, stop = run.recipe, run.here, run.log, run.stop
-    late = parallel.together(here, lambda: evaluations.missing(recipe, run.folder, start))[0]
-    if start and late and _evaluate(run, start):
+    if start and _unevaluated(recipe, run.folder, here, start) and _evaluate(run, start):
         _keep(run, start)
     run.ledger.each = run.flops[recipe.stage_at(start + 1)]
     run.ledger.write()
@@ -434,14 +433,20 @@ def _is_over(
     clock: Callable[[], float],
 ) -> str:
     """Say why there is nothing left to do, if there is nothing."""
-    if found.step >= recipe.steps:
-        late = parallel.together(here, lambda: evaluations.missing(recipe, folder, found.step))[0]
-        more = f"more steps, as with --set stage.{len(recipe.stage) - 1}.steps=... --changed"
-        done = f"is finished: {found.step} steps of {recipe.steps}; to go on, give it {more}"
-        return "" if late else done
     done = f"{found.step} steps of {recipe.steps}"
-    spent = spending.spent(recipe, folder, here, clock)
-    return f"has spent its budget: {done}; a larger one goes on" if spent else ""
+    if found.step >= recipe.steps:
+        if _unevaluated(recipe, folder, here, found.step):
+            return ""
+        more = f"more steps, as with --set stage.{len(recipe.stage) - 1}.steps=... --changed"
+        return f"is finished: {done}; to go on, give it {more}"
+    if spending.spent(recipe, folder, here, clock):
+        return f"has spent its budget: {done}; a larger one goes on"
+    return ""
+
+
+def _unevaluated(recipe: config.Recipe, folder: Path, here: World, step: int) -> bool:
+    """Whether an evaluation after this step is still to be made, as the first rank sees it."""
+    return parallel.together(here, lambda: evaluations.missing(recipe, folder, step))[0]
 
 
 def _silent(_: object) -> None:

@@ -91,6 +91,7 @@ def parts(
     matrices = [shape for shape, learner in learned if learner == "muon"]
     state = 2 * weights - FULL * sum(shape.numel() for shape in matrices)
     saved = activations(recipe, stage, dtype, kind)
+    n, words = flops.tokens(recipe, stage), recipe.text.max_tokens
     gathered = dtype.itemsize / FULL * weights
     if recipe.parallel.reshard_after_forward:
         gathered = min(gathered, parallel.TOGETHER * gathered / recipe.dit.depth)
@@ -106,7 +107,7 @@ def parts(
         "copies": max(saved.once, gathered if mesh.shard > 1 else 0),
         "activations": pictures * saved.each,
         "pictures": pictures * PICTURES * FULL * CHANNELS * stage.resolution**2,
-        "workspace": pictures * _widest(recipe, stage, dtype, kind),
+        "workspace": pictures * compiled(recipe.dit, n, words, dtype, kind).each,
     }
     step = dict.fromkeys(back, 0.0) | {
         "gradients": weights / mesh.shard,
@@ -156,7 +157,10 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
     at_work = Saved(0, 0)
     for tokens, count in ((n, size.depth - routed), (flops.visible(route, n), routed)):
         if count:
-            whole = (compiled if recipe.compile else asked)(size, tokens, l, dtype, kind)
+            if recipe.compile:
+                whole = compiled(size, tokens, l, dtype, kind)
+            else:
+                whole = asked(size, tokens, l, dtype)
             if recipe.parallel.recompute:  # what goes into each, and all of the one at work
                 total += Saved(c * tokens * size.width, 0).times(count)
                 at_work = max(at_work, whole, key=lambda block: block.each)
@@ -237,7 +241,7 @@ def compiled(size: dit.Config, n: int, l: int, dtype: torch.dtype, kind: str) ->
 
 
 @lru_cache
-def asked(size: dit.Config, n: int, l: int, dtype: torch.dtype, kind: str) -> Saved:  # noqa: ARG001, E741
+def asked(size: dit.Config, n: int, l: int, dtype: torch.dtype) -> Saved:  # noqa: E741
     """Ask autograd what one block keeps when it is not compiled, on the CPU.
 
     It gets tensors that have shapes and no contents: one picture, then two, with one block more and
@@ -286,8 +290,3 @@ def scratch_encoder(text: Network, l: int, dtype: torch.dtype) -> Saved:  # noqa
 def _copies(weights: int, dtype: torch.dtype) -> float:
     """Weights stay float32; a product in another precision needs them in that one."""
     return dtype.itemsize * weights if dtype.itemsize < FULL else 0
-
-
-def _widest(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> float:
-    n = flops.tokens(recipe, stage)
-    return compiled(recipe.dit, n, recipe.text.max_tokens, dtype, kind).each
