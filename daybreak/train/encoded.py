@@ -39,9 +39,9 @@ def asked(encoder: str, max_tokens: int | None, precision: str) -> tuple[text.Co
 def fill(
     dataset: Path,
     encoder: text.Config,
-    precision: str = "auto",
-    progress: Callable[[int, int], None] | None = None,
-    part: text_cache.Part = text_cache.ALL,
+    precision: str,
+    progress: Callable[[int, int], None],
+    part: text_cache.Part,
 ) -> Path:
     """Encode the captions of a dataset that are not yet; returns the folder of the embeddings.
 
@@ -52,8 +52,7 @@ def fill(
     captions = (caption for chunk in chunks for caption in chunk.flatten().to_pylist())
     of = sum(len(chunk.flatten()) for chunk in chunks) // part.of
     model = text.pretrained(encoder, runs.dtype(precision)).to(accelerator.choose())
-    show = (lambda done: progress(done, of)) if progress else None
-    return text_cache.write(dataset, model, captions, show, part)
+    return text_cache.write(dataset, model, captions, lambda done: progress(done, of), part)
 
 
 def known(

@@ -40,6 +40,7 @@ from daybreak.train.ledger import Ledger
 from daybreak.train.log import Log, say
 from daybreak.train.parallel import World
 from daybreak.train.saving import Saver
+from daybreak.train.spending import Allowance
 from daybreak.train.status import Status
 from daybreak.train.step import SAVE, Run, compare, note, take
 from daybreak.train.stop import PREEMPTED, BrokenOff, Stop
@@ -242,10 +243,10 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
         _keep(run, start)
     run.ledger.each = run.flops[recipe.stage_at(start + 1)]
     run.ledger.write()
-    done, (factor, over, late) = start, spending.allowed(run, start)
+    done, may = start, spending.allowed(run, start)
     if code := _heard(here, stop.code):
         return _leave(run, done, code, "stopped before the first step")
-    if over and start < recipe.steps:
+    if may.over and start < recipe.steps:
         return _spent(run, start)
     steps = _batches(run, start)
     if trace and here.first:
@@ -259,7 +260,7 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
                 run.watchdog.listen()
         rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
         try:
-            code = take(run, number, batch, done, rate * factor)
+            code = take(run, number, batch, done, rate * may.factor)
         except BrokenOff:
             if done > start + 1:
                 _save(run, done - 1, wait=True)
@@ -271,34 +272,34 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
             new=now == 1 or done == start + 1,
             compiles=recipe.stage[ahead].resolution != stage.resolution,
         )
-        factor, over, late = spending.allowed(run, done)
+        may = spending.allowed(run, done)
         run.watchdog.beat(done)
         if done == start + 1:
             log.note(f"first step after {time.monotonic() - began:.0f} s")
         if done == start + spending.FORECAST:
             spending.forecast(run, done)
-        last = done == recipe.steps or over
+        last = done == recipe.steps or may.over
         if done % recipe.health.check_every == 0:
             compare(run)
         best = False
-        if (done % recipe.sample.every == 0 or last) and not code and not late:
+        if (done % recipe.sample.every == 0 or last) and not code and not may.late:
             _show(run, done, stage.resolution)
-            code, factor, over, late = _listen(run, done, code)
-        if evaluations.due(recipe, done, last) and not code and not late:
+            code, may = _listen(run, done, code)
+        if evaluations.due(recipe, done, last) and not code and not may.late:
             best = _evaluate(run, done)
-            code, factor, over, late = _listen(run, done, code)
-        last = last or over
+            code, may = _listen(run, done, code)
+        last = last or may.over
         if done % recipe.save_every == 0 or last or code or best:
             _save(run, done, wait=bool(last or code or best))
-            factor, over, late = spending.allowed(run, done)
-        if over:
+            may = spending.allowed(run, done)
+        if may.over:
             run.saver.finish()  # there is no time to save again what is being written
         if best:
             _keep(run, done)
         run.status.at(done, run.saver.newest)
         if code:
             return _leave(run, done, code, f"stopped and saved at step {done}")
-        if over:
+        if may.over:
             return _spent(run, done)
     run.status.end(0, "all steps are done")
     return Outcome(done, 0)
@@ -345,7 +346,7 @@ def _save(run: Run, step: int, wait: bool) -> None:
 
 def _show(run: Run, step: int, side: int) -> None:
     """Draw the recipe's prompts, on all ranks; one writes them down, if the disk lets it."""
-    if spending.allowed(run, step, first=run.ledger.drawing)[2]:
+    if spending.allowed(run, step, first=run.ledger.drawing).late:
         run.log.note(f"no grid at step {step}: the budget leaves no time for one")
         return
     began = time.monotonic()
@@ -420,9 +421,9 @@ def _heard(here: World, code: int) -> int:
     return int(parallel.gather(here, torch.tensor([code])).max())
 
 
-def _listen(run: Run, done: int, code: int) -> tuple[int, float, bool, bool]:
+def _listen(run: Run, done: int, code: int) -> tuple[int, Allowance]:
     """Ask again, after what takes long, who was asked to stop, and what the budget says."""
-    return max(code, _heard(run.here, run.stop.code)), *spending.allowed(run, done)
+    return max(code, _heard(run.here, run.stop.code)), spending.allowed(run, done)
 
 
 def _is_over(
@@ -450,4 +451,4 @@ def _unevaluated(recipe: config.Recipe, folder: Path, here: World, step: int) ->
 
 
 def _silent(_: object) -> None:
-    """Do nothing: what other ranks than the first say, and who expects captions without a cache."""
+    """Do nothing: stands in for `tell` on all ranks but the first, and for a cache's `expect`."""

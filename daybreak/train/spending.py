@@ -10,6 +10,7 @@ import math
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -49,19 +50,29 @@ def rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float
     return device.flops * here.size, _rate(recipe, here, device.price)
 
 
-def allowed(run: Run, done: int, first: float = 0.0) -> tuple[float, bool, bool]:
-    """Return the factor on the rate, whether no more steps fit, and whether it is time that lacks.
+class Allowance(NamedTuple):
+    """What a budget still allows: `factor` multiplies the learning rate of the next step.
 
-    The first rank's clock decides: another rate on another rank would be another step. So many
-    seconds come `first`.
+    It is `over` if no step fits any more, and `late` if that is for want of time.
+    """
+
+    factor: float = 1.0
+    over: bool = False
+    late: bool = False
+
+
+def allowed(run: Run, done: int, first: float = 0.0) -> Allowance:
+    """Ask what the budget allows after `done` steps, if something else takes `first` seconds first.
+
+    The first rank's clock decides: another rate on another rank would be another step.
     """
     if run.recipe.budget is None:
-        return 1.0, False, False
+        return Allowance()
     late = run.ledger.late(first)
     over = late or (run.ledger.full and done < run.recipe.steps)
     mine = torch.tensor([run.ledger.factor, over, late], dtype=torch.float64)
     factor, over, late = parallel.gather(run.here, mine)[0].tolist()
-    return factor, bool(over), bool(late)
+    return Allowance(factor, bool(over), bool(late))
 
 
 def spent(recipe: config.Recipe, folder: Path, here: World, clock: Callable[[], float]) -> bool:

@@ -64,11 +64,6 @@ class Run(NamedTuple):
     watchdog: Watchdog
     trial: bool
 
-    @property
-    def networks(self) -> list[nn.Module]:
-        """What is prepared, each as a whole (train/parallel)."""
-        return networks(self.state.model, self.objective)
-
 
 def networks(model: TextToImage, objective: Objective) -> list[nn.Module]:
     """Return what learns, each as it is prepared as a whole (train/parallel)."""
@@ -137,12 +132,13 @@ def _gradient(
     """Leave the gradient of this rank's share behind; returns its loss and the parts of it."""
     recipe, count = run.recipe, len(batch.image)
     size, resting = recipe.micro or count, recipe.resting(stage, step)
+    learning = networks(run.state.model, run.objective)
     sums: dict[str, Tensor] = {}
     for first in range(0, count, size):
         image = batch.image[first : first + size]
         captions = batch.captions[first : first + size]
         dice = Dice(recipe.seed, step, batch.first + first, len(image), image.device)
-        parallel.accumulate(run.networks, recipe.parallel, first + size >= count)
+        parallel.accumulate(learning, recipe.parallel, first + size >= count)
         loss, parts = run.objective(
             run.state.model, run.state.average, image, captions, dice, resting, stage.shift
         )
