@@ -62,7 +62,7 @@ def test_the_published_run_costs_what_its_efficiency_says() -> None:
     cluster = Cluster(32, H200)
     published = config.parse({k: v for k, v in PUBLISHED.items() if k != "muon"}, "published")
     slow = budget.plan(published, cluster, price=2.0, share=0.061, cached=True)
-    assert slow.hours == pytest.approx(768, rel=0.05)
+    assert slow.device_hours == pytest.approx(768, rel=0.05)
     assert slow.dollars == pytest.approx(1536, rel=0.05)
     fast = budget.plan(published, cluster, price=2.0, share=0.40, cached=True)
     assert fast.seconds < 4 * 3600
@@ -333,7 +333,7 @@ def test_a_fitted_recipe_whose_pictures_come_in_pairs_can_be_loaded(tmp_path: Pa
 def test_float32_takes_twice_the_time_of_bfloat16() -> None:
     def hours(precision: str) -> float:
         recipe = config.parse(PUBLISHED | {"precision": precision}, precision)
-        return budget.plan(recipe, budget.cluster(recipe, "32xH200")).hours
+        return budget.plan(recipe, budget.cluster(recipe, "32xH200")).device_hours
 
     assert hours("float32") == pytest.approx(2 * hours("bfloat16"))
 
@@ -743,10 +743,10 @@ def test_more_processors_are_no_remedy_and_more_devices_share_evenly(tiny: Path)
 
 def test_a_pass_is_never_larger_than_a_share(published: config.Recipe) -> None:
     first, second = published.stage
-    for count, passes, rounds in ((8, 32, 4), (32, 32, 1), (64, 16, 1)):
+    for count, at_once, passes in ((8, 32, 4), (32, 32, 1), (64, 16, 1)):
+        assert budget.at_once(published, first, count) == at_once
         assert budget.passes(published, first, count) == passes
-        assert budget.rounds(published, first, count) == rounds
-    assert budget.passes(published, second, 32) == 16
+    assert budget.at_once(published, second, 32) == 16
 
 
 def test_muons_matrices_travel_in_bfloat16_and_back(published: config.Recipe) -> None:

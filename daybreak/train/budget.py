@@ -70,7 +70,7 @@ class StagePlan(NamedTuple):
     flops: dict[str, float]
     seconds: dict[str, float]
     memory: dict[str, float]
-    start: float = 0.0  # seconds until steps are so fast: blocks compile; known if measured
+    start: float  # seconds before steps are so fast, while blocks compile; 0 if not measured
 
     @property
     def step(self) -> float:
@@ -129,18 +129,18 @@ class Plan(NamedTuple):
     @property
     def dollars(self) -> float | None:
         """Price of all devices, if an hour has one."""
-        return None if self.price is None else self.price * self.hours
+        return None if self.price is None else self.price * self.device_hours
 
     @property
-    def hours(self) -> float:
-        """Hours of one device."""
+    def device_hours(self) -> float:
+        """Hours of all devices, one after the other."""
         return self.cluster.number * self.seconds / 3600
 
     @property
     def energy(self) -> float | None:
         """Of all devices, in kWh, if they are known to draw so much."""
         power = self.cluster.device.power
-        return None if power is None else self.hours * power / 1000
+        return None if power is None else self.device_hours * power / 1000
 
     @property
     def fullest(self) -> dict[str, float]:
@@ -234,8 +234,7 @@ def plan(
     if price is not None and price >= MOST:
         raise BadRecipe(f"--price {price} is no price: give dollars for a device and hour")
     check_shares(recipe, number)
-    dtype = precision(recipe, cluster)
-    there = has_words(recipe, dtype)
+    there = has_words(recipe, precision(recipe, cluster))
     if measured and cached and not there:
         raise BadRecipe(
             "--measure takes steps with the captions that are there, and none are encoded: leave "
@@ -250,32 +249,15 @@ def plan(
     if measured:
         check_here(recipe, cluster)
     mesh = mesh_of(recipe, number)
-    taken = measure.steps(recipe, number) if measured else ()
+    taken = measure.steps(recipe, number) if measured else [None] * len(recipe.stage)
     source = "as given"
     if share is None:
         share, source = (CPU_SHARE, CPU_SOURCE) if device.name == "cpu" else (GPU_SHARE, GPU_SOURCE)
-    stages = []
-    for row, stage in enumerate(recipe.stage):
-        work = flops.work(recipe, stage, cached)
-        pictures, once = stage.batch // number * sum(work.picture.values()), sum(work.step.values())
-        seconds = (pictures + once / mesh.shard) / (share * device.flops)
-        if taken:
-            seconds = dealt(taken[row].step, pictures, once, mesh.shard)
-        pace = {
-            "arithmetic": seconds,
-            "communication": communication(
-                recipe, mesh, device.link, rounds(recipe, stage, number), dtype
-            ),
-        }
-        counted = {name: stage.count * stage.batch * each for name, each in work.picture.items()}
-        # Replicas do the same work on the same gradients.
-        counted |= {n: stage.count * mesh.replicate * each for n, each in work.step.items()}
-        parts = held(recipe, stage, mesh, passes(recipe, stage, number), dtype, device.name)
-        start = taken[row].start if taken else 0.0
-        stages.append(
-            StagePlan(stage.resolution, stage.count, stage.batch, counted, pace, parts, start)
-        )
-    if taken:
+    stages = tuple(
+        stage_plan(recipe, stage, cluster, mesh, share, cached, pace)
+        for stage, pace in zip(recipe.stage, taken, strict=True)
+    )
+    if measured:
         reached = sum(sum(stage.flops.values()) for stage in stages)
         possible = number * device.flops * sum(s.steps * s.seconds["arithmetic"] for s in stages)
         share, source = reached / possible, f"measured: {measure.STEPS} real steps of each stage"
@@ -287,7 +269,40 @@ def plan(
         source=source,
         cached=cached,
         weights=sum(shape.numel() for shape, _ in flops.learned(recipe)),
-        stages=tuple(stages),
+        stages=stages,
+    )
+
+
+def stage_plan(
+    recipe: Recipe,
+    stage: Stage,
+    cluster: Cluster,
+    mesh: Mesh,
+    share: float,
+    cached: bool,
+    taken: measure.Pace | None,
+) -> StagePlan:
+    """Put a stage on paper: at this share of the peak, or at the pace of real steps, if any."""
+    number, device = cluster
+    dtype = precision(recipe, cluster)
+    work = flops.work(recipe, stage, cached)
+    pictures, once = stage.batch // number * sum(work.picture.values()), sum(work.step.values())
+    if taken is None:
+        arithmetic = (pictures + once / mesh.shard) / (share * device.flops)
+    else:
+        arithmetic = dealt(taken.step, pictures, once, mesh.shard)
+    moving = communication(recipe, mesh, device.link, passes(recipe, stage, number), dtype)
+    counted = {name: stage.count * stage.batch * each for name, each in work.picture.items()}
+    # Replicas do the same work on the same gradients.
+    counted |= {n: stage.count * mesh.replicate * each for n, each in work.step.items()}
+    return StagePlan(
+        resolution=stage.resolution,
+        steps=stage.count,
+        batch=stage.batch,
+        flops=counted,
+        seconds={"arithmetic": arithmetic, "communication": moving},
+        memory=held(recipe, stage, mesh, at_once(recipe, stage, number), dtype, device.name),
+        start=0.0 if taken is None else taken.start,
     )
 
 
@@ -360,15 +375,15 @@ def mesh_of(recipe: Recipe, count: int) -> Mesh:
     return Mesh(replicate, shard)
 
 
-def passes(recipe: Recipe, stage: Stage, count: int) -> int:
-    """Pictures that one device takes at once."""
+def at_once(recipe: Recipe, stage: Stage, count: int) -> int:
+    """Pictures of a pass: those that one device takes at once."""
     mine = stage.batch // count
     return min(recipe.micro or mine, mine)
 
 
-def rounds(recipe: Recipe, stage: Stage, count: int) -> int:
+def passes(recipe: Recipe, stage: Stage, count: int) -> int:
     """Passes that one device takes in a step."""
-    return math.ceil(stage.batch // count / passes(recipe, stage, count))
+    return math.ceil(stage.batch // count / at_once(recipe, stage, count))
 
 
 def held(

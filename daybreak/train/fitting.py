@@ -44,16 +44,16 @@ def narrower(recipe: Recipe, cluster: Cluster) -> str | None:
     """The largest width that fits, in heads as wide as now, where blocks are recomputed."""
     size, again = recipe.dit, recomputing(recipe)
 
-    def passes_of(heads: int) -> int | None:
+    def pass_of(heads: int) -> int | None:
         changed = size.model_copy(update={"width": heads * size.head_width, "heads": heads})
         return largest_pass(again.model_copy(update={"dit": changed}), cluster)
 
-    heads = bisect(range(1, size.heads), False, key=lambda heads: passes_of(heads) is None)
+    heads = bisect(range(1, size.heads), False, key=lambda heads: pass_of(heads) is None)
     if not heads:
         return None
     return (
         f"--set dit.width={heads * size.head_width} --set dit.heads={heads} "
-        f"--set parallel.recompute=true --set micro={passes_of(heads)} would fit"
+        f"--set parallel.recompute=true --set micro={pass_of(heads)} would fit"
     )
 
 

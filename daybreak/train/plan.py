@@ -112,7 +112,7 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
         "speed": f"{100 * made.reached:.0f} % of {_three(device.flops / 1e12)} TFLOP/s{slower} "
         f"({made.source}{_busy(made)})",
         "memory": f"{fits}: {sizes}, in passes of "
-        f"{max(budget.passes(recipe, stage, count) for stage in recipe.stage)} pictures",
+        f"{max(budget.at_once(recipe, stage, count) for stage in recipe.stage)} pictures",
         "pictures": f"{made.pictures:,}" + _epochs(recipe, made),
         "weights": f"{made.weights / 1e6:,.1f} M that learn",
         "price": price,
@@ -201,7 +201,7 @@ def facts(recipe: Recipe, made: Plan, times: float | None = None) -> dict[str, A
         "pictures": made.pictures,
         "seconds": made.seconds,
         "start": made.start,
-        "device_hours": made.hours,
+        "device_hours": made.device_hours,
         "price": made.price,
         "dollars": made.dollars,
         "energy": made.energy,
@@ -238,7 +238,7 @@ def dollars(made: Plan, seconds: float) -> str:
 def _traffic(recipe: Recipe, made: Plan) -> tuple[float, float]:
     """Bytes that a device sends in a step, in the stage whose steps take most passes."""
     count = made.cluster.number
-    most = max(budget.rounds(recipe, stage, count) for stage in recipe.stage)
+    most = max(budget.passes(recipe, stage, count) for stage in recipe.stage)
     return budget.traffic(recipe, made.mesh, most, budget.precision(recipe, made.cluster))
 
 
