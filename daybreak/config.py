@@ -312,7 +312,7 @@ def parse(table: dict[str, Any], where: str) -> Recipe:
 
 
 def _otherwise(given: Any, taken: Any) -> str | None:
-    """Say what a value should have been, if it was only taken for a number, or for yes or no."""
+    """Say what is wanted where a value was only converted to it: "1" to 1, or 1 to true."""
     if isinstance(taken, bool):
         return None if isinstance(given, bool) else "true or false"
     if isinstance(taken, int | float) and isinstance(given, bool | str):
@@ -487,7 +487,7 @@ def _without_none(value: Any) -> Any:
 
 
 def _flat(value: Any, prefix: str = "", whole: bool = False) -> dict[str, Any]:
-    """Turn tables, rows and lists into dotted keys; lists of no tables may stay `whole`."""
+    """Turn nested tables and lists into dotted keys; with `whole`, plain lists stay one value."""
     pairs = value.items() if isinstance(value, dict) else enumerate(value)
     flat: dict[str, Any] = {}
     for key, entry in pairs:

@@ -309,8 +309,8 @@ def stage_plan(
 def dealt(step: float, pictures: float, once: float, shard: int) -> float:
     """Seconds that a measured step takes where `shard` devices deal out what is done once.
 
-    It was taken by one device, which had all matrices of Muon to itself. `pictures` and `once` are
-    the FLOPs of its share of the batch, and of what does not depend on it.
+    `step` was measured on one device, which had all matrices of Muon to itself. `pictures` is the
+    FLOPs of its share of the batch, `once` those of a step that do not depend on the batch.
     """
     return step * (pictures + once / shard) / (pictures + once)
 
@@ -335,7 +335,7 @@ def has_words(recipe: Recipe, dtype: torch.dtype) -> bool:
         return False
 
 
-def different(data: Data) -> int | None:
+def stored(data: Data) -> int | None:
     """How many pictures the datasets hold, if they are prepared and here. Errors: BadData."""
     if not all((folder / "manifest.json").is_file() for folder in data.paths):
         return None

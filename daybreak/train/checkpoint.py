@@ -143,7 +143,7 @@ def to_continue(
 ) -> Checkpoint | None:
     """Return the newest good checkpoint, the same on all ranks, which share the hashing.
 
-    Of those of every `every`-th step, where that is given. Damaged ones that are newer become
+    Only steps that are multiples of `every` count. Damaged ones that are newer become
     checkpoint-N.rejected, so that their steps can be written again. None: none was saved yet.
 
     Errors  NoCheckpoint if there are some and none is good: the run would begin anew in silence.
@@ -301,9 +301,9 @@ def _stored(checkpoint: Checkpoint) -> dict[str, torch.Size]:
 def _prime(
     optimizers: dict[str, tuple[Optimizer, float]], stored: Mapping[str, torch.Size]
 ) -> None:
-    """Give the optimisers the tensors that were saved, full of zeros; what was not is forgotten.
+    """Give the optimisers zeros for every tensor that was saved, which `_fill` then fills.
 
-    Their settings come from the recipe.
+    State that was not saved is dropped. Rates and all other settings come from the recipe.
     """
     for name, (optimizer, _) in optimizers.items():
         optimizer.state.clear()

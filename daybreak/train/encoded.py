@@ -18,7 +18,7 @@ from daybreak.train import accelerator, runs
 
 
 def asked(encoder: str, max_tokens: int | None, precision: str) -> tuple[text.Config, str]:
-    """Return how captions are encoded, and how exactly; as in a recipe, if `encoder` is one.
+    """Return how captions are encoded, and in what precision; as in a recipe, if that is given.
 
     Errors  BadRecipe if it trains an encoder of its own, or for a `max_tokens` that cannot be had.
     """

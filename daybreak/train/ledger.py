@@ -14,7 +14,7 @@ a compilation and a grid count nothing, and a checkpoint what a disk needs for i
 does not shorten one stage in favour of the next: `daybreak plan --budget` says with how many steps
 all of them fit.
 
-Units   seconds of all processes together are one second; dollars of all devices together.
+Units   seconds of a run, however many processes it has; dollars of all its devices together.
 """
 
 import json
@@ -38,7 +38,7 @@ EVERY, SHARE = 1.0, 0.005  # seconds between two entries, and the share of time 
 CLOSING = 1.0  # seconds for the last checkpoint at least
 ENDING = 1.5  # seconds that a process takes to end, when nothing can be entered any more
 DISK = 5e8  # bytes a second that are written, until a checkpoint was
-GRACE = 3.0  # seconds that a step which compiles may take too many: else more would stay unused
+GRACE = 3.0  # seconds that compiling may make a run end late: else more time would stay unused
 
 
 class Config(BaseModel):
@@ -87,7 +87,7 @@ def stopwatch(gone: float) -> Callable[[], float]:
 
 
 class Ledger:
-    """Keeps account in a run's run.json, if that is there. Without a budget it only writes.
+    """Keeps account in a run's run.json. Without a budget it only writes.
 
     An hour of all devices costs `rate` dollars, where that is known; a checkpoint has `size` bytes.
     """
@@ -189,10 +189,10 @@ class Ledger:
     def step(
         self, flops: float, following: float, new: bool = False, compiles: bool = False
     ) -> None:
-        """Hear that a step was taken, of how much arithmetic, and of how much the `following` is.
+        """Enter a step that was taken, of so many `flops`; the `following` one has so many.
 
-        A `new` one, which began a stage or compiled, says nothing about how long others take. The
-        following one `compiles`, too, or does not.
+        How long it took says nothing of others if it was `new`: the first of a stage or of this
+        process. `compiles` tells whether the following one has to compile.
         """
         now = self.clock()
         if not new:

@@ -84,9 +84,9 @@ def train(
 ) -> Outcome:
     """Train a recipe in its run folder, from the newest good checkpoint there or from nothing.
 
-    `changed` allows a run to go on with another recipe or other data than it was begun with. A
-    budget of time pays for the seconds that are `gone` for it already, as for starting a process. A
-    `trial` leaves no checkpoint. Steps of `trace` are traced.
+    `changed` allows a run to go on with another recipe or other data than it was begun with. Of a
+    budget of time `gone` seconds are spent already, on starting this process. A `trial` leaves no
+    checkpoint. Steps of `trace` are traced.
 
     Errors  BadRecipe, BadData and BadStorage before anything is written; NotFinite, BadStorage and
             LostPeer during the run, whose checkpoints stay.
@@ -331,7 +331,7 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
 
 
 def _save(run: Run, step: int, wait: bool) -> None:
-    """Save what has been compared; `wait` until it is on the disk."""
+    """Compare what the ranks hold, and save it; `wait` until it is on the disk."""
     if run.trial:
         return
     began = time.monotonic()
@@ -366,7 +366,7 @@ def _show(run: Run, step: int, side: int) -> None:
 def _evaluate(run: Run, step: int) -> bool:
     """Evaluate the average; returns whether nothing before was better.
 
-    Asked to stop, it is broken off, and done again when the run goes on; out of time as well.
+    It is broken off where the run is asked to stop, or out of time, and made when the run goes on.
     """
 
     def heed() -> None:
@@ -422,7 +422,7 @@ def _heard(here: World, code: int) -> int:
 
 
 def _listen(run: Run, done: int, code: int) -> tuple[int, Allowance]:
-    """Ask again, after what takes long, who was asked to stop, and what the budget says."""
+    """Ask again, after something long, whether a rank was asked to stop, and what may be spent."""
     return max(code, _heard(run.here, run.stop.code)), spending.allowed(run, done)
 
 

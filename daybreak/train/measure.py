@@ -28,7 +28,7 @@ TRIED = 0.05  # seconds for which pictures are prepared again and again
 
 
 class Pace(NamedTuple):
-    """Seconds of a step of a stage, and those that its first ones take more, once for a run."""
+    """Seconds of a usual step of a stage, and how many more its first steps take, all together."""
 
     step: float
     start: float
@@ -37,9 +37,10 @@ class Pace(NamedTuple):
 def steps(recipe: Recipe, count: int) -> tuple[Pace, ...]:
     """Train for a few steps; returns the pace of each stage, by the median of its steps.
 
-    The first ones build networks and compile blocks, or find their kernels of an earlier run.
+    In the first ones networks are built and blocks compiled, or their kernels of an earlier run
+    found. `count` devices share a batch, of which this process takes one share. Progress goes to
+    stderr.
 
-    `count` devices share a batch, of which this process takes one share. Progress goes to stderr.
     Errors  those of training.
     """
     from daybreak.train import loop  # half of the program, and a plan without measuring needs none

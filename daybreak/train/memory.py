@@ -283,10 +283,7 @@ def scratch_encoder(text: Network, l: int, dtype: torch.dtype) -> Saved:  # noqa
     """
     c, attending = dtype.itemsize, text.layers // 2
     word = c * (4 * text.mlp + 10 * text.width) + 2 * FULL * text.width
-    layers = Saved(l * word, _copies(text.block, dtype)).times(text.layers)
+    # Weights stay float32; a product in another precision needs them in that one.
+    copies = c * text.block if c < FULL else 0
+    layers = Saved(l * word, copies).times(text.layers)
     return layers + Saved((2 * FULL * attending + c + FULL) * l * text.width, 0)
-
-
-def _copies(weights: int, dtype: torch.dtype) -> float:
-    """Weights stay float32; a product in another precision needs them in that one."""
-    return dtype.itemsize * weights if dtype.itemsize < FULL else 0

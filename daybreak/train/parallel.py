@@ -116,8 +116,8 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
 
     rank = int(os.environ["RANK"])
     store = rendezvous.meet(rank, size, config.start_timeout)
-    # When NCCL tells of a lost node torch would abort this process, and nobody learn why; torchrun
-    # asks for that.
+    # torchrun asks torch to abort this process when NCCL tells of a lost node: nobody would learn
+    # why.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     try:
         dist.init_process_group(
@@ -155,9 +155,9 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
 def leave() -> None:
     """Leave the other ranks, and forget them.
 
-    The thread that has worked with sharded tensors remembers how, and so the group. A worker forked
-    by another thread lets go of that at once: were it the last to hold the group, it would wait for
-    ever for the group's threads, which it has not.
+    torch remembers, for each thread, how that has worked with sharded tensors, and with it the
+    group. A worker that another thread forks drops that memory at once: were nothing else to hold
+    the group, the worker would wait for ever for the group's threads, which no fork has.
     """
     dist.destroy_process_group()
     with suppress(ImportError):  # a name that torch may change

@@ -247,7 +247,7 @@ def _epochs(recipe: Recipe, made: Plan) -> str:
     seen: dict[Data, int] = defaultdict(int)
     for stage, paper in zip(recipe.stage, made.stages, strict=True):
         seen[recipe.data_of(stage)] += paper.steps * paper.batch
-    there = {data: budget.different(data) for data in seen}
+    there = {data: budget.stored(data) for data in seen}
     times = [(seen[data] / count, count) for data, count in there.items() if count]
     said = ", then ".join(f"{_three(often)} times each of {count:,}" for often, count in times)
     known = f" (past some {BY_HEART} times a model knows them by heart)"

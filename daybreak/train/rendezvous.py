@@ -5,7 +5,8 @@
     miss(store, neighbours)                 the note of who was killed
     farewell(store, rank, size)             nobody hangs up on a rank that still listens
 
-Notes lie in a key-value store beside the collectives: who is lost in one can still read and write.
+Notes lie in a key-value store beside the collectives: a rank that waits in one for ever can still
+read and write them, from another thread.
 """
 
 import os

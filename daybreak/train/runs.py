@@ -28,9 +28,10 @@ from daybreak.model import text, text_to_image
 from daybreak.objective.objective import Objective
 from daybreak.train import accelerator, checkpoint, facts
 
-# Of a start that was broken off before the first step; and what macOS leaves in every folder.
+# Files of a start that was broken off before its first step; and one that macOS puts everywhere.
 OURS = {"lock", "status.json", "run.json", ".DS_Store"}
-# What no step depends on; and what it does by rounding alone, as `micro` after memory ran out.
+# Keys that no step depends on; and keys that change a step by its rounding alone: `micro`, say, is
+# lowered when memory has run out.
 FREE = ("budget.", "sample.", "save_every:", "save_async:", "keep:", "keep_every:")
 ROUNDED = ("micro:", "compile:", "data.workers:")
 

@@ -95,7 +95,7 @@ def forecast(run: Run, done: int) -> None:
 
 
 def end(recipe: config.Recipe, flops: Sequence[float], done: int, left: float) -> int:
-    """Return the step with which a budget ends that has so many of the stage under way left."""
+    """Return the step with which a budget ends that pays for `left` more of the stage's steps."""
     each, ahead = flops[recipe.stage_at(done)] or 1.0, done
     while ahead < recipe.steps and left > 0:
         ahead += 1

@@ -129,7 +129,7 @@ def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) ->
 def _gradient(
     run: Run, stage: config.Stage, batch: batches.Batch, step: int
 ) -> dict[str, Float[Tensor, ""]]:
-    """Leave the gradient of this rank's share behind; returns its loss and the parts of it."""
+    """Add up the gradient of this rank's share of a batch; returns its loss and the parts of it."""
     recipe, count = run.recipe, len(batch.image)
     size, resting = recipe.micro or count, recipe.resting(stage, step)
     learning = networks(run.state.model, run.objective)
@@ -160,7 +160,8 @@ def to_go(recipe: config.Recipe, flops: Sequence[float], step: int, number: int)
 def _return(run: Run, step: int) -> None:
     """Take the weights of the newest checkpoint instead of these.
 
-    Of one that the recipe saves: a run that was stopped has others too, and takes the same steps.
+    Only those count that every run of the recipe has, at multiples of `save_every`: one that was
+    stopped and continued has others too, and is to take the same steps as one that was not.
     """
     recipe = run.recipe
     with run.watchdog.patience(SAVE):

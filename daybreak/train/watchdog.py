@@ -5,13 +5,13 @@ seconds since the last step. When they are too many it prints what every thread 
 doing, and all ranks do so at about the same time: the one whose stack is not in a collective is
 the one that the others wait for. A rank that does not even answer is named.
 
-A rank that fails leaves a note; for one that is killed, whoever shares its machine does. gloo tells
-the others at once, by an error; NCCL lets them wait. So who has taken no step for a while since
-leaves too, for the reason in the note: before torchrun, which kills all after 30 s, whatever it was
-told, so that nobody could say why.
+A rank that fails leaves a note; for one that was killed, a rank on the same machine leaves it. gloo
+tells the others at once, by an error; NCCL lets them wait. So a rank that has found a note, and for
+a while has taken no step, ends for the reason in the note. It has to be sooner than torchrun, which
+kills all ranks after 30 s, and then none could say why.
 
-A shape that is new in the middle of a run is compiled then, and all others wait for that as well. A
-step in which some rank compiles is given the time of the first one, and who watches is told.
+A shape of pictures that first comes in the middle of a run is compiled then, and all ranks wait for
+the one that compiles. Such a step may take as long as the first one, and the log says what for.
 
 Limits  a hang that never lets go of Python's lock (in C code) stops this thread too; the other
         ranks then name that rank.
