@@ -692,7 +692,7 @@ def plan(
             Console().print(table)
     fitting.check_memory(wanted, made)
     if fit:
-        wanted = wanted if times is None else paper.shortened(wanted, times)
+        wanted = wanted if times is None else paper.times_as_long(wanted, times)
         try:
             fit.write_text(config.dump(wanted), encoding="utf-8")
         except OSError as error:

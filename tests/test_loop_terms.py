@@ -92,9 +92,7 @@ def test_projectors_are_saved_and_rest_with_their_term_and_teachers_are_never_sa
     assert {name.split(".")[0] for name in middle} == {"repa"}
     assert all(torch.equal(middle[name], end[name]) for name in middle)
 
-    from daybreak.train import runs
-
-    began = runs.objective(recipe, torch.float32).learned.state_dict()
+    began = building.loss(recipe, torch.float32).learned.state_dict()
     assert began.keys() == middle.keys()
     assert not any(torch.equal(began[name], middle[name]) for name in middle)
 

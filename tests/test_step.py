@@ -11,6 +11,6 @@ def test_what_is_left_is_told_in_steps_of_the_stage_under_way(tiny: Path) -> Non
     rows = ",".join(f"{{resolution=32,{stage}}}" for stage in stages)
     recipe = config.load(tiny, (f"stage=[{rows}]",))
     flops = [1.0, 2.0, 4.0]
-    left = [step.to_go(recipe, flops, done, recipe.stage_at(done)) for done in range(1, 10)]
+    left = [step.to_go(recipe, flops, done) for done in range(1, 10)]
     assert left == [17, 16, 15, 14, 6, 5, 4, 1, 0]
-    assert [step.to_go(recipe, [0.0] * 3, done, 0) for done in (1, 5, 9)] == [8, 4, 0]
+    assert [step.to_go(recipe, [0.0] * 3, done) for done in (1, 5, 9)] == [8, 4, 0]

@@ -455,7 +455,7 @@ def bought(made: Plan, budget: Budget) -> float:
     return (budget.amount - start) / (whole - start)
 
 
-def shortened(recipe: Recipe, times: float) -> Recipe:
-    """The recipe so many times as long, every stage with a step at least."""
+def times_as_long(recipe: Recipe, times: float) -> Recipe:
+    """The recipe with so many times its steps, and one of every stage at least."""
     steps = [max(1, int(times * stage.count * (1 + 1e-12))) for stage in recipe.stage]
     return length.lasting(recipe, steps, "--budget")

@@ -19,7 +19,7 @@ from daybreak.model.text_to_image import TextToImage
 from daybreak.objective.objective import Objective
 from daybreak.optim import groups
 from daybreak.optim.ema import Ema
-from daybreak.train import parallel, runs
+from daybreak.train import accelerator, parallel
 from daybreak.train.checkpoint import Checkpoint, State
 from daybreak.train.parallel import World
 
@@ -44,6 +44,22 @@ def sources(recipe: config.Recipe) -> tuple[batches.Pictures, ...]:
     return found
 
 
+def loss(recipe: config.Recipe, dtype: torch.dtype) -> Objective:
+    """Build the loss of a recipe, and load its teachers. Errors: BadRecipe if one is missing."""
+    return Objective(
+        recipe.flow,
+        recipe.tread,
+        recipe.repa,
+        recipe.lpips,
+        recipe.dino,
+        recipe.contrastive,
+        width=recipe.dit.width,
+        seed=recipe.seed,
+        compute=dtype,
+        device=accelerator.choose(),
+    )
+
+
 def build(
     recipe: config.Recipe,
     sources: Sequence[batches.Pictures],
@@ -57,7 +73,7 @@ def build(
 
     Errors  BadRecipe if an encoder or a teacher cannot be had.
     """
-    objective = runs.objective(recipe, dtype)
+    objective = loss(recipe, dtype)
     tokenizer = None
     if recipe.text.encoder is None:
         tokenizer = (

@@ -172,7 +172,7 @@ def purchase(recipe: Recipe, made: Plan, times: float) -> str:
 
 def _bought(recipe: Recipe, made: Plan, times: float) -> tuple[Recipe, Plan]:
     """The run that is so many times as long, and that on paper."""
-    bought = budget.shortened(recipe, times)
+    bought = budget.times_as_long(recipe, times)
     pace = zip(made.stages, bought.stage, strict=True)
     stages = tuple(old._replace(steps=new.count) for old, new in pace)
     return bought, made._replace(stages=stages)

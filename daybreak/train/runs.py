@@ -25,7 +25,6 @@ from daybreak import config, doctor, host
 from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model import text, text_to_image
-from daybreak.objective.objective import Objective
 from daybreak.train import accelerator, checkpoint, facts
 
 # Files of a start that was broken off before its first step; and one that macOS puts everywhere.
@@ -46,22 +45,6 @@ def dtype(precision: str) -> torch.dtype:
     if precision == "auto":
         return torch.bfloat16 if doctor.fast_bfloat16() else torch.float32
     return getattr(torch, precision)
-
-
-def objective(recipe: config.Recipe, dtype: torch.dtype) -> Objective:
-    """Build the loss of a recipe, and load its teachers. Errors: BadRecipe if one is missing."""
-    return Objective(
-        recipe.flow,
-        recipe.tread,
-        recipe.repa,
-        recipe.lpips,
-        recipe.dino,
-        recipe.contrastive,
-        width=recipe.dit.width,
-        seed=recipe.seed,
-        compute=dtype,
-        device=accelerator.choose(),
-    )
 
 
 def enter(recipe: config.Recipe) -> Path:

@@ -120,7 +120,7 @@ def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) ->
         stage.batch,
         run.worked(number, round(values["words"])),
         run.ledger.paid,
-        to_go(run.recipe, run.flops, step, number),
+        to_go(run.recipe, run.flops, step),
         run.ledger.left,
     )
     return int(table[:, -1].max())
@@ -148,9 +148,9 @@ def _gradient(
     return sums
 
 
-def to_go(recipe: config.Recipe, flops: Sequence[float], step: int, number: int) -> float:
-    """Return how much work is left, in steps of the stage that this one belongs to."""
-    each, left = flops[number], 0.0
+def to_go(recipe: config.Recipe, flops: Sequence[float], step: int) -> float:
+    """Return how much work is left after a step, counted in steps of its stage."""
+    each, left = flops[recipe.stage_at(step)], 0.0
     for stage, before, one in zip(recipe.stage, recipe.starts, flops, strict=True):
         steps = min(stage.count, max(0, before + stage.count - step))
         left += steps * (one / each if each else 1.0)
