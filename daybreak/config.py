@@ -417,7 +417,7 @@ def _assign(table: dict[str, Any], assignment: str) -> None:
     for depth, key in enumerate(keys):
         last = depth == len(keys) - 1
         if isinstance(place, list):
-            if not key.isdigit() or int(key) >= len(place):
+            if not key.isdecimal() or int(key) >= len(place):
                 raise BadRecipe(
                     f"--set {assignment}: {'.'.join(keys[:depth])} has rows 0 to {len(place) - 1}, "
                     f"not {key!r}"

@@ -87,6 +87,12 @@ def test_what_is_saved_is_what_is_loaded(run: Path, recipe: config.Recipe) -> No
     assert (run / "latest").resolve() == found.folder.resolve()
 
 
+def test_a_folder_whose_name_has_no_number_is_no_checkpoint(run: Path) -> None:
+    for name in ("best", "5.rejected", "\u00b2"):  # a digit, and no number
+        (run / f"checkpoint-{name}").mkdir()
+    assert checkpoint.found(run) == []
+
+
 def test_the_newest_are_kept(run: Path, recipe: config.Recipe) -> None:
     parts = Parts(recipe)
     for step in (5, 10, 15):

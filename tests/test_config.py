@@ -71,6 +71,7 @@ WRONG = [
     ("stage.0.shift=0", r"stage\.0\.shift = 0.*greater than 0"),
     ("max_train_samples=8", r"max_train_samples is called stage\.0\.samples here"),
     ("stage.3.steps=1", r"stage has rows 0 to 0, not '3'"),
+    ("stage.\u00b2.steps=1", r"stage has rows 0 to 0, not '\u00b2'"),  # a digit, and no number
     ("stage.0.steps", r"write it as key=value"),
     ("seed.x=1", r"seed is a value, not a section"),
     ('precision="int8"', r"precision = 'int8'"),

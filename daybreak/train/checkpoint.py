@@ -109,9 +109,9 @@ class State(NamedTuple):
 def found(run: Path) -> list[Checkpoint]:
     """List the checkpoint folders, newest first, unverified."""
     steps = [
-        Checkpoint(folder, int(folder.name.removeprefix("checkpoint-")))
+        Checkpoint(folder, int(number))
         for folder in run.glob("checkpoint-*")
-        if folder.name.removeprefix("checkpoint-").isdigit() and folder.is_dir()
+        if (number := folder.name.removeprefix("checkpoint-")).isdecimal() and folder.is_dir()
     ]
     return sorted(steps, key=lambda checkpoint: -checkpoint.step)
 

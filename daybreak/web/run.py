@@ -254,7 +254,7 @@ def _drawn(folder: Path) -> list[tuple[int, Path]]:
     found = sorted(
         (int(number), place)
         for place in (folder / "samples").glob("step-*")
-        if (number := place.name.removeprefix("step-")).isdigit()
+        if (number := place.name.removeprefix("step-")).isdecimal()
         and (place / "prompts.json").is_file()
     )
     if not found:
