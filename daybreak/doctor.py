@@ -124,14 +124,12 @@ def cores() -> Finding:
 
 def memory() -> Finding:
     """Memory that is free for this process."""
-    free = _available_memory()
     limit = host.memory_limit(host.CGROUP)
-    if free is None and limit is None:
+    known = [amount for amount in (_available_memory(), limit) if amount is not None]
+    if not known:
         return Finding("memory", "unknown")
-    usable = min(amount for amount in (free, limit) if amount is not None)
-    value = f"{usable / GIB:.1f} GiB free"
-    if limit is not None and limit == usable:
-        value = f"{usable / GIB:.1f} GiB allowed"
+    usable = min(known)
+    value = f"{usable / GIB:.1f} GiB {'allowed' if usable == limit else 'free'}"
     if usable < LITTLE_MEMORY:
         return Finding(
             "memory", value, "little: use a smaller `micro` or end other programs", "slow"

@@ -103,11 +103,11 @@ def test_recomputed_blocks_keep_what_goes_into_them_and_one_is_at_work(
     again = config.parse(table | {"parallel": {"recompute": True}}, "again")
     stage, dtype = plain.stage[0], torch.bfloat16
     before, after = (memory.activations(r, stage, dtype, "cpu") for r in (plain, again))
-    one = memory.asked(plain.dit, 64, plain.text.max_tokens, dtype)
+    one = memory.eager(plain.dit, 64, plain.text.max_tokens, dtype)
     route = flops.route(plain, stage)
     counts = {64: 4} if route is None else {64: 2, 32: 2}
     blocks = sum(
-        count * memory.asked(plain.dit, n, plain.text.max_tokens, dtype).each
+        count * memory.eager(plain.dit, n, plain.text.max_tokens, dtype).each
         for n, count in counts.items()
     )
     inputs = sum(count * n * 2 * plain.dit.width for n, count in counts.items())
@@ -132,7 +132,7 @@ def test_a_block_that_is_not_compiled_keeps_as_much_as_autograd_says(
     dtype: torch.dtype, n: int
 ) -> None:
     size = dit.Config(patch=4, bottleneck=0, width=96, depth=3, heads=2)
-    paper = memory.asked(size, n, 40, dtype).times(3)
+    paper = memory.eager(size, n, 40, dtype).times(3)
     outside = 3 * memory.outside(size, n, 40, 256, dtype.itemsize)
     measured = walk(size, dtype, n, compiled=False)
     assert 3 * paper.each + paper.once + outside == pytest.approx(measured, rel=0.03)
@@ -402,7 +402,7 @@ def test_what_is_compiled_keeps_what_compiled_code_keeps(toys: dict[str, Path]) 
         return memory.activations(recipe, recipe.stage[0], torch.bfloat16, kind).each
 
     args = BARE.dit, 64, BARE.text.max_tokens, torch.bfloat16
-    saves = 4 * (memory.asked(*args).each - memory.compiled(*args, "cpu").each)
+    saves = 4 * (memory.eager(*args).each - memory.compiled(*args, "cpu").each)
     assert kept_by("cpu") - kept_by("cpu", compile=True) == pytest.approx(saves)
     lpips = ingredients(toys)["lpips"] | {"compile": True}
     pays = [kept_by(kind, **lpips) - kept_by(kind, compile=True) for kind in ("cuda", "cpu")]
@@ -412,9 +412,9 @@ def test_what_is_compiled_keeps_what_compiled_code_keeps(toys: dict[str, Path]) 
 def test_a_frozen_encoder_is_held_and_keeps_nothing() -> None:
     words = {"encoder": "google/t5gemma-2b-2b-ul2", "max_tokens": 16}
     recipe = config.parse(SMALL | {"text": words}, "frozen")
-    assert memory.asleep(recipe) == flops.text_encoder(recipe).weights > 2e9
+    assert memory.frozen(recipe) == flops.text_encoder(recipe).weights > 2e9
     found = memory.activations(recipe, recipe.stage[0], torch.float32, "cpu")
     width = flops.text_encoder(recipe).width
     outside = memory.outside(recipe.dit, 64, 16, width, 4) + 4 * 3 * 32**2
-    blocks = memory.asked(recipe.dit, 64, 16, torch.float32).times(4)
+    blocks = memory.eager(recipe.dit, 64, 16, torch.float32).times(4)
     assert found.each == pytest.approx(blocks.each + outside)

@@ -14,7 +14,7 @@ optimisers' step, gradients are complete and nothing is left of the pass; the wo
 makes matrices orthogonal.
 
 A compiled block keeps what goes into a product and what comes out of one, and computes the rest
-again: `compiled`. What one keeps that is not compiled, autograd itself is asked: `asked`.
+again: `compiled`. What an eager one keeps is asked of autograd itself: `eager`.
 
 Letters  n image tokens, l words, h width, m width of the MLP, a heads, c bytes of a number.
 Units    bytes, on one device.
@@ -100,7 +100,7 @@ def parts(
         "weights": weights / mesh.shard,
         "optimiser": state / mesh.shard,
         "average": weights / mesh.shard,
-        "teachers": dtype.itemsize * asleep(recipe),
+        "teachers": dtype.itemsize * frozen(recipe),
     }
     back = {
         "gradients": weights if several else 0.0,
@@ -132,7 +132,7 @@ def orthogonalising(matrices: Iterable[torch.Size], mesh: Mesh, dtype: torch.dty
     return dtype.itemsize * held / mesh.shard
 
 
-def asleep(recipe: Recipe) -> float:
+def frozen(recipe: Recipe) -> float:
     """Weights of the frozen networks; they stay through stages that do not ask them."""
     views = [view for stage in recipe.stage for view in flops.teachers(recipe, stage).values()]
     total = sum(network.weights for network in {view.network for view in views})
@@ -160,7 +160,7 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
             if recipe.compile:
                 whole = compiled(size, tokens, l, dtype, kind)
             else:
-                whole = asked(size, tokens, l, dtype)
+                whole = eager(size, tokens, l, dtype)
             if recipe.parallel.recompute:  # what goes into each, and all of the one at work
                 total += Saved(c * tokens * size.width, 0).times(count)
                 at_work = max(at_work, whole, key=lambda block: block.each)
@@ -241,7 +241,7 @@ def compiled(size: dit.Config, n: int, l: int, dtype: torch.dtype, kind: str) ->
 
 
 @lru_cache
-def asked(size: dit.Config, n: int, l: int, dtype: torch.dtype) -> Saved:  # noqa: E741
+def eager(size: dit.Config, n: int, l: int, dtype: torch.dtype) -> Saved:  # noqa: E741
     """Ask autograd what one block keeps when it is not compiled, on the CPU.
 
     It gets tensors that have shapes and no contents: one picture, then two, with one block more and
