@@ -90,7 +90,7 @@ def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
         recipe = recomputing(recipe)
         pictures = largest_pass(recipe, cluster)
     if pictures is None:
-        check_memory(recipe, budget.plan(recipe, cluster))
+        check_memory(recipe, budget.plan(recipe, cluster))  # refuses
     return recipe.model_copy(update={"micro": pictures})
 
 

@@ -31,6 +31,8 @@ from daybreak.model.product import product
 GB = 10**9
 NETWORK = 50 * GB  # between nodes, per GPU: 400 Gb/s, what clusters of these boards are sold with
 PER_NODE = 8  # devices that share a fast link
+MOST = 1_000_000  # devices: more than anybody has
+OTHERS = {"pcie", "nvl", "laptop", "max", "mig", "d"}  # of a board's name, for a slower one
 
 
 class Device(NamedTuple):
@@ -86,10 +88,6 @@ DEVICES = {
         Device("RTX 5090", 209.5e12, 32 * GB, 64 * GB, 575, 0.69),
     )
 }
-
-
-MOST = 1_000_000  # devices: more than anybody has
-OTHERS = {"pcie", "nvl", "laptop", "max", "mig", "d"}  # of a board's name, for a slower one
 
 
 def parse(text: str, dtype: torch.dtype) -> Cluster:

@@ -97,7 +97,7 @@ def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
         "parallel": recipe.parallel.model_copy(update={"dp_replicate": 1, "dp_shard": 0}),
         "sample": recipe.sample.model_copy(update={"every": never, "steps": 1, "prompts": ("",)}),
     }
-    if recipe.drawn is None and not all(folder.exists() for folder in recipe.paths):
+    if recipe.drawn is None and not all(path.exists() for path in recipe.paths):
         changes["stage"] = tuple(stage.model_copy(update={"source": None}) for stage in stages)
         changes["data"] = recipe.data.model_copy(
             update={"source": str(_pretend(recipe, folder / "noise")), "caption_columns": ()}

@@ -152,7 +152,6 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
     route, n = flops.route(recipe, stage), flops.tokens(recipe, stage)
     text = flops.text_encoder(recipe)
     routed = route.stop - route.start if route else 0
-    terms = Saved(0, 0)
     total = Saved(outside(size, n, l, text.width, c) + FULL * CHANNELS * stage.resolution**2, 0)
     at_work = Saved(0, 0)
     for tokens, count in ((n, size.depth - routed), (flops.visible(route, n), routed)):
@@ -170,6 +169,7 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
         total += Saved(c * n * size.width, 0)  # the tokens, put back together
     if recipe.text.encoder is None:
         total += scratch_encoder(text, l, dtype)
+    terms = Saved(0, 0)
     if recipe.repa and flops.active(recipe, stage, "repa"):
         compared = sum(flops.walking(recipe, stage, block) for block in recipe.repa.blocks)
         terms += Saved(compared * flops.target(recipe) * (5 * c + 2 * FULL), 0)
@@ -272,7 +272,7 @@ def _kept(size: dit.Config, n: int, l: int, dtype: torch.dtype, pictures: int) -
         text = Text(words, torch.ones(pictures, l, dtype=torch.bool))
         guess = model(x_t, torch.empty(pictures), text)  # noqa: F841 - holds what is kept
         own = {weight.untyped_storage()._cdata for weight in model.parameters()}
-        return sum(size for at, (size, _) in storages.items() if at not in own)
+        return sum(nbytes for at, (nbytes, _) in storages.items() if at not in own)
 
 
 def scratch_encoder(text: Network, l: int, dtype: torch.dtype) -> Saved:  # noqa: E741
