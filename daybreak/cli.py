@@ -691,6 +691,7 @@ def plan(
         for table in view.tables(wanted, made, times):
             Console().print(table)
     fitting.check_memory(wanted, made)
+    fitting.check_data(wanted)
     if fit:
         wanted = wanted if times is None else paper.times_as_long(wanted, times)
         try:

@@ -594,6 +594,15 @@ def test_a_cheap_run_costs_cents_and_watts_and_not_nothing(tiny: Path) -> None:
     assert ", $750, fits" in asked(tiny, "--gpus", "H100", "--price", 750 / whole["dollars"])
 
 
+def test_a_dataset_of_pictures_that_are_too_small_is_refused_as_training_would(
+    tiny: Path, prepared: Callable[..., Path]
+) -> None:
+    data = ("--data", prepared([{}]), "--without", "scenes", "--gpus", "H100")
+    assert "times each of 1" in asked(tiny, *data, "--set", "stage.0.resolution=64")
+    with pytest.raises(BadRecipe, match="was prepared for at most 64 px and a stage asks for 128"):
+        asked(tiny, *data, "--set", "stage.0.resolution=128")
+
+
 def test_plan_gives_json(tiny: Path) -> None:
     found = json.loads(asked(tiny, "--gpus", "2xL40S", "--json", "--price", 0.5, "--share", 0.2))
     assert found["dollars"] == pytest.approx(0.5 * found["device_hours"])

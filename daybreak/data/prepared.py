@@ -77,6 +77,14 @@ class Opened(NamedTuple):
     max_aspect: float
     files: dict[str, str]  # sha256 of each shard, as the manifest has it
 
+    def check(self, resolution: int) -> None:
+        """Refuse a stage that asks for larger pictures than there are. Errors: BadRecipe."""
+        if resolution > self.largest:
+            raise BadRecipe(
+                f"{self.folder} was prepared for at most {self.largest} px and a stage asks for "
+                f"{resolution}: prepare it again with --resolution {resolution}"
+            )
+
 
 class Prepared:
     """Captioned pictures from one prepared dataset, or from several in shares by weight.
@@ -175,11 +183,7 @@ class Prepared:
     def _by_bucket(self, dataset: int, resolution: int) -> Iterator[tuple[Bucket, Rows]]:
         """Yield the rows of each bucket of a dataset, with the bucket for this resolution."""
         one = self.datasets[dataset]
-        if resolution > one.largest:
-            raise BadRecipe(
-                f"{one.folder} was prepared for at most {one.largest} px and a stage asks for "
-                f"{resolution}: prepare it again with --resolution {resolution}"
-            )
+        one.check(resolution)
         order = np.argsort(one.numbers, kind="stable") + self.starts[dataset]
         ends = np.cumsum(np.bincount(one.numbers, minlength=len(one.buckets)))[:-1]
         for bucket, rows in zip(one.buckets, np.split(order, ends), strict=True):

@@ -9,6 +9,7 @@ from bisect import bisect
 from collections.abc import Iterator
 
 from daybreak.config import Recipe
+from daybreak.data.prepared import is_prepared, open_dataset
 from daybreak.failure import BadRecipe
 from daybreak.train import budget, hardware, memory
 from daybreak.train.hardware import Cluster
@@ -28,6 +29,14 @@ def check_memory(recipe: Recipe, made: budget.Plan) -> None:
         f"a run of this recipe needs {wants} of memory on each {device.name}, which has {has} for "
         f"it: {remedy}"
     )
+
+
+def check_data(recipe: Recipe) -> None:
+    """Refuse a prepared dataset, if it is here, too small for a stage. Errors: BadRecipe."""
+    for stage in recipe.stage:
+        for folder in recipe.data_of(stage).paths:
+            if is_prepared(folder):
+                open_dataset(folder).check(stage.resolution)
 
 
 def remedies(recipe: Recipe, first: Cluster) -> Iterator[str]:
