@@ -1,12 +1,12 @@
-"""What lies between the products of a block, with backward passes written by hand.
+"""The operations between a block's matrix products, with backward passes written by hand.
 
-Autograd keeps whatever an operation will need, and of a norm, a turn, a gate or a softmax that is
-each step of it. To keep only the argument, and go through the steps once more on the way back, is
-cheaper in memory and in time (docs/performance.md). No product of matrices is computed twice. The
-compiler finds its own way back, so it is given the same equations written out.
+Autograd stores every intermediate result of a norm, a rotation, a gate or a softmax. Storing only
+the argument and recomputing the intermediate results in the backward pass costs less memory and
+less time (docs/performance.md). No matrix product is computed twice. `torch.compile` derives its
+own backward pass, so it gets the same equations as plain operations.
 
 Letters  b images, n tokens, h width, m inner width of the MLP, a heads, d width of a head, k keys.
-Errors   What is here has one derivative: a second one (`create_graph=True`) raises RuntimeError.
+Errors   Only first derivatives exist: a second one (`create_graph=True`) raises RuntimeError.
 Source   recomputation: arXiv 1604.06174; attention: arXiv 2205.14135, appendix B.
 """
 
@@ -66,7 +66,7 @@ def head_norm(
     weight: Float[Tensor, " d"],
     angles: Float[Tensor, "... n d"] | None = None,
 ) -> Float[Tensor, "b a n d"]:
-    """RMSNorm over the width of a head, then a turn of each place, if it has one, in float32."""
+    """RMSNorm over the width of a head, then rotation by `angles`, if given, in float32."""
     if torch.compiler.is_compiling():
         full = x.float()
         u = full * torch.rsqrt(full.square().mean(-1, keepdim=True) + EPSILON) * weight
@@ -76,9 +76,9 @@ def head_norm(
 
 
 class _HeadNorm(Function):
-    """u = turn(w y), y = x / root, root = sqrt(mean x^2).
+    """u = rotate(w y), y = x / root, root = sqrt(mean x^2).
 
-    With e = turn^-1(du): dw = sum e y, dx = (w e - y mean(w e y)) / root.
+    With e = rotate^-1(du): dw = sum e y, dx = (w e - y mean(w e y)) / root.
     """
 
     @staticmethod
@@ -106,9 +106,9 @@ class _HeadNorm(Function):
 def rotate(
     x: Float[Tensor, "b a n d"], angles: Float[Tensor, "... n d"], back: bool = False
 ) -> Float[Tensor, "b a n d"]:
-    """Turn neighbouring pairs: (x + i y) -> (x + i y) (cos + i sin), or `back` by (cos - i sin).
+    """Rotate neighbouring pairs: (x + i y) -> (x + i y) (cos + i sin), or `back`: (cos - i sin).
 
-    The compiler has no complex numbers, so it is given the same product written out.
+    `torch.compile` does not support complex numbers, so it gets the same product in real ones.
     """
     pairs, turns = x.unflatten(-1, (-1, 2)), angles.unflatten(-1, (-1, 2))
     if not torch.compiler.is_compiling():
@@ -133,7 +133,7 @@ def attention(
 
 
 class _Attention(Function):
-    """u = P v; P is kept, in the precision of q.
+    """u = P v; P is stored for the backward pass, in the precision of q.
 
     With e = du v^T: dv = P^T du, ds = P (e - sum_k e P) / sqrt(d), dq = ds k, dk = ds^T q.
     """
@@ -161,7 +161,7 @@ def _weights(q: Tensor, k: Tensor, bias: Tensor) -> Tensor:
 def gated(
     gate: Float[Tensor, "b n m"], up: Float[Tensor, "b n m"], weight: Float[Tensor, "h m"]
 ) -> Float[Tensor, "b n h"]:
-    """(gelu(gate) up) W^T: the gate of an MLP and its last product."""
+    """(gelu(gate) up) W^T: the gate of an MLP and its last matrix product."""
     if torch.compiler.is_compiling():
         return product.linear(gelu(gate) * up, weight)
     projected: Tensor = _Gated.apply(gate, up, weight)  # type: ignore[no-untyped-call]
@@ -190,9 +190,9 @@ class _Gated(Function):
 
 
 def gelu(x: Tensor) -> Tensor:
-    """GELU by its tanh approximation, x (1 + tanh z) / 2 = x sigmoid(2 z).
+    """GELU in its tanh approximation, x (1 + tanh z) / 2 = x sigmoid(2 z).
 
-    Compiled, the second form costs half: an exponential instead of a hyperbolic tangent.
+    When compiled, the second form costs half: it needs an exponential, not a hyperbolic tangent.
     """
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")

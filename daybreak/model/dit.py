@@ -2,12 +2,12 @@
 
     x_hat = DiT(x_t, t, text)
 
-Image tokens ask; text and image tokens together answer. Text is never updated: each block makes
-its own keys and values from the same words. Time reaches a block as six vectors (shift, scale and
-gate for the attention and for the MLP). Parameter names, shapes and arithmetic are those of
-diffusers' `PRXTransformer2DModel`, so that a checkpoint is an export and the other way round.
+Queries come from image tokens, keys and values from text and image tokens. Text tokens are never
+updated: each block projects its own keys and values from the same ones. Time enters a block as six
+vectors (shift, scale and gate for the attention and for the MLP). Parameter names, shapes and
+arithmetic are those of diffusers' `PRXTransformer2DModel`, so an export renames no weight.
 
-Precision  weights are float32; blocks run in `compute` (bfloat16 where the processor has it);
+Precision  weights are float32; blocks run in `compute` (bfloat16 where the hardware is fast in it);
            time, rotary angles, normalisation and the last projection run in float32.
 Letters    b images, n image tokens, l words, h width, a heads, d width of a head, c channels.
 Source     PRX: huggingface.co/blog/Photoroom/prx-part1-architectures; modulation: arXiv 2212.09748;
@@ -28,18 +28,17 @@ from daybreak.model import backward, product, tread
 from daybreak.model.text import Text
 from daybreak.model.tread import Route
 
-FEATURES = 256  # sinusoids that a number is written in
+FEATURES = 256  # number of sinusoids that encode a scalar
 ROPE_BASE = 10_000.0
-SHORT = 256  # tokens up to which a CPU in bfloat16 does without the fused kernel of attention
+SHORT = 256  # up to so many tokens, a CPU in bfloat16 does not use the fused attention kernel
 
 
 class Config(BaseModel):
-    """Size of the denoiser. `bottleneck = 0` embeds a patch in one step.
+    """Size of the denoiser. `bottleneck = 0` embeds a patch with a single linear layer.
 
-    With `resolution` the network is told height and width of the picture, beside the time. With
-    `native`, the side in pixels of the pictures that the model is meant for, the patches of smaller
-    ones, seen in earlier stages, take the places they will have there: left stays left, and the
-    middle the middle.
+    `resolution` adds an embedding of the picture's height and width to the time vector. `native` is
+    the side in pixels of the pictures that the model is meant for: patches of smaller pictures, in
+    earlier stages, get the rotary positions that the same places have in a native picture.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -70,10 +69,10 @@ class Config(BaseModel):
         return self.width // self.heads
 
     def stretch(self, height: int, width: int) -> float:
-        """How many native patches a patch stands for, along a side: 1, or 2, 4, ... if smaller.
+        """How many native patches one patch covers along a side: 1, or 2, 4, ... if smaller.
 
-        The power of two nearest to native / sqrt(height width), so that all shapes of one
-        resolution share it.
+        The power of two nearest to native / sqrt(height width), so that it is the same for all
+        aspect ratios of one resolution.
         """
         if not self.native:
             return 1.0
@@ -86,7 +85,7 @@ class Config(BaseModel):
 
 
 class Tapped(NamedTuple):
-    """The tokens as they leave a block: all of them, or those that a route kept there."""
+    """The output tokens of a block: all of them, or those that the route keeps (`kept`)."""
 
     block: int
     tokens: Float[Tensor, "b k d"]
@@ -94,7 +93,7 @@ class Tapped(NamedTuple):
 
 
 class Prediction(NamedTuple):
-    """The clean image as the network guesses it, float32, and what was tapped on the way."""
+    """The predicted clean image, float32, and the tokens of the tapped blocks."""
 
     x: Float[Tensor, "b c h w"]
     tapped: tuple[Tapped, ...] = ()
@@ -109,7 +108,7 @@ class Linear(nn.Linear):
 
 
 def silent(linear: Linear) -> Linear:
-    """Zero a layer, so that what it modulates or predicts begins at nothing."""
+    """Set a layer to zero, so that its output is zero at initialisation."""
     nn.init.zeros_(linear.weight)
     nn.init.zeros_(linear.bias)
     return linear
@@ -122,11 +121,11 @@ def rope(
     device: torch.device | str = "cpu",
     stretch: float = 1.0,
 ) -> Float[Tensor, "n d"]:
-    """Return cosine and sine of each of a token's rotary angles in turn, (rows * columns, d).
+    """Return cosine and sine of each token's rotary angles, interleaved, (rows * columns, d).
 
-    The first half of a head turns with the row, the second with the column; pair j of an axis
-    turns by 10000^(-4j/d) per place. Patch i lies at place (i + 1/2) stretch - 1/2, the middle of
-    the patches it becomes when the side is `stretch` times as long. Angles are computed in float64.
+    The first half of a head rotates with the row, the second with the column; pair j of an axis
+    rotates by 10000^(-4j/d) per position. Patch i has position (i + 1/2) stretch - 1/2, the centre
+    of the `stretch` native patches that it covers. Angles are computed in float64.
     """
     pairs = head_width // 4
     frequency = ROPE_BASE ** (-torch.arange(pairs, dtype=torch.float64, device=device) / pairs)
@@ -148,7 +147,7 @@ def rope(
 class HeadNorm(nn.Module):
     """RMSNorm over the width of a head, in float32, with one learned scale shared by all heads.
 
-    With `angles` each place turns afterwards, still in float32.
+    With `angles` the result is rotated (`backward.rotate`), still in float32.
     """
 
     def __init__(self, width: int) -> None:
@@ -162,9 +161,9 @@ class HeadNorm(nn.Module):
 
 
 def bias_of(mask: Bool[Tensor, "b k"], dtype: torch.dtype) -> Float[Tensor, "b 1 1 k"]:
-    """What is added to a score: nothing where the mask is True, else minus infinity.
+    """The bias added to attention scores: zero where the mask is True, else minus infinity.
 
-    Made once for all blocks: a mask would be turned into it in each, forth and back.
+    Computed once for all blocks: given a mask, each would convert it, forward and backward.
     """
     return torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, -torch.inf)[:, None, None]
 
@@ -175,10 +174,10 @@ def attend(
     v: Float[Tensor, "b a k d"],
     bias: Float[Tensor, "b 1 1 k"],
 ) -> Float[Tensor, "b a n d"]:
-    """softmax(q k^T / sqrt(d) + bias) v; a key whose bias is minus infinity is not there.
+    """softmax(q k^T / sqrt(d) + bias) v; a key whose bias is minus infinity is ignored.
 
-    Short sequences in bfloat16 on a CPU are written out: there the fused kernel's backward pass
-    costs up to 2.5 times as much as two products and a softmax (docs/performance.md).
+    Short sequences in bfloat16 on a CPU use `backward.attention`: there the backward pass of the
+    fused kernel costs up to 2.5 times as much as two products and a softmax (docs/performance.md).
     """
     if q.device.type != "cpu" or q.dtype != torch.bfloat16 or q.shape[-2] > SHORT:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
@@ -186,7 +185,7 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Image tokens attend to words and to image tokens; only the latter have positions."""
+    """Image tokens attend to text tokens and to one another; only image tokens have positions."""
 
     def __init__(self, config: Config) -> None:
         super().__init__()
@@ -219,7 +218,7 @@ class Attention(nn.Module):
 
 
 class Modulation(nn.Module):
-    """Six vectors from the time vector: shift, scale and gate, for attention and for the MLP."""
+    """Time vector to six vectors: shift, scale and gate, for the attention and for the MLP."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -279,7 +278,7 @@ class Embedder(nn.Module):
 
 
 class ResolutionEmbedder(nn.Module):
-    """Height and width of the picture, in pixels, as a vector that is added to that of time."""
+    """Height and width of the picture, in pixels, to a vector that is added to the time vector."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -308,8 +307,9 @@ class FinalLayer(nn.Module):
 class DiT(nn.Module):
     """The denoiser. `compute` is the precision of its blocks.
 
-    With a `route` most blocks see only the tokens it keeps. `taps` are numbers of blocks, from 0,
-    whose tokens come back with the guess; a tapped block of a route gives what the route keeps.
+    With a `route`, blocks start, ..., stop - 1 see only the tokens that it keeps. `taps` are the
+    blocks, counted from 0, whose output tokens are returned beside the prediction; for a block on
+    the route these are the kept tokens.
 
     Shapes  x_t (b, c, height, width), sides multiples of the patch; t (b,); text of any length.
     Units   pixels [-1, 1]; t in [0, 1]. At initialisation x_hat = 0.
@@ -346,7 +346,7 @@ class DiT(nn.Module):
     def _angles(
         self, rows: int, columns: int, device: torch.device, stretch: float
     ) -> Float[Tensor, "n d"]:
-        """Make the rotary table of a resolution once."""
+        """Return the rotary table of a resolution; each is computed once."""
         shape = rows, columns, device, stretch
         if shape not in self._tables:
             self._tables[shape] = rope(rows, columns, self.config.head_width, device, stretch)

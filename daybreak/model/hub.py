@@ -1,4 +1,4 @@
-"""Pretrained networks, by hub id or local folder: what stands in the way of one, in a sentence."""
+"""Pretrained networks, by hub id or local folder: why one cannot be loaded, in one sentence."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,7 +13,7 @@ Unpickling = torch.serialization.pickle.UnpicklingError  # type: ignore[attr-def
 
 
 def described(source: str) -> Path | None:
-    """Return the `config.json` of a local folder, or of a hub id in the cache; nothing else."""
+    """Return the `config.json` of a local folder or of a cached hub id, else None; no download."""
     from huggingface_hub import try_to_load_from_cache
     from huggingface_hub.errors import HFValidationError
 
@@ -21,14 +21,14 @@ def described(source: str) -> Path | None:
         return path
     try:
         cached = try_to_load_from_cache(source, "config.json")
-    except HFValidationError:  # a path
+    except HFValidationError:  # a path, not a hub id
         cached = None
     return Path(cached) if isinstance(cached, str) else None
 
 
 @contextmanager
 def without_bars() -> Iterator[None]:
-    """Draw no bar of `transformers` for what takes a moment: writing a network of our own."""
+    """Hide the progress bars of `transformers` while we write a small network."""
     from transformers.utils import logging
 
     drawn = logging.is_progress_bar_enabled()
@@ -42,9 +42,9 @@ def without_bars() -> Iterator[None]:
 
 @contextmanager
 def loading(key: str, source: str, remedy: str) -> Iterator[None]:
-    """Load what a recipe's `key` names; `remedy` says what else could stand there.
+    """Turn errors of loading what a recipe's `key` names into BadRecipe; `remedy` says what to do.
 
-    Errors  BadRecipe if it is not there, gated or damaged.
+    Errors  BadRecipe if the network is absent, gated or damaged.
     """
     try:
         yield
@@ -52,7 +52,7 @@ def loading(key: str, source: str, remedy: str) -> Iterator[None]:
         from huggingface_hub.errors import GatedRepoError
 
         if isinstance(error, RuntimeError) and type(error) is not RuntimeError:
-            raise  # of a device, not of what was loaded
+            raise  # a subclass, such as OutOfMemoryError: the device failed, not the file
 
         if isinstance(error.__cause__, GatedRepoError):
             raise BadRecipe(

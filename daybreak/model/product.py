@@ -1,11 +1,12 @@
-"""x W^T by the faster of the two libraries that torch has for it on a processor.
+"""x W^T by the faster of torch's two CPU libraries, MKL and oneDNN.
 
-torch gives products in float32 to MKL, which on a processor that is not Intel's uses half the width
-of AVX512: 220 GFLOP/s where oneDNN, to which those in bfloat16 go, makes 490 (docs/performance.md).
-So there large ones in float32 are asked of oneDNN; everything else is torch's own.
+torch computes float32 products with MKL, which on processors not made by Intel uses half the width
+of AVX512: 220 GFLOP/s, where oneDNN, which torch uses for bfloat16, reaches 490
+(docs/performance.md). So on such processors large float32 products go to oneDNN; all others are
+left to torch.
 
 Letters  m rows, k and n sides of the weight.
-Errors   What goes to oneDNN has one derivative: a second one (`create_graph=True`) raises
+Errors   Products by oneDNN have first derivatives only: a second one (`create_graph=True`) raises
          RuntimeError.
 """
 
@@ -22,7 +23,7 @@ from torch.autograd import Function
 from torch.autograd.function import once_differentiable
 from torch.utils.flop_counter import register_flop_formula
 
-SMALL = 2**25  # multiplications up to which a product stays with torch
+SMALL = 2**25  # products with at most so many multiplications are left to torch
 
 
 def linear(
@@ -52,7 +53,7 @@ class _Linear(Function):
 
 
 def product(x: Float[Tensor, "*m k"], weight: Float[Tensor, "n k"]) -> Float[Tensor, "*m n"]:
-    """X W^T, of which nothing is kept for a way back."""
+    """X W^T without a backward pass: nothing is stored for one."""
     if not _pays(x, weight):
         return F.linear(x, weight)
     return _onednn(x.flatten(0, -2), weight).unflatten(0, x.shape[:-1])
@@ -63,12 +64,12 @@ def outer(y: Float[Tensor, "*m n"], x: Float[Tensor, "*m k"]) -> Float[Tensor, "
     left, right = y.flatten(0, -2).mT, x.flatten(0, -2).mT
     if not _pays(left, right):
         return left @ right.mT
-    if len(left) > len(right):  # oneDNN wants the rows of the first in order: the smaller is copied
+    if len(left) > len(right):  # oneDNN copies its first operand to contiguous rows: the smaller
         return _onednn(right, left).mT
     return _onednn(left, right)
 
 
-# An operator of its own: the compiler cannot translate the other one, and leaves this as it is.
+# A custom operator: `torch.compile` cannot handle `mkldnn._linear_pointwise`, but calls this as is.
 torch.library.define("daybreak::onednn", "(Tensor x, Tensor weight) -> Tensor")
 
 
@@ -101,7 +102,7 @@ def _pays(x: Tensor, weight: Tensor) -> bool:
 
 
 def _mkl_is_slow() -> bool:
-    """Whether this processor has AVX512 and is not made by Intel, whose library MKL is."""
+    """Whether this processor has AVX512 and is not made by Intel, the maker of MKL."""
     try:
         another = "GenuineIntel" not in Path("/proc/cpuinfo").read_text(errors="replace")
     except OSError:

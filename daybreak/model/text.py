@@ -1,21 +1,21 @@
-"""Words for the denoiser: a tokenizer and a transformer encoder.
+"""Captions to token vectors for the denoiser: a tokenizer and a transformer encoder.
 
-Two kinds, one interface. Without `encoder` a small LFM2 is built from random weights, its tokenizer
-learned from the captions, and it trains together with the denoiser. Its convolutions let each word
-see the five before it from the first step, so that "circle" soon knows that it is the red one, and
-"left" what it is said of; a T5, whose attention begins blind to order, had not learned that after
-78,000 pictures. With `encoder` (a hub id or a local folder) a language model of `transformers` is
-used frozen: the encoder of a T5, FLAN-T5 or T5Gemma, a decoder such as Qwen3, the words' half of
-Qwen3-VL, BERT and its kin. Both are saved in the format of `transformers`, so an exported pipeline
-needs nothing of ours.
+There are two kinds with one interface. Without `encoder`, a small LFM2 with random weights is built
+and trained along with the denoiser; its tokenizer is learned from the captions. Its convolutions
+let each token see the five before it from the first step, so the vector of "circle" soon holds its
+colour, and that of "left" what is on the left; a T5, whose attention is almost blind to order at
+first, had not learned that after 78,000 pictures. With `encoder` (a hub id or a local folder), a
+language model of `transformers` is used frozen: the encoder of a T5, FLAN-T5 or T5Gemma, a decoder
+such as Qwen3, the text half of Qwen3-VL, or a relative of BERT. Both kinds are saved in the format
+of `transformers`, so an exported pipeline does not need daybreak.
 
-An empty prompt is the unconditional one: it still holds the template or an end-of-text token, so
-there is always a word to attend to. Padding stands on the right, is masked, and is only as long as
-the longest caption of the batch.
+The empty prompt is the unconditional one. It still has the template or an end-of-text token, so
+there is always a token to attend to. Padding is on the right, is masked, and reaches only to the
+longest caption of the batch (rounded up, see `Config`).
 
 Letters  b captions, l tokens, e width of the encoder.
-Source   encoder: LFM2, arXiv 2511.23404, convolution and attention by turns; tokenizer: byte-level
-         BPE. Leaving layers out: `clip_skip` of diffusers, which applies the final norm too.
+Source   encoder: LFM2, arXiv 2511.23404, alternating convolution and attention; tokenizer:
+         byte-level BPE. Skipped layers: as `clip_skip` of diffusers, which applies the final norm.
 """
 
 import contextlib
@@ -34,18 +34,18 @@ from torch.func import functional_call
 from daybreak.failure import BadRecipe
 from daybreak.model import hub
 
-REACH = 6  # words a convolution sees: from the circle "to the left of a" to the blue of a square
-WORD = 0.5  # standard deviation of the numbers in a new word vector
+REACH = 6  # tokens that a convolution sees, such as "to the left of a blue"
+WORD = 0.5  # standard deviation of token embeddings at initialisation
 LENGTH_STEP = 8  # token counts are multiples of it
 
 
 class Config(BaseModel):
-    """A frozen encoder by name, or the size of one that is trained from nothing.
+    """A frozen encoder by name, or the size of one that is trained from scratch.
 
-    To a frozen one `template` says what stands around a caption, which comes where {} is, and
-    `skip` how many of the last layers are left out. `max_tokens` counts the template too. A batch
-    is as long as its longest caption, rounded up to one of so many `lengths`: each is a variant of
-    every block to compile, for each shape of pictures.
+    For a frozen one, `template` is the text around a caption, which replaces its {}, and `skip` is
+    how many of the last layers are left out. `max_tokens` includes the template. A batch is padded
+    to its longest caption, rounded up to one of at most `lengths` values, because every block is
+    compiled anew for each of them and each shape of pictures.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -62,7 +62,7 @@ class Config(BaseModel):
 
     @property
     def length_step(self) -> int:
-        """Token counts are rounded up to multiples of it; `max_tokens` is one, so none is cut."""
+        """Token counts are rounded up to a multiple of this, which divides `max_tokens`."""
         units = self.max_tokens // LENGTH_STEP
         fewest = math.ceil(units / self.lengths)
         return LENGTH_STEP * next(n for n in range(fewest, units + 1) if units % n == 0)
@@ -87,29 +87,29 @@ class Config(BaseModel):
 
 
 class Text(NamedTuple):
-    """Encoded captions; the mask is True where there is a word."""
+    """Encoded captions; the mask is True for tokens and False for padding."""
 
     tokens: Float[Tensor, "b l e"]
     mask: Bool[Tensor, "b l"]
 
 
 def clean(caption: str) -> str:
-    """Mend broken Unicode and HTML entities and strip spaces, exactly as diffusers does.
+    """Repair broken Unicode, decode HTML entities and strip spaces, exactly as diffusers does.
 
-    Nothing can be broken in what most captions are, and looking for it takes half a millisecond.
+    The repair takes half a millisecond; plain ASCII without "&", as most captions are, needs none.
     """
     if caption.isascii() and caption.isprintable() and "&" not in caption:
         return caption.strip()
-    import ftfy  # takes as long to load as a hundred captions
+    import ftfy  # loading it takes as long as cleaning a hundred captions
 
     return html.unescape(html.unescape(ftfy.fix_text(caption))).strip()
 
 
 def learn_tokenizer(captions: Iterable[str], config: Config) -> Any:
-    """Learn a byte-level BPE from captions; no text is unknown to it.
+    """Learn a byte-level BPE from captions; it can encode any text.
 
     Returns a `transformers.PreTrainedTokenizerFast` with `<pad>` = 0 and `</s>` = 1, which ends
-    each text. The result depends on the captions alone, not on their order.
+    each text. The result does not depend on the order of the captions.
     """
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
     from tokenizers.trainers import BpeTrainer
@@ -140,7 +140,7 @@ def learn_tokenizer(captions: Iterable[str], config: Config) -> Any:
 
 
 def new_encoder(config: Config, vocabulary: int) -> nn.Module:
-    """Build a small LFM2 with random weights, its word vectors large enough to stay apart."""
+    """Build a small LFM2 with random weights, and embeddings large enough to tell tokens apart."""
     from transformers import Lfm2Config, Lfm2Model
 
     encoder = Lfm2Model(
@@ -160,7 +160,7 @@ def new_encoder(config: Config, vocabulary: int) -> nn.Module:
             pad_token_id=0,
             bos_token_id=None,
             eos_token_id=1,
-            attn_implementation="eager",  # so few words are faster without the fused kernel
+            attn_implementation="eager",  # faster than the fused kernel for so few tokens
         )
     )
     nn.init.normal_(encoder.embed_tokens.weight, std=WORD)
@@ -168,15 +168,15 @@ def new_encoder(config: Config, vocabulary: int) -> nn.Module:
     return module
 
 
-Known = Callable[[Sequence[str]], Text | None]  # captions that need no encoding any more
+Known = Callable[[Sequence[str]], Text | None]  # returns captions that are encoded already, or None
 
 
 class TextEncoder(nn.Module):
-    """Captions to `Text`. `trained` says whether its weights belong to the optimiser.
+    """Captions to `Text`. `trained` says whether the optimiser updates its weights.
 
-    Trained weights stay float32 and are cast to `compute` for each call; frozen ones come in it,
-    and are not asked about captions that are `known` (daybreak/model/text_cache.py). Buffers keep
-    the precision they come in: rotary frequencies rounded to bfloat16 would be other positions.
+    Trained weights stay float32 and are cast to `compute` for each call. Frozen weights are stored
+    in `compute`, and captions that are `known` are not encoded again (model/text_cache.py). Buffers
+    keep their precision: rotary frequencies in bfloat16 would give wrong positions.
     """
 
     def __init__(
@@ -195,11 +195,11 @@ class TextEncoder(nn.Module):
 
     @property
     def width(self) -> int:
-        """Width of the word vectors."""
+        """Width of the token vectors."""
         return width_of(self.encoder)
 
     def tokenize(self, captions: Sequence[str]) -> tuple[Int[Tensor, "b l"], Bool[Tensor, "b l"]]:
-        """Return token ids and mask, as long as the longest caption and at most `max_tokens`."""
+        """Return token ids and mask, padded to the longest caption, at most `max_tokens` long."""
         limit = self.config.max_tokens
         tokens = self.tokenizer(
             [clean(caption) for caption in captions],
@@ -214,7 +214,7 @@ class TextEncoder(nn.Module):
         return ids, mask.bool()
 
     def length(self, caption: str) -> int:
-        """Tokens of a caption, however many are read."""
+        """Number of tokens of a caption before it is cut to `max_tokens`."""
         return len(self.tokenizer(clean(caption), verbose=False)["input_ids"])
 
     def forward(self, captions: Sequence[str]) -> Text:
@@ -225,7 +225,7 @@ class TextEncoder(nn.Module):
             return Text(*(sent(tensor, device) for tensor in known))
         ids, mask = (sent(tensor, device) for tensor in self.tokenize(captions))
         weights = {name: value.to(self.compute) for name, value in self.encoder.named_parameters()}
-        quiet = contextlib.nullcontext() if self._asked else _quietly()  # then it has spoken
+        quiet = contextlib.nullcontext() if self._asked else _quietly()  # it warns only once
         self._asked = True
         with quiet, torch.set_grad_enabled(self.trained and torch.is_grad_enabled()):
             output = functional_call(
@@ -235,10 +235,10 @@ class TextEncoder(nn.Module):
 
 
 def sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """Copy to a device; to a GPU from pinned memory, so that nobody waits for it.
+    """Copy to a device; to a GPU from pinned memory, so that the host does not wait for it.
 
-    What has gaps, as captions of a batch that are cut to fewer words, is pinned without them: torch
-    would close them in memory that is not.
+    A tensor that is not contiguous, such as captions that were cut to fewer tokens, is made so
+    before it is pinned: otherwise torch would copy it through memory that is not pinned.
     """
     if device.type != "cuda":
         return tensor.to(device)
@@ -246,24 +246,24 @@ def sent(tensor: Tensor, device: torch.device) -> Tensor:
 
 
 def width_of(encoder: nn.Module) -> int:
-    """Return the width of the vectors that a `transformers` encoder gives."""
+    """Return the width of the output vectors of a `transformers` encoder."""
     return int(words_of(encoder.config).hidden_size)
 
 
 def words_of(config: Any) -> Any:
-    """Return that part of a configuration of `transformers` that describes the text encoder."""
+    """Return the part of a `transformers` configuration that describes the text encoder."""
     for part in ("encoder", "text_config"):
         config = getattr(config, part) if part in config.sub_configs else config
     return config
 
 
 def scratch(config: Config, tokenizer: Any, compute: torch.dtype = torch.float32) -> TextEncoder:
-    """Build the encoder that trains from nothing, for a tokenizer already learned."""
+    """Build an encoder to be trained from scratch, for a tokenizer that was learned before."""
     return TextEncoder(config, new_encoder(config, len(tokenizer)), tokenizer, compute)
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """Read a tokenizer that a checkpoint holds."""
+    """Load the tokenizer of a checkpoint."""
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(folder)
@@ -274,9 +274,9 @@ def pretrained(
 ) -> TextEncoder:
     """Load a frozen encoder by hub id or local folder.
 
-    Of a model that also writes or sees, only the half that reads is kept.
+    Only the text encoder is kept: not the decoder of a T5, nor the vision half of Qwen3-VL.
 
-    Errors  BadRecipe if it cannot be had, lacks weights, or does not fit `template` and `skip`.
+    Errors  BadRecipe if it cannot be loaded, lacks weights, or does not fit `template` and `skip`.
     """
     from transformers import AutoConfig, AutoModel, AutoModelForTextEncoding, AutoTokenizer
 
@@ -295,7 +295,7 @@ def pretrained(
         )
     if "text_config" in described.sub_configs:
         encoder = encoder.get_decoder()
-    # What a checkpoint does not hold is random and no error to `transformers`.
+    # `transformers` fills weights that a checkpoint lacks with random values and raises no error.
     absent = [name for name in report["missing_keys"] if "pooler" not in name]
     if absent:
         raise BadRecipe(
@@ -305,11 +305,11 @@ def pretrained(
 
 
 def framed(tokenizer: Any, config: Config) -> Any:
-    """Return a tokenizer that adds the template to each caption itself, and an end if nothing else.
+    """Return a tokenizer that adds the template to each caption, or at least an end token.
 
-    So a caption that is too long is cut and the template is not, and the tokenizer that an export
-    saves does the same. It is of the generic class: those that know a model forget on loading what
-    was added to them.
+    So a caption that is too long is cut but the template is not, and an exported tokenizer does the
+    same. It has the generic class, because the classes for single models drop, when they are loaded
+    again, what was added to them.
 
     Errors  BadRecipe if the template leaves no room for a caption.
     """
@@ -322,7 +322,7 @@ def framed(tokenizer: Any, config: Config) -> Any:
             "newest transformers, or name another encoder"
         )
     backend = tokenizer.backend_tokenizer
-    backend.no_padding()  # which some store
+    backend.no_padding()  # some tokenizers store a padding
     before, after = (
         tokenizer(side, add_special_tokens=False)["input_ids"] if side else []
         for side in config.template.split("{}")
@@ -357,7 +357,7 @@ def framed(tokenizer: Any, config: Config) -> Any:
 
 @contextlib.contextmanager
 def _quietly() -> Iterator[None]:
-    """Keep `transformers` from listing weights left out on purpose, and kernels only GPUs have."""
+    """Silence warnings of `transformers` about weights left out on purpose and GPU-only kernels."""
     from transformers.utils import logging
 
     before = logging.get_verbosity()
@@ -369,7 +369,7 @@ def _quietly() -> Iterator[None]:
 
 
 def _shorten(words: Any, config: Config) -> None:
-    """Take the last layers out of a description. Errors: BadRecipe if none would be left."""
+    """Remove the last `skip` layers from a configuration. Errors: BadRecipe if none remain."""
     left = words.num_hidden_layers - config.skip
     if left < 1:
         raise BadRecipe(
@@ -377,6 +377,6 @@ def _shorten(words: Any, config: Config) -> None:
             f"{config.encoder}"
         )
     words.num_hidden_layers = left
-    words.use_cache = False  # of keys and values, for words to come: none do
+    words.use_cache = False  # the cache of keys and values serves generation only
     if config.skip and getattr(words, "layer_types", None):
         words.layer_types = words.layer_types[:left]

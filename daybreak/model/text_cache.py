@@ -1,26 +1,26 @@
-"""Captions encoded once: the words of a frozen encoder, kept on disk.
+"""Captions encoded once: the output of a frozen text encoder, kept on disk.
 
-    DATASET/text/KEY/manifest.json      what decides the numbers; bytes and sha256 of each shard
+    DATASET/text/KEY/manifest.json      what the embeddings depend on; bytes and sha256 of shards
     DATASET/text/KEY/00000.safetensors
-        tokens (n, e)     the words of all its captions, one after the other, without padding
+        tokens (n, e)     token vectors of all captions of the shard, concatenated, no padding
         ends (c,)         where each caption ends
-        digests (c, 24)   which caption it is, in hexadecimal
+        digests (c, 24)   hash of each caption, in hexadecimal
 
-No entry can be out of date, for both names follow from contents. KEY is a hash of the encoder (the
-commit of a hub id, or the sha256 of every file of a local folder), its precision and the settings
-it is used with. A digest is a hash of the caption as it is tokenised. Another encoder has another
-folder; another caption is not found, and what is not found is encoded. A kill costs the shard that
-was being written: the manifest names those that are whole.
+No entry can be out of date, because both names are hashes of contents. KEY is a hash of the encoder
+(the commit of a hub id, or the sha256 of every file of a local folder), its precision and its
+settings. A digest is a hash of the caption as it is tokenised. Another encoder has another folder;
+a caption that is not found is encoded. If a process is killed, only the shard that it was writing
+is lost: the manifest names only complete ones.
 
-Several processes share a dataset out by digests, each into a folder of its own: KEY.1-of-8 and so
-on. A reader takes all folders of a KEY.
+Several processes can divide a dataset by digest, each with a folder of its own: KEY.1-of-8 and so
+on. A reader uses all folders of a KEY.
 
-This stands beside the encoder and not among the data because it returns what the encoder returns.
-Of pictures it knows nothing: a dataset gives it a folder and captions.
+This module belongs to the model and not to the data because it returns what the encoder returns. It
+does not depend on pictures: a dataset gives it a folder and captions.
 
 Letters  b captions of a batch, c captions of a shard, n and l tokens, e width of the encoder.
-Units    the precision of the encoder. Reading takes 48 bytes of memory for each caption that is
-         held; the embeddings are mapped.
+Units    the precision of the encoder. A reader needs 48 bytes of memory for each stored caption;
+         embeddings are memory-mapped.
 """
 
 import hashlib
@@ -48,19 +48,19 @@ from daybreak.model.text import Config, Text, TextEncoder, clean
 
 SCHEMA = 1
 SHARD_BYTES = 2**30
-BATCH, AHEAD = 32, 4096  # captions encoded together, out of so many sorted by length
-READERS = 16  # captions of a batch that are read from the disk at once
-SOON = 6  # batches whose words are held before they are asked for
-RECENT = 2**14  # captions whose digests are known: those of these batches
-DIGITS = 24  # 96 bits: among a billion captions two are alike with a chance of 1e-11
-# Settings that a frozen encoder does not have, and one that changes nothing but padding.
+BATCH, AHEAD = 32, 4096  # captions encoded together; captions sorted by length at a time
+READERS = 16  # captions of a batch that are read from disk in parallel
+SOON = 6  # batches that are read before they are asked for
+RECENT = 2**14  # captions whose digests are cached: enough for those batches
+DIGITS = 24  # 96 bits: among a billion captions, the probability of a collision is 1e-11
+# Settings left out of KEY: the encoder's name, those of a trained one, one that changes padding.
 OURS = {"encoder", "lengths", "width", "depth", "heads", "vocabulary"}
 
 
 def settings(config: Config, compute: torch.dtype) -> dict[str, Any]:
-    """Everything but the caption that decides an embedding.
+    """Return everything but the caption that an embedding depends on.
 
-    A local folder is known by its files, not by its path. Errors: BadRecipe if there is no encoder.
+    A local folder counts by its files, not its path. Errors: BadRecipe if there is no encoder.
     """
     name = str(config.encoder)
     folder = Path(name)
@@ -73,13 +73,13 @@ def settings(config: Config, compute: torch.dtype) -> dict[str, Any]:
 
 
 def place(dataset: Path, made_with: dict[str, Any]) -> Path:
-    """The folder of the embeddings that are made with these settings."""
+    """Return the folder of embeddings with these settings."""
     digest = hashlib.sha256(json.dumps(made_with, sort_keys=True).encode()).hexdigest()
     return dataset / "text" / digest[:16]
 
 
 class Part(NamedTuple):
-    """Which share of the captions, counted from 1, and of how many shares."""
+    """A share of the captions: its number, counted from 1, and how many shares there are."""
 
     number: int
     of: int
@@ -93,7 +93,7 @@ class Part(NamedTuple):
         return cls(int(found[1]), int(found[2]))
 
     def has(self, caption: str) -> bool:
-        """Whether a caption belongs to it: the same one on every machine."""
+        """Whether a caption belongs to this share, which is the same on every machine."""
         return int(_digest(caption), 16) % self.of == self.number - 1
 
 
@@ -101,7 +101,7 @@ ALL = Part(1, 1)
 
 
 def places(dataset: Path, made_with: dict[str, Any]) -> dict[Part, Path]:
-    """The folders of a dataset that hold such embeddings, by the share they are of."""
+    """Return the folders of a dataset with such embeddings, by share of the captions."""
     whole, found = place(dataset, made_with), dict[Part, Path]()
     for manifest in sorted(whole.parent.glob(f"{whole.name}*/manifest.json")):
         number, _, of = manifest.parent.name[len(whole.name) + 1 :].partition("-of-")
@@ -112,16 +112,16 @@ def places(dataset: Path, made_with: dict[str, Any]) -> dict[Part, Path]:
 class Reader:
     """The embeddings of one dataset or several, all made with the same settings.
 
-    `partial` are the datasets of which not every caption is known to be held.
+    `partial` are the datasets whose embeddings are not known to be complete.
     """
 
     def __init__(
         self, folders: Sequence[Path], config: Config, partial: Sequence[Path] = ()
     ) -> None:
-        """Map the shards. Errors: BadData if one is not as its manifest says."""
+        """Map the shards into memory. Errors: BadData if one contradicts its manifest."""
         self.partial = partial
         self.step = config.length_step
-        self.pinned = torch.cuda.is_available()  # so that nobody waits until they are on a device
+        self.pinned = torch.cuda.is_available()  # so that the host does not wait for copies
         self.shards: list[Tensor] = []
         digests = [np.empty(0, f"S{DIGITS}")]
         entries = [np.empty((0, 3), np.int64)]  # shard, start, end
@@ -139,35 +139,35 @@ class Reader:
         self.entries = np.concatenate(entries)[order]
 
     def expect(self, captions: Sequence[str]) -> None:
-        """Read from the disk what a batch will soon ask for; for a thread that is ahead of it."""
+        """Read the embeddings of a later batch from disk; called by the prefetching thread."""
         wanted = [_digest(caption) for caption in captions]
         words = self._words(wanted)
         if words is not None:
             self.soon.append((wanted, self._padded(words)))
 
     def tokens(self, captions: Sequence[str]) -> Text | None:
-        """What the encoder would give for these captions; None if one of them is not held.
+        """What the encoder would return for these captions; None if one of them is not stored.
 
-        The words are the encoder's, and so is the length; padding is zero.
+        Token vectors and length are the encoder's; padding is zero.
         """
         wanted = [_digest(caption) for caption in captions]
         for held, text in tuple(self.soon):
             if held == wanted:
                 return text
-            for first in range(0, len(held), len(wanted)):  # a pass of a batch that takes several
+            for first in range(0, len(held), len(wanted)):  # a micro-batch of that batch
                 if held[first : first + len(wanted)] == wanted:
                     return self._cut(text, slice(first, first + len(wanted)))
         words = self._words(wanted)
         return None if words is None else self._padded(words)
 
     def _cut(self, text: Text, rows: slice) -> Text:
-        """Some captions of a batch, no longer than the longest of them asks for."""
+        """Return some captions of a batch, cut to the padded length of the longest of them."""
         mask = text.mask[rows]
         length = -(-int(mask.sum(1).max()) // self.step) * self.step
         return Text(text.tokens[rows, :length], mask[:, :length])
 
     def _padded(self, words: Sequence[Tensor]) -> Text:
-        """Captions as one tensor, in memory that a GPU copies from without being waited for."""
+        """Return captions as one padded tensor, in pinned memory if there is a GPU."""
         lengths = torch.tensor([len(one) for one in words])
         length = -(-int(lengths.max()) // self.step) * self.step
         shape = len(words), length, words[0].shape[1]
@@ -177,13 +177,13 @@ class Reader:
             row[: len(one)] = one
             row[len(one) :] = 0
 
-        # Each reads from the disk what is not in memory yet, and all of them at once.
+        # The threads read from disk, in parallel, what is not in memory yet.
         deque(self.readers.map(fill, tokens, words), maxlen=0)
         mask = torch.arange(length) < lengths[:, None]
         return Text(tokens, mask.pin_memory() if self.pinned else mask)
 
     def _words(self, wanted: Sequence[bytes]) -> list[Tensor] | None:
-        """Where the words of these captions are mapped; nothing is read yet."""
+        """Return the mapped tensors of these captions, not read yet; None if one is not stored."""
         digests = np.array(wanted)
         found = np.searchsorted(self.digests, digests)
         if not len(self.digests) or (self.digests.take(found, mode="clip") != digests).any():
@@ -192,7 +192,7 @@ class Reader:
 
 
 def reader(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> Reader | None:
-    """The embeddings that datasets hold for an encoder; None if there are none at all."""
+    """Return a reader of the embeddings of datasets for an encoder; None if there are none."""
     there = present(datasets, config, compute)
     folders = [folder for parts in there.values() for folder in parts.values()]
     return Reader(folders, config, _lacking(there)) if folders else None
@@ -201,18 +201,18 @@ def reader(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> Re
 def present(
     datasets: Sequence[Path], config: Config, compute: torch.dtype
 ) -> dict[Path, dict[Part, Path]]:
-    """The folders of embeddings for an encoder, by dataset and share.
+    """Return the folders of embeddings for an encoder, by dataset and share.
 
     Errors  BadRecipe as `settings`.
     """
     if config.encoder is None or not any((dataset / "text").is_dir() for dataset in datasets):
         return {dataset: {} for dataset in datasets}
-    made_with = settings(config, compute)  # a local encoder is hashed for it, gigabytes of it
+    made_with = settings(config, compute)  # slow: it hashes a local encoder, gigabytes
     return {dataset: places(dataset, made_with) for dataset in datasets}
 
 
 def partial(datasets: Sequence[Path], config: Config, compute: torch.dtype) -> list[Path]:
-    """Those of the datasets of which not every caption is known to be held."""
+    """Return the datasets whose embeddings are not known to be complete."""
     return _lacking(present(datasets, config, compute))
 
 
@@ -232,13 +232,13 @@ def write(
     progress: Callable[[int], None] | None = None,
     part: Part = ALL,
 ) -> Path:
-    """Encode those captions that a dataset does not hold embeddings of; returns their folder.
+    """Encode the captions that a dataset has no embeddings of; returns the folder of embeddings.
 
-    The empty caption, which stands for none, is always among them. `progress` hears how many
-    captions are done. With a `part` others can encode the rest meanwhile.
+    The empty caption, which stands for no caption, is always included. `progress` is called with
+    the number of captions done. With a `part`, other processes can encode the rest meanwhile.
 
-    Errors  BadStorage if the disk refuses; the shards that were finished stay. BadRecipe while
-            another process writes there.
+    Errors  BadStorage if the disk fails; finished shards stay. BadRecipe while another process
+            writes to the same folder.
     """
     made_with = settings(encoder.config, encoder.compute)
     folder = place(dataset, made_with)
@@ -264,7 +264,7 @@ def _fill(
     captions: Iterable[str],
     progress: Callable[[int], None] | None,
 ) -> None:
-    """Add shards with the captions that are new, each listed as soon as it is whole."""
+    """Write shards with the new captions; each enters the manifest as soon as it is complete."""
     disk.sweep(folder)
     path = folder / "manifest.json"
     if not path.is_file():
@@ -276,7 +276,7 @@ def _fill(
         name = f"{len(shards):05}.safetensors"
         with disk.fresh(folder / name) as staged:
             save_file(shard, staged)
-            staged.chmod(path.stat().st_mode)  # safetensors lets nobody else read it
+            staged.chmod(path.stat().st_mode)  # safetensors makes it private
             shards[name] = disk.sealed(staged)
         disk.write_json(path, made_with | {"shards": shards})
     if (now := made_with | {"shards": shards, "whole": True}) != before:
@@ -284,7 +284,7 @@ def _fill(
 
 
 def _listed(folder: Path) -> dict[str, Any]:
-    """What the manifest of a folder says; nothing where there is none. Errors: BadData."""
+    """Return the manifest of a folder; empty if there is none. Errors: BadData."""
     try:
         found: dict[str, Any] = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -303,7 +303,7 @@ def verify(dataset: Path) -> None:
 def _new(
     captions: Iterable[str], held: set[bytes], progress: Callable[[int], None] | None
 ) -> Iterator[str]:
-    """The captions that are not held, each once."""
+    """Yield each caption that is not stored, once."""
     for done, caption in enumerate(chain([""], captions)):
         digest = _digest(caption)
         if digest not in held:
@@ -314,7 +314,7 @@ def _new(
 
 
 def _shards(encoder: TextEncoder, captions: Iterator[str]) -> Iterator[dict[str, Tensor]]:
-    """Encode captions, and cut the result into pieces of about SHARD_BYTES."""
+    """Encode captions and yield shards of about SHARD_BYTES."""
     digests, words, size = list[bytes](), list[Tensor](), 0
     for digest, one in _encoded(encoder, captions):
         digests.append(digest)
@@ -337,7 +337,7 @@ def _shard(digests: list[bytes], words: list[Tensor]) -> dict[str, Tensor]:
 
 
 def _encoded(encoder: TextEncoder, captions: Iterator[str]) -> Iterator[tuple[bytes, Tensor]]:
-    """The words of each caption. Captions of like length are encoded together: little padding."""
+    """Yield digest and token vectors of each caption, batched by length to save padding."""
     while ahead := sorted(islice(captions, AHEAD), key=len):
         for first in range(0, len(ahead), BATCH):
             part = ahead[first : first + BATCH]
@@ -348,12 +348,12 @@ def _encoded(encoder: TextEncoder, captions: Iterator[str]) -> Iterator[tuple[by
 
 @lru_cache(RECENT)
 def _digest(caption: str) -> bytes:
-    """A hash of the caption as it is tokenised: with other cleaning it is another caption."""
+    """Return a hash of the cleaned caption: if `clean` changes, so does the hash."""
     return hashlib.sha256(clean(caption).encode()).hexdigest()[:DIGITS].encode()
 
 
 def _whole(folder: Path, hashed: bool = False) -> list[Path]:
-    """The shards that the manifest of a folder names. Errors: BadData if they are others."""
+    """Return the shards that a folder's manifest names. Errors: BadData if they differ from it."""
     try:
         listed = _listed(folder)["shards"]
         for name, facts in listed.items():
@@ -368,7 +368,7 @@ _REMEDY = "remove this folder and run `daybreak prepare --cache-text` again"
 
 
 def _tree(folder: Path) -> str:
-    """A hash of every file of a folder, and of its name there; hidden ones do not count."""
+    """Return a hash of the names and contents of all files of a folder but hidden ones."""
     paths = sorted(
         path
         for path in folder.rglob("*")
@@ -383,12 +383,12 @@ def _tree(folder: Path) -> str:
 
 
 def _commit(name: str) -> str:
-    """The commit of a hub id that `transformers` loads. Errors: BadRecipe if there is none."""
+    """Return the commit of a hub id that `transformers` loads. Errors: BadRecipe if none."""
     from huggingface_hub import try_to_load_from_cache
     from transformers import AutoConfig
 
     with hub.loading("text.encoder", name, "give text.encoder a local folder that holds it"):
-        AutoConfig.from_pretrained(name)  # so that the commit is known here
+        AutoConfig.from_pretrained(name)  # downloads it, so that the commit is in the cache
         found = try_to_load_from_cache(name, "config.json")
     assert isinstance(found, str)  # .../snapshots/COMMIT/config.json
     return Path(found).parent.name

@@ -1,7 +1,7 @@
 """The whole model: a text encoder and a denoiser.
 
-Its trained weights, by name, are what the optimiser moves, the average follows, a checkpoint holds
-and an export writes. A frozen encoder is not among them: it is named in the recipe.
+The optimiser, the average and the checkpoints refer to its trained weights by name. A frozen
+encoder is not among them: the recipe names it.
 """
 
 from typing import Any
@@ -20,7 +20,7 @@ class TextToImage(nn.Module):
         self.text, self.dit = encoder, denoiser
 
     def weights(self) -> dict[str, Tensor]:
-        """Return the trained weights by name; the tensors are the live ones."""
+        """Return the trained weights by name; the tensors are the parameters' own, not copies."""
         frozen = () if self.text.trained else ("text.",)
         return {
             name: parameter.detach()
@@ -41,9 +41,9 @@ def build(
 ) -> TextToImage:
     """Build the model with random weights that depend on the seed alone.
 
-    The tokenizer is that of the encoder that trains with the model; a frozen one has its own, and
-    may find captions already `known`. `frozen` is one that is there already, to be shared. Some
-    kinds of route have weights too.
+    `tokenizer` is for an encoder that is trained; a frozen encoder has its own, and `known` returns
+    captions that are encoded already. `frozen` is a loaded encoder to share. The denoiser needs the
+    `route` because SPRINT has weights.
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

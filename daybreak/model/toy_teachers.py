@@ -1,8 +1,8 @@
 """Tiny teachers with random weights, in the file layouts of the real ones.
 
-They teach little, but a recipe with every ingredient can be tried with them in minutes, offline
-and without a licence: `daybreak doctor --make-toy-teachers DIR`. A random network still tells
-pictures apart, so a term that uses one has a gradient that points towards the true picture.
+They teach little, but with them a recipe with every ingredient can be tried in minutes, offline and
+without accepting a licence: `daybreak doctor --make-toy-teachers DIR`. Features of a random network
+still differ between pictures, so the gradient of a term with one points towards the true picture.
 """
 
 from collections.abc import Callable, Sequence
@@ -16,16 +16,16 @@ from daybreak.failure import BadRecipe, BadStorage
 from daybreak.model import hub
 
 WIDTH, DEPTH, HEADS = 32, 2, 2
-CHANNELS = ((8, 2), (16, 2), (32, 3), (32, 3), (32, 3))  # and convolutions; VGG-16 has 64 to 512
+CHANNELS = ((8, 2), (16, 2), (32, 3), (32, 3), (32, 3))  # (channels, convolutions); VGG: 64 to 512
 
 
 def make(folder: Path, seed: int = 0) -> dict[str, Path]:
-    """Write all of them to a folder; returns what to set in a recipe, by kind.
+    """Write all toy teachers to a folder; returns the paths to set in a recipe, by kind.
 
     `dinov2`, `dinov2_with_registers` and `dinov3` are folders for `repa.teacher` and
     `dino.teacher`; `vgg` and `heads` are the files of `[lpips]`.
 
-    Errors  BadStorage, and BadRecipe for a folder that is not empty.
+    Errors  BadStorage if the folder cannot be made, BadRecipe if it is not empty.
     """
     from transformers import (
         Dinov2Config,
@@ -69,7 +69,7 @@ def make(folder: Path, seed: int = 0) -> dict[str, Path]:
 
 
 def perceptual(folder: Path, depths: Sequence[tuple[int, int]] = CHANNELS) -> tuple[Path, Path]:
-    """Write the two files of `[lpips]`, for a VGG of so many channels and convolutions a depth."""
+    """Write the two files of `[lpips]`; `depths` holds (channels, convolutions) for each depth."""
     vgg, heads = folder / "vgg16.pth", folder / "lpips_vgg.pth"
     torch.save(_vgg(depths), vgg)
     torch.save(
@@ -83,7 +83,7 @@ def perceptual(folder: Path, depths: Sequence[tuple[int, int]] = CHANNELS) -> tu
 
 
 def _vgg(depths: Sequence[tuple[int, int]]) -> dict[str, torch.Tensor]:
-    """Number the convolutions as torchvision does: a ReLU or a pooling takes a number too."""
+    """Return random weights, numbered as in torchvision, where ReLUs and poolings count too."""
     weights: dict[str, torch.Tensor] = {}
     width, number = 3, 0
     for channels, convolutions in depths:

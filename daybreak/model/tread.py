@@ -1,18 +1,19 @@
 """Routes: during training, some tokens skip most of the blocks.
 
-    at block start        kept tokens and their rotary positions go on, the others wait
+    before block start    kept tokens go on with their rotary positions, the others are set aside
     after block stop - 1  kept tokens return to their places
 
-Which tokens are kept is drawn once per step and picture, outside the network, and travels as plain
-data: a recomputed block sees the same tokens, and without a `Route` every token walks every block.
-The difference between the two walks is what self-guidance amplifies (generate/guidance).
+The kept tokens are drawn once per step and picture, outside the network, and passed in as plain
+data: a recomputed block sees the same tokens. Without a `Route` every token passes every block.
+Self-guidance amplifies the difference between passes with and without one (generate/guidance).
 
-Three kinds differ in what becomes of the tokens that waited:
+Three kinds differ in what happens to the skipped tokens:
 
-    tread      they come back unchanged, as they entered block start
-    sprint     x = W [waited | walked], where what did not walk is one learned vector; W is part of
-               the network and acts without a route too, so diffusers' class cannot hold it
-    deferred   they leave for good (stop is the depth), and the loss leaves out what they would show
+    tread      they return unchanged, as they were before block start
+    sprint     every token becomes W [skipped, processed], where one learned vector stands for the
+               processed half of a skipped token; W is part of the network and is applied without a
+               route too, so diffusers' class has no place for it
+    deferred   they never return (stop is the depth), and the loss leaves out their pixels
 
 Letters  b pictures, n tokens, k kept tokens, d width of whatever a token carries.
 Source   TREAD, arXiv 2501.04765; SPRINT, arXiv 2510.21986; deferred masking, arXiv 2407.15811.
@@ -29,7 +30,7 @@ from daybreak.train.dice import Dice
 
 
 class Config(BaseModel):
-    """All but a share `carried` of a picture's tokens walk the blocks start, ..., stop - 1."""
+    """A share `carried` of a picture's tokens skips the blocks start, ..., stop - 1."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -46,7 +47,7 @@ class Config(BaseModel):
 
 
 class Route(NamedTuple):
-    """Which tokens walk the blocks start, ..., stop - 1: indices, in raster order."""
+    """The indices, in raster order, of the tokens that pass the blocks start, ..., stop - 1."""
 
     start: int
     stop: int
@@ -59,7 +60,7 @@ class Route(NamedTuple):
     def put(
         self, tokens: Float[Tensor, "b k d"], into: Float[Tensor, "b n d"]
     ) -> Float[Tensor, "b n d"]:
-        """Return `into` with the kept tokens in their places; the others are those of `into`."""
+        """Return a copy of `into` in which `tokens` replace the kept tokens."""
         return into.scatter(1, self._places(tokens), tokens)
 
     def _places(self, like: Tensor) -> Int[Tensor, "b k d"]:
@@ -67,7 +68,7 @@ class Route(NamedTuple):
 
 
 def draw(config: Config, image: Float[Tensor, "b c h w"], patch: int, dice: Dice) -> Route:
-    """Choose, for each picture of the batch, which of its tokens walk.
+    """Choose the tokens to keep, for each picture of the batch.
 
     Shapes  kept (b, k), k = n - round(n carried) but at least 1, n = (h / patch)(w / patch).
     """
@@ -78,7 +79,7 @@ def draw(config: Config, image: Float[Tensor, "b c h w"], patch: int, dice: Dice
 
 
 def walked(route: Route, image: Float[Tensor, "b c h w"], patch: int) -> Bool[Tensor, "b 1 h w"]:
-    """Say of each pixel whether its token walked. Where it did not, `deferred` guesses nothing."""
+    """Tell which pixels belong to kept tokens; `deferred` does not predict the others."""
     b, rows, columns = len(image), image.shape[-2] // patch, image.shape[-1] // patch
     tokens = torch.zeros(b, rows * columns, dtype=torch.bool, device=image.device)
     seen = tokens.scatter(1, route.kept, True).view(b, 1, rows, columns)
@@ -86,11 +87,11 @@ def walked(route: Route, image: Float[Tensor, "b c h w"], patch: int) -> Bool[Te
 
 
 class Fusion(nn.Module):
-    """SPRINT's end of a route: x = W [waited | walked] + bias.
+    """SPRINT's end of a route: x = W [skipped, processed] + bias.
 
-    Tokens that did not walk are `mask` there, zero at first, and W begins as half of each: a token
-    that walked starts as the mean of both, one that waited as it was, but for a length that the
-    next normalisation takes away.
+    The processed half of a skipped token is `mask`, which starts at zero. W starts by averaging the
+    two halves, so at first a skipped token is halved, and the next normalisation removes the
+    factor.
     """
 
     def __init__(self, config: Config, width: int) -> None:
@@ -103,7 +104,7 @@ class Fusion(nn.Module):
             self.join.bias.zero_()
 
     def whole(self, tokens: Float[Tensor, "b n d"]) -> Route:
-        """Return the route on which every token walks."""
+        """Return the route that keeps every token."""
         everyone = torch.arange(tokens.shape[1], device=tokens.device)
         return Route(self.start, self.stop, everyone.expand(len(tokens), -1))
 

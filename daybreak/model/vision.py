@@ -1,14 +1,14 @@
-"""Frozen teachers: networks that know pictures, and learn nothing more.
+"""Frozen teachers: pretrained vision networks that are not trained further.
 
 A DINOv2 or DINOv3 of any size, by hub id or local folder, gives one vector for each patch of a
-picture. The picture is resized so that the teacher's patches are the squares its caller asks for:
-token i of a denoiser and patch i of its teacher are the same place, whatever the patch sizes.
+picture. The picture is resized so that the teacher sees the grid of patches that the caller asks
+for: token i of a denoiser and patch i of its teacher cover the same region, whatever their sizes.
 
-A `Teacher` is no module: whoever holds one has none of its weights among the parameters, so no
-optimiser, average or checkpoint finds them. Gradients pass through to the picture where one asks.
+A `Teacher` is not an `nn.Module`, so its weights are not among the parameters of its owner, and no
+optimiser, average or checkpoint includes them. Gradients with respect to the picture are available.
 
 Letters  b pictures, n patches in raster order, d width of a feature.
-Units    pictures [-1, 1]. ImageNet's means are known here and nowhere else.
+Units    pictures [-1, 1]. Only this module uses ImageNet's mean and deviation.
 Source   DINOv2: arXiv 2304.07193; registers: arXiv 2309.16588; DINOv3: arXiv 2508.10104.
 """
 
@@ -24,14 +24,14 @@ from daybreak.model import hub
 
 MEAN = (0.485, 0.456, 0.406)
 DEVIATION = (0.229, 0.224, 0.225)
-KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # in all of them patches come last
+KINDS = ("dinov2", "dinov2_with_registers", "dinov3_vit")  # all of them: patch tokens last
 
 
 def resize(image: Float[Tensor, "b c h w"], height: int, width: int) -> Float[Tensor, "b c y x"]:
-    """Scale pictures with antialiasing, so that every pixel counts and every one gets gradient.
+    """Scale pictures with antialiasing, so that every pixel contributes and gets a gradient.
 
-    It is `interpolate` with `antialias`, written as two products: on a GPU the gradient of that is
-    added up in any order, and no run would repeat another.
+    Equals `interpolate` with `antialias`, whose gradient on a GPU is summed in no fixed order, so
+    that runs would not be reproducible. Two matrix products are.
     """
     rows, columns = image.shape[-2:]
     if (rows, columns) == (height, width):
@@ -46,7 +46,7 @@ def resize(image: Float[Tensor, "b c h w"], height: int, width: int) -> Float[Te
 def _filter(
     before: int, after: int, dtype: torch.dtype, device: torch.device
 ) -> Float[Tensor, "after before"]:
-    """What each new pixel takes of each old one: a triangle as wide as both kinds are seen."""
+    """Weights of old pixels in each new one: a triangle of half-width max(1, before / after)."""
     stride = before / after
     pixels = torch.arange(before, dtype=torch.float64) + 0.5
     centres = stride * (torch.arange(after, dtype=torch.float64) + 0.5)
@@ -55,14 +55,14 @@ def _filter(
 
 
 def standardise(image: Float[Tensor, "b 3 h w"]) -> Float[Tensor, "b 3 h w"]:
-    """Bring pictures in [-1, 1] to the mean and deviation that ImageNet's networks learned with."""
+    """Normalise pictures in [-1, 1] by ImageNet's mean and deviation, as pretrained networks do."""
     mean, deviation = _statistics(image.device, image.dtype)
     return ((image + 1) / 2 - mean) / deviation
 
 
 @cache
 def _statistics(device: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """ImageNet's mean and deviation, brought to a device once: a step would wait for that."""
+    """ImageNet's mean and deviation, copied to a device only once: a copy would delay each step."""
     mean, deviation = torch.tensor((MEAN, DEVIATION), device=device, dtype=dtype)[..., None, None]
     return mean, deviation
 
@@ -72,7 +72,7 @@ class Teacher:
 
     Shapes  image (b, 3, h, w) -> features (b, rows * columns, d), float32, after the last norm;
             class and register tokens are left out.
-    Units   image [-1, 1]; what lies outside is cut off, as it will be when a picture is saved.
+    Units   image [-1, 1]; values outside are clamped, as they are when a picture is saved.
     """
 
     def __init__(self, network: Any) -> None:
@@ -82,7 +82,7 @@ class Teacher:
     def __call__(
         self, image: Float[Tensor, "b 3 h w"], rows: int, columns: int
     ) -> Float[Tensor, "b n d"]:
-        """Look at pictures, or at none, on a grid of so many patches."""
+        """Return the features of a batch, which may be empty, on a grid of rows x columns."""
         if not len(image):
             return image.new_zeros(0, rows * columns, self.width)
         pixels = resize(image.float(), rows * self.patch, columns * self.patch).clamp(-1, 1)
@@ -91,7 +91,7 @@ class Teacher:
         return patches.float()
 
     def compile(self) -> None:
-        """Compile its layers, which share their code, one for any number of patches."""
+        """Compile its layers: all share one compiled version, for any number of patches."""
         stacks = [m for m in self.network.modules() if isinstance(m, torch.nn.ModuleList)]
         for layer in max(stacks, key=len):
             layer.compile(dynamic=True, fullgraph=True)
@@ -103,9 +103,9 @@ def load(
     compute: torch.dtype = torch.float32,
     device: torch.device | str = "cpu",
 ) -> Teacher:
-    """Load a teacher by hub id or local folder; `key` is the place in the recipe that names it.
+    """Load a teacher by hub id or local folder; `key` is the recipe's key that names it.
 
-    Errors  BadRecipe if it is not there, gated, damaged, or not a DINO.
+    Errors  BadRecipe if the network is absent, gated, damaged, or not a DINO.
     """
     from transformers import AutoConfig, AutoModel
 
