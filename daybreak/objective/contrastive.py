@@ -1,10 +1,10 @@
-"""Contrastive flow matching: the guessed velocity keeps away from another picture's.
+"""Contrastive flow matching: the predicted velocity is pushed away from another picture's.
 
     - mean |v_hat - v'|^2                   v' is the true velocity of the neighbour
 
-Pictures are neighbours in pairs, 2i with 2i + 1 of the global batch, so that a pair stays together
-however the batch is cut (the paper rolls the batch by one, which no cut leaves alone). A picture
-without a caption keeps away from nothing: it is to learn what all pictures have in common.
+Neighbours are the pairs 2i and 2i + 1 of the global batch, which stay together however the batch is
+split into ranks and micro-batches. (The paper rolls the batch by one, whose result depends on the
+split.) A picture without a caption is not pushed: it should learn what all pictures have in common.
 
 Letters  b pictures, an even number.
 Source   arXiv 2506.05350.
@@ -16,7 +16,7 @@ from torch import Tensor
 
 
 class Config(BaseModel):
-    """How strongly a guess is repelled. From 1 on the loss would have no lower bound."""
+    """Weight of the term. With 1 or more the loss would have no lower bound."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,7 +26,7 @@ class Config(BaseModel):
 def term(
     guess: Float[Tensor, "b c h w"], truth: Float[Tensor, "b c h w"], captioned: Bool[Tensor, " b"]
 ) -> Float[Tensor, ""]:
-    """Return minus the mean squared distance of guessed velocities to their neighbours' true ones.
+    """Return minus the mean squared distance of predictions to their neighbours' true velocities.
 
     Errors  RuntimeError for an odd number of pictures.
     """

@@ -1,11 +1,11 @@
-"""P-DINO: the distance between two pictures as a frozen vision transformer perceives it.
+"""P-DINO: the distance between two pictures in the features of a frozen vision transformer.
 
     d(x, y) = mean over patches of  1 - cos(f(x), f(y))
 
-LPIPS judges texture; this judges what is where. The teacher looks at the whole picture, on the
-denoiser's own grid of tokens, made coarser where that would be finer than about `patches`: a
-picture of any proportions keeps them, to a few per cent, and up to `patches` tokens REPA has the
-same view and shares its work.
+LPIPS judges texture, P-DINO content and layout. The teacher sees the whole picture on the
+denoiser's grid of tokens, or on a coarser one if that has more than `patches`. A coarser grid keeps
+the aspect ratio to a few per cent; up to `patches` tokens the view is that of REPA, and both terms
+share one pass of the teacher over the true pictures.
 
 Letters  b pictures, n patches, d width of a feature.
 Source   PixelGen, arXiv 2602.02493 (gate: its t > 0.3 is t < 0.7 here); PRX part 3 (no gate).
@@ -19,10 +19,11 @@ from torch import Tensor
 
 
 class Config(BaseModel):
-    """Features of the guessed picture against those of the true one.
+    """P-DINO of the predicted picture to the true one.
 
-    `pooled` compares the mean over all patches instead of patch with patch. Pictures with t >=
-    `below` count as zero. `fraction` of the pictures are looked at, each counting so much more.
+    `pooled` compares the means over all patches instead of patch with patch. Pictures with t >=
+    `below` count as zero. The term is computed for a share `fraction` of the pictures and divided
+    by that share.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -45,6 +46,6 @@ def distance(
 
 
 def grid(config: Config, rows: int, columns: int) -> tuple[int, int]:
-    """Return the rows and columns of patches for a picture of so many tokens."""
+    """Return the teacher's rows and columns of patches for a picture of rows x columns tokens."""
     scale = min(1.0, (config.patches / (rows * columns)) ** 0.5)
     return max(1, round(rows * scale)), max(1, round(columns * scale))

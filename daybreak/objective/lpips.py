@@ -1,14 +1,14 @@
-"""LPIPS: the distance between two pictures as VGG-16 perceives it.
+"""LPIPS: the distance between two pictures in the features of VGG-16.
 
-    d(x, y) = sum over five depths of  mean over places of  w . (f(x) - f(y))^2
+    d(x, y) = sum over five depths of  mean over positions of  w . (f(x) - f(y))^2
 
-f are the activations after the last ReLU before each halving, each place scaled to length one; w
-are the weights, one for each channel, that people's judgements chose. The networks are read as
-data from the files that torchvision and the `lpips` package publish; neither is imported. Their
-tensors are plain values: they cannot train and no checkpoint holds them.
+f are the activations after the last ReLU before each pooling, scaled to length one at each
+position; w are weights, one for each channel, fitted to human judgements. Both networks are read
+from the files that torchvision and the `lpips` package publish; neither package is imported. Their
+tensors are not parameters: they are not trained, and no checkpoint holds them.
 
 Letters  b pictures, c channels of a depth.
-Source   LPIPS: arXiv 1801.03924, version 0.1; on a guessed picture: PixelGen, arXiv 2602.02493.
+Source   LPIPS: arXiv 1801.03924, version 0.1; on a predicted picture: PixelGen, arXiv 2602.02493.
 """
 
 import importlib.util
@@ -28,19 +28,19 @@ from torch import Tensor
 from daybreak.failure import BadRecipe, told
 from daybreak.model import hub, vision
 
-# The numbers of the convolutions in torchvision's `vgg16().features`; between rows, a halving.
+# Indices of the convolutions in torchvision's `vgg16().features`, by depth; a pooling in between.
 CONVOLUTIONS = ((0, 2), (5, 7), (10, 12, 14), (17, 19, 21), (24, 26, 28))
-LAYOUT = torch.channels_last  # in which convolutions are fastest
-SMALLEST = 2 ** (len(CONVOLUTIONS) - 1)  # side of a picture that survives the halvings
+LAYOUT = torch.channels_last  # the layout in which convolutions are fastest
+SMALLEST = 2 ** (len(CONVOLUTIONS) - 1)  # smallest side of a picture that can be pooled four times
 VGG_URL = "https://download.pytorch.org/models/vgg16-397923af.pth"
 
 
 class Config(BaseModel):
-    """LPIPS of the guessed picture to the true one, both scaled by `resize`.
+    """LPIPS of the predicted picture to the true one, both scaled by `resize`.
 
-    `vgg` and `heads` are files; by default torchvision's cache and the installed package `lpips`.
-    Pictures with t >= `below` count as zero. `fraction` of the pictures are looked at, each
-    counting so much more.
+    `vgg` and `heads` are files; by default those of torchvision's cache and the package `lpips`.
+    Pictures with t >= `below` count as zero. The term is computed for a share `fraction` of the
+    pictures and divided by that share.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -56,8 +56,8 @@ class Config(BaseModel):
 def apart(
     head: Float[Tensor, " c"], guess: Float[Tensor, "b p c"], truth: Float[Tensor, "b p c"]
 ) -> Float[Tensor, " b"]:
-    """One term of the sum: activations at all places, each scaled to length one, in float32."""
-    # Where a place is dead in all channels a written-out root would have no gradient.
+    """One depth's term: w . (f(x) - f(y))^2, averaged over positions, in float32."""
+    # Where all channels are zero, the gradient of sqrt(sum of squares) would be NaN; this one's: 0.
     u, v = (
         f / (torch.linalg.vector_norm(f, dim=-1, keepdim=True) + 1e-10)
         for f in (guess.float(), truth.float())
@@ -66,9 +66,9 @@ def apart(
 
 
 class Vgg(NamedTuple):
-    """The network as data: for each depth, (kernel, bias) of its convolutions and the head's w.
+    """The network's tensors: for each depth, (kernel, bias) of its convolutions and the head's w.
 
-    `apart` is the function of that name, or what a compiler has made of it (`compiled`).
+    `apart` is the function of that name, or its compiled version (see `compiled`).
     """
 
     depths: tuple[tuple[tuple[Tensor, Tensor], ...], ...]
@@ -77,10 +77,10 @@ class Vgg(NamedTuple):
 
 
 def compiled(vgg: Vgg) -> Vgg:
-    """Compare activations in one operation forth and one back, which keep the activations alone.
+    """Compile `apart` into one kernel forward and one backward, which store only the activations.
 
-    By single operations that is more work than the convolutions: none has more than one use for
-    the numbers it reads. Any number of places and channels is the same code.
+    Uncompiled it takes longer than the convolutions, because memory bandwidth bounds each of its
+    operations. One compiled version serves any number of positions and channels.
     """
     return vgg._replace(apart=torch.compile(apart, dynamic=True, fullgraph=True))
 
@@ -88,7 +88,7 @@ def compiled(vgg: Vgg) -> Vgg:
 def distance(
     vgg: Vgg, guess: Float[Tensor, "b 3 h w"], truth: Float[Tensor, "b 3 h w"], scale: float = 1.0
 ) -> Float[Tensor, " b"]:
-    """Return the distance of each pair of pictures (in [-1, 1]); the guess alone gets gradient."""
+    """Return the distance of each pair of pictures, in [-1, 1]; only the guess gets a gradient."""
     height, width = (max(SMALLEST, round(side * scale)) for side in guess.shape[-2:])
     guess, truth = (vision.resize(image.float(), height, width) for image in (guess, truth))
     with torch.no_grad():
@@ -98,19 +98,19 @@ def distance(
 
 
 def activations(vgg: Vgg, image: Float[Tensor, "b 3 h w"]) -> Iterator[Float[Tensor, "b p c"]]:
-    """Yield what each depth makes of a picture, at all its places."""
+    """Yield the activations of each depth, at all positions."""
     x = vision.standardise(image).to(vgg.depths[0][0][0].dtype, memory_format=LAYOUT)
     for number, convolutions in enumerate(vgg.depths):
         x = F.max_pool2d(x, 2) if number else x
         for kernel, bias in convolutions:
             x = F.relu(F.conv2d(x, kernel, bias, padding=1))
-        yield x.permute(0, 2, 3, 1).flatten(1, 2)  # in LAYOUT that is how they lie
+        yield x.permute(0, 2, 3, 1).flatten(1, 2)  # no copy: this is the order of LAYOUT
 
 
 def load(
     config: Config, compute: torch.dtype = torch.float32, device: torch.device | str = "cpu"
 ) -> Vgg:
-    """Read the two files. Errors: BadRecipe that says which is missing and where to get it."""
+    """Read the two files. Errors: BadRecipe, which says what is missing and where to get it."""
     network, heads = files(config)
     if not network.is_file():
         raise BadRecipe(
@@ -159,14 +159,14 @@ def load(
 
 
 def files(config: Config) -> tuple[Path, Path | None]:
-    """Where the network is, or should be, and its heads, if the package `lpips` is there."""
+    """Return the paths of the network and of its heads; None without the package `lpips`."""
     cache = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
     network = Path(config.vgg or cache / "hub" / "checkpoints" / Path(VGG_URL).name)
     return network, Path(config.heads) if config.heads else _packaged()
 
 
 def _packaged() -> Path | None:
-    """Find the heads inside the package `lpips` without importing it: it needs torchvision."""
+    """Find the heads in the package `lpips` without importing it, which needs torchvision."""
     package = importlib.util.find_spec("lpips")
     if package is None or package.origin is None:
         return None

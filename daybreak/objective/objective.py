@@ -3,11 +3,11 @@
     x_t = (1 - t) x + t eps,    x_hat = DiT(x_t, t, text)
     L   = mean |v(x_hat) - v(x)|^2 + sum of weight * term,    v(y) = (x_t - y) / max(t, 0.05)
 
-The whole loss of a run stands in `Objective.__call__`; a term is a few lines there, a file beside
-this one and a section of the recipe. Terms look at the guess and at the truth and never at the
-network, which is called once, with a route if there is one, and hands out the tokens REPA asks for.
+The whole loss of a run is in `Objective.__call__`; a term is a few lines there, a file beside this
+one and a section of the recipe. Terms get the prediction and the true picture, never the network.
+The network is called once, with a route if there is one, and also returns the tokens for REPA.
 
-Letters  b pictures of the micro-batch, c channels, k pictures that a term looks at.
+Letters  b pictures of the micro-batch, c channels, k pictures that a term is computed for.
 Source   arXiv 2511.13720, eq. 6 (x-prediction, v-loss).
 """
 
@@ -26,7 +26,7 @@ from daybreak.train.dice import Dice, key
 
 
 class View(NamedTuple):
-    """A teacher, and the grid of patches on which it looks at a picture."""
+    """A teacher, and the grid of patches into which it divides a picture."""
 
     teacher: str
     rows: int
@@ -36,10 +36,10 @@ class View(NamedTuple):
 class Objective:
     """The loss of a run, and its parts by name.
 
-    `learned` holds what the terms themselves learn, REPA's projectors: the optimiser's and the
-    checkpoint's business, as the model is. Teachers and perceptual networks are not in it.
+    `learned` holds the trained weights of the terms, REPA's projectors, which are optimised and
+    checkpointed like the model. Teachers and perceptual networks are not in it.
 
-    Errors  BadRecipe if a teacher or a file of weights cannot be had.
+    Errors  BadRecipe if a teacher or a file of weights cannot be loaded.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class Objective:
             "contrastive": contrastive_config,
         }
         self.weights = {name: section.weight for name, section in sections.items() if section}
-        self.teachers: dict[str, vision.Teacher] = {}  # one for two terms that name the same
+        self.teachers: dict[str, vision.Teacher] = {}  # by name: two terms can share one
         for name, section in (("repa", repa_config), ("dino", dino_config)):
             if section and section.teacher not in {repa.SELF, *self.teachers}:
                 self.teachers[section.teacher] = vision.load(
@@ -76,12 +76,12 @@ class Objective:
         if repa_config:
             teacher = self.teachers.get(repa_config.teacher)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(key(seed, "repa"))  # not the numbers that the denoiser began with
+                torch.manual_seed(key(seed, "repa"))  # independent of the denoiser's weights
                 self.repa = repa.Repa(repa_config, width, teacher.width if teacher else width)
         self.learned = nn.ModuleDict({"repa": self.repa} if self.repa else {}).to(device)
 
     def compile(self) -> None:
-        """Compile the networks that judge. The same numbers, to rounding."""
+        """Compile teachers and LPIPS. Results stay the same up to rounding."""
         if self.vgg:
             self.vgg = lpips.compiled(self.vgg)
         for teacher in self.teachers.values():
@@ -97,13 +97,14 @@ class Objective:
         without: Collection[str] = (),
         shift: float | None = None,
     ) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """Return the loss to minimise and its detached, unweighted parts; one die a picture.
+        """Return the loss to minimise and its detached, unweighted parts.
 
-        Among the parts is `words`, the padded length of the captions in tokens: no part of the
-        loss, for the log.
+        `dice` has one random stream per picture. One of the parts, `words`, is only for the log:
+        the padded length of the captions in tokens.
 
-        `without` names sections that rest in this step, `shift` stands in for that of [flow]. The
-        order of the draws (time, noise, route, then a term's own) is part of a run's identity.
+        `without` names the sections that are off in this step; `shift` overrides that of [flow].
+        Changing the order of the draws (time, noise, route, each term's own) would change every
+        run.
         """
         active = [name for name in self.weights if name not in without]
         patch = model.dit.config.patch
@@ -120,12 +121,12 @@ class Objective:
         guess = model.dit(noisy.x_t, t, words, route, taps)
 
         x_hat, share = guess.x, 1.0
-        if route and self.tread and self.tread.kind == "deferred":  # the rest was never guessed
+        if route and self.tread and self.tread.kind == "deferred":  # skipped: not predicted
             x_hat = torch.where(tread.walked(route, image, patch), x_hat, image)
             share = route.kept.shape[1] / (grid[0] * grid[1])
         v_hat, v = flow.velocity(noisy.x_t, x_hat, t), flow.velocity(noisy.x_t, image, t)
         parts = {"flow": (v_hat - v).square().mean() / share}
-        seen: dict[View, Tensor] = {}  # by a teacher in the true pictures: once, for all terms
+        seen: dict[View, Tensor] = {}  # features of the true pictures, shared by all terms
         if self.repa and "repa" in active:
             view = View(self.repa.config.teacher, *grid)
             if self.repa.config.network is None:
@@ -156,7 +157,7 @@ class Objective:
 
     @torch.no_grad()
     def _look(self, view: View, image: Float[Tensor, "b c h w"]) -> Float[Tensor, "b n d"]:
-        """See without a way back for gradients."""
+        """As `_see`, without gradients."""
         return self._see(view, image)
 
     @torch.no_grad()
@@ -168,12 +169,12 @@ class Objective:
         words: Text,
         dice: Dice,
     ) -> Float[Tensor, "b n h"]:
-        """Ask the averaged model about the same pictures and noise, at a little lower t."""
+        """Return the averaged model's tokens for the same pictures and noise at a lower t."""
         assert self.repa is not None
         assert self.repa.config.target is not None
         ahead = self.repa.config.earlier * dice.uniform(1)[:, 0]
         earlier = flow.corrupt(noisy.x, (noisy.t - ahead).clamp(min=flow.T_FIRST), noisy.eps)
-        if average.text.trained:  # else both have the same words
+        if average.text.trained:  # else both models have the same token vectors
             words = average.text(captions)
         taps = (self.repa.config.target,)
         return average.dit(earlier.x_t, earlier.t, words, None, taps).tapped[0].tokens
@@ -182,9 +183,9 @@ class Objective:
 def mean(
     miss: Float[Tensor, " k"], t: Float[Tensor, " k"], term: lpips.Config | dino.Config, count: int
 ) -> Float[Tensor, ""]:
-    """Average over all pictures, of which k were looked at; where t is high a miss counts as zero.
+    """Average over `count` pictures, estimated from k; those with t >= `below` count as zero.
 
-    PRX and PixelGen divide by the number of pictures below the gate instead. Here a picture counts
-    the same whatever others are in its micro-batch.
+    PRX and PixelGen divide by the number of pictures below the gate instead. Here the weight of a
+    picture does not depend on the others in its micro-batch.
     """
     return (miss * (t < term.below)).sum() / (term.fraction * count)

@@ -1,14 +1,15 @@
-"""REPA: the tokens inside the denoiser learn to say what a teacher sees in the clean picture.
+"""REPA: tokens inside the denoiser learn to predict a teacher's features of the clean picture.
 
-    1 - mean cos(projector(a_i), y_i)       a_i: token i as it leaves a block, y_i: patch i
+    1 - mean cos(projector(a_i), y_i)       a_i: output token i of a block, y_i: feature of patch i
 
-A small projector, which learns with the denoiser and is thrown away with the loss, translates.
-Where a route has left tokens out, only those that walk are compared, each with its own place.
+A small projector maps tokens to features; it is trained with the denoiser and not needed after
+training. If a route leaves tokens out, only the kept ones are compared, each with its own patch.
 
-The teacher is a frozen network on the clean picture (`model/vision`), or "self": the averaged
-model, a later block of it, on the same picture and noise at a little lower t. That needs no other
-weights. iREPA's two changes are options: `spatial_norm` takes from each target the mean over the
-picture (times its value) and divides by the deviation; `projector = "conv"` looks at neighbours.
+The teacher is a frozen network that sees the clean picture (`model/vision`), or "self": block
+`target` of the averaged model, for the same picture and noise at a slightly lower t, which needs no
+other weights. iREPA's two changes are options: `spatial_norm` subtracts its value times the mean
+over the picture's patches and divides by their standard deviation; `projector = "conv"` is a 3 x 3
+convolution.
 
 Letters  b pictures, n tokens, k of them compared, h width of the denoiser, d of the teacher.
 Source   REPA: arXiv 2410.06940; iREPA: arXiv 2512.10794; self: arXiv 2505.02831 (SRA; its noise
@@ -32,8 +33,8 @@ SELF = "self"
 class Config(BaseModel):
     """Which blocks, counted from 0, learn from which teacher, and until which step of the run.
 
-    With `teacher = "self"`, `target` is the averaged model's block that is listened to, and
-    `earlier` bounds how much less noise it is shown: t' = t - u, u ~ U(0, earlier).
+    With `teacher = "self"`, `target` is the block of the averaged model whose tokens are the
+    target, and `earlier` bounds how much lower its t is: t' = t - u, u ~ U(0, earlier).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -60,13 +61,13 @@ class Config(BaseModel):
 
     @property
     def network(self) -> str | None:
-        """The frozen network that teaches; None where the averaged model does."""
+        """The frozen network that is the teacher; None if the averaged model is."""
         return None if self.teacher == SELF else self.teacher
 
     def check(self, depth: int, routed: range) -> None:
-        """Compare with a denoiser of so many blocks, some of which see a part of the tokens.
+        """Check against a denoiser with `depth` blocks, of which `routed` see only kept tokens.
 
-        Errors  ValueError if a block does not exist or a convolution would miss tokens.
+        Errors  ValueError if a block does not exist or a convolution would lack tokens.
         """
         for name, block in (*(("blocks", block) for block in self.blocks), ("target", self.target)):
             if block is not None and block >= depth:
@@ -79,7 +80,7 @@ class Config(BaseModel):
 
 
 class Mlp(nn.Module):
-    """Three layers, token by token."""
+    """An MLP of three layers, applied to each token."""
 
     def __init__(self, width: int, target: int) -> None:
         super().__init__()
@@ -93,7 +94,7 @@ class Mlp(nn.Module):
 
 
 class Conv(nn.Module):
-    """One layer that sees a token and its eight neighbours; it needs the whole grid."""
+    """A 3 x 3 convolution over the grid of tokens; it needs all of them."""
 
     def __init__(self, width: int, target: int) -> None:
         super().__init__()
@@ -109,7 +110,7 @@ class Repa(nn.Module):
     """The term and its projectors, one for each tapped block.
 
     Shapes  tapped tokens (b, k, h); target (b, n, d), n = rows * columns; returns a scalar in
-            [0, 2], the mean over pictures, tokens and blocks. Published as -cos: one less.
+            [0, 2], the mean over pictures, tokens and blocks. The paper's loss, -cos, is one less.
     """
 
     def __init__(self, config: Config, width: int, target: int) -> None:
@@ -133,13 +134,13 @@ class Repa(nn.Module):
 def disagreement(
     said: Float[Tensor, "b k d"], target: Float[Tensor, "b n d"], kept: Int[Tensor, "b k"] | None
 ) -> Float[Tensor, ""]:
-    """1 - cos, averaged; `kept` says which places of the target the tokens speak of (None: all)."""
+    """Mean of 1 - cos; `kept` holds the target's indices of the tokens (None: all of them)."""
     if kept is not None:
         target = target.gather(1, kept[..., None].expand(-1, -1, target.shape[-1]))
     return 1 - F.cosine_similarity(said.float(), target.float(), dim=-1).mean()
 
 
 def normalised(target: Float[Tensor, "b n d"], share: float) -> Float[Tensor, "b n d"]:
-    """Take away a share of what all patches of a picture have in common, and even out the rest."""
+    """(target - share mean) / deviation, both over the patches of a picture."""
     mean, deviation = target.mean(1, keepdim=True), target.std(1, keepdim=True)
     return (target - share * mean) / (deviation + 1e-6)

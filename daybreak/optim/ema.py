@@ -2,9 +2,9 @@
 
     w <- w + (1 - d_k) (theta - w),    d_k = min(decay, (1 + k) / (10 + k))
 
-k counts updates. The ramp lets the average forget its random beginning, so that a run of minutes
-and a run of days use the same words. Without `ramp` the first update copies the weights, and every
-later one has the full decay.
+k counts updates. With the ramp the average forgets its random initial weights quickly, so that the
+same settings serve a run of minutes and one of days. Without `ramp` the first update copies the
+weights and later ones use the full decay.
 
 Source  ramp: the `num_updates` rule of TensorFlow's ExponentialMovingAverage.
 """
@@ -19,7 +19,7 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 class Config(BaseModel):
-    """`decay` per update, reached by a `ramp`, and how many steps pass between two updates."""
+    """`decay` per update, with or without `ramp`, and how many steps lie between two updates."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -29,7 +29,7 @@ class Config(BaseModel):
 
 
 class Ema(Generic[Model]):
-    """A twin of the model that follows it slowly."""
+    """A copy of the model whose weights are the average of the model's."""
 
     def __init__(self, twin: Model, config: Config) -> None:
         self.model: Model = twin.eval().requires_grad_(False)
@@ -38,7 +38,7 @@ class Ema(Generic[Model]):
 
     @torch.no_grad()
     def update(self, model: nn.Module, step: int) -> None:
-        """Move towards `model` if `step` (counted from 1) is one of those that do."""
+        """Update the average if `step` (counted from 1) is a multiple of `every`."""
         if step % self.config.every:
             return
         count = step // self.config.every
@@ -51,9 +51,9 @@ class Ema(Generic[Model]):
         torch._foreach_lerp_(mine, theirs, 1 - decay)
 
     def _pairs(self, model: nn.Module) -> tuple[list[Tensor], list[Tensor]]:
-        """List the weights that move, and those that they follow.
+        """Return the averaged weights and the model's, in the same order.
 
-        Once for a model: to walk through all modules takes longer than to move the weights.
+        The lists are kept: going through all modules takes longer than the update itself.
         """
         if self._followed is None or self._followed[0] is not model:
             both = zip(self.model.parameters(), model.parameters(), strict=True)

@@ -1,12 +1,12 @@
-"""Which weight learns with which optimiser, and how fast.
+"""Which optimiser trains which weight, and at which learning rate.
 
     matrices of the blocks, except the modulation, and of the encoder's layers      Muon
     everything else                                                                 AdamW
 
-Muon's step is scaled to the size of an AdamW step (RMS 0.2 times the rate), so one learning rate
-serves both; `rate` in `[muon]` or `[adamw]` multiplies it for that group. Modulation matrices stay
-with AdamW unless the recipe says otherwise: they begin at zero, where an orthogonal step is as long
-as anywhere else.
+Muon's step is scaled to the size of an AdamW step (RMS 0.2 times the learning rate), so one rate
+serves both; `rate` in `[muon]` or `[adamw]` multiplies it for that group. Modulation matrices are
+trained by AdamW unless the recipe says otherwise: they start at zero, where a step of Muon is as
+large as anywhere else.
 
 Source  kellerjordan.github.io/posts/muon; scale 0.2 sqrt(max(rows, columns)): arXiv 2502.16982.
 """
@@ -21,13 +21,13 @@ from torch.optim import AdamW, Optimizer
 
 from daybreak.optim import polar_express
 
-LAYERS = ("dit.blocks.", "text.encoder.layers.")  # of the denoiser, and of the words
+LAYERS = ("dit.blocks.", "text.encoder.layers.")  # of the denoiser and of the text encoder
 
 
 class MuonConfig(BaseModel):
-    """Momentum, made orthogonal; for matrices of blocks, with those of `modulation` or not.
+    """Orthogonalised momentum, for matrices of blocks; `modulation` includes the modulation's.
 
-    `rounds` names the products that do it: four of Polar Express, or the first Muon's five.
+    `rounds` names the orthogonalisation: four rounds of Polar Express, or five of Newton-Schulz.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -40,7 +40,7 @@ class MuonConfig(BaseModel):
 
 
 class AdamWConfig(BaseModel):
-    """For vectors, embeddings, modulation, the first and last layers, projectors."""
+    """AdamW for vectors, embeddings, modulation, first and last layers, and projectors."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -64,10 +64,10 @@ def optimizers(
     learned: nn.Module | None = None,
     precision: torch.dtype = torch.bfloat16,
 ) -> dict[str, tuple[Optimizer, float]]:
-    """Share the trained weights out; without `muon` AdamW has them all.
+    """Assign the trained weights to optimisers; without `muon`, AdamW trains them all.
 
-    `learned` is what terms of the loss train beside the model; it goes to AdamW, after the rest.
-    `precision` is the one in which Muon makes its matrices orthogonal.
+    `learned` holds the trained weights of the loss (REPA's projectors); they follow the model's in
+    AdamW. `precision` is that of Muon's orthogonalisation.
 
     Returns, by name, each optimiser and the factor that multiplies the stage's learning rate.
     """
@@ -77,8 +77,8 @@ def optimizers(
     rest = [p for _, p in trained if id(p) not in taken]
     rest += list(learned.parameters()) if learned is not None else []
     shared: dict[str, tuple[Optimizer, float]] = {}
-    if muon and matrices:  # first: a GPU is busy with it while AdamW's small tensors are queued
-        # Sharded tensors take a third of a second to import; reading a recipe needs none.
+    if muon and matrices:  # Muon first: a GPU works on it while the host queues AdamW's kernels
+        # The import takes a third of a second (DTensor), which reading a recipe should not.
         from daybreak.optim.muon import Muon
 
         shared["muon"] = (
@@ -107,17 +107,17 @@ def optimizers(
 
 
 def set_rate(shared: dict[str, tuple[Optimizer, float]], rate: float) -> None:
-    """Give every optimiser the learning rate of this step."""
+    """Set the learning rate of this step in every optimiser."""
     for optimizer, factor in shared.values():
         for group in optimizer.param_groups:
             group["lr"] = rate * factor
 
 
 def step(shared: dict[str, tuple[Optimizer, float]], refused: Float[Tensor, ""]) -> None:
-    """Let every optimiser take its step, unless it is `refused` (1): then nothing changes.
+    """Take the step of every optimiser, unless `refused` is 1: then nothing changes.
 
-    A processor looks first. Any other device is told, and decides when it gets there: a host that
-    looked would stand still until the backward pass is done, with nothing queued behind it.
+    On a CPU the value is read first. On other devices the optimisers' kernels read it: a host that
+    read it would wait until the backward pass is done, with no further work queued.
     """
     if refused.device.type == "cpu":
         if refused:
@@ -132,7 +132,8 @@ def step(shared: dict[str, tuple[Optimizer, float]], refused: Float[Tensor, ""])
 def schedule(step: int, steps: int, warmup: int, cooldown: float) -> float:
     """Return the factor on a stage's learning rate at `step` (counted from 1).
 
-    Linear over `warmup` steps, constant, then linear towards zero over the last `cooldown` share.
+    Linear rise over `warmup` steps, constant, then linear fall towards zero over the last share
+    `cooldown` of the steps.
     Source: warm-up, stable, decay (WSD), arXiv 2404.06395.
     """
     rise = min(1.0, step / max(1, warmup))

@@ -1,17 +1,17 @@
-"""Momentum, made orthogonal; one owner for each matrix.
+"""Muon: orthogonalised momentum; each matrix is orthogonalised by one rank, its owner.
 
     B <- m B + (1 - m) G                                    momentum of the gradient
-    U  = m B + (1 - m) G                                    Nesterov: a step ahead of it
+    U  = m B + (1 - m) G                                    Nesterov momentum
     W <- (1 - lr decay) W - 0.2 lr sqrt(max(rows, columns)) orthogonal(U)
 
-`orthogonal` needs the whole matrix, of which a rank under FSDP2 holds a few rows. So matrices of
-one shape are dealt out like cards over the ranks that share them. One exchange brings every owner
-the rows of its matrices, it works on all of them at once, and a second exchange sends the rows
-home. The exchanges of other shapes travel meanwhile. Replicas of HSDP each do the same work, so
-nothing crosses from one to another.
+`orthogonal` needs the whole matrix, but under FSDP2 a rank holds only some of its rows. So the
+matrices of one shape are dealt out over the ranks that share them. One all-to-all brings each owner
+the rows of its matrices, it orthogonalises all of them at once, and a second all-to-all returns the
+rows. The exchanges of different shapes overlap with the computation. Replicas of HSDP all do the
+same work, so nothing is sent between them.
 
-Rows travel in the precision of the work, which loses nothing: they would be rounded on arrival.
-The owner therefore sees the very matrix that a single device would.
+Rows are sent in the precision of the orthogonalisation, to which they would be rounded anyway. So
+the owner gets exactly the matrix that a single device would have.
 
 Letters  m momentum, k matrices of one shape.
 Source   kellerjordan.github.io/posts/muon; scale 0.2 sqrt(max(rows, columns)): arXiv 2502.16982;
@@ -33,19 +33,19 @@ from daybreak.optim.polar_express import ROUNDS, Round, orthogonal
 
 
 class Muon(Optimizer):
-    """Momentum, made orthogonal.
+    """SGD with orthogonalised momentum, for matrices.
 
     A weight matrix moves along U V^T instead of its momentum U S V^T, so that every direction gets
-    a step of about the same length. On one device the steps are those of `torch.optim.Muon` with
-    `match_rms_adamw`, to rounding, if the `rounds` are its five; on many, two collectives move all
-    matrices of one shape. Every rank must have gradients for the same matrices.
+    a step of about the same length. With `rounds` = NEWTON_SCHULZ the steps on one device equal
+    those of `torch.optim.Muon` with `match_rms_adamw`, to rounding. On several devices, two
+    collectives serve all matrices of one shape. Every rank must have gradients for the same ones.
 
-    Where `found_inf` is set, as torch's fused optimisers have it, a step changes nothing if that
-    tensor is 1, and no host has to know whether it is.
+    If the attribute `found_inf` is set, as in torch's fused optimisers, a step changes nothing when
+    that tensor is 1; the host does not read it.
 
-    Shapes  parameters (rows, columns): plain, or DTensors sharded by rows, evenly or not, on a mesh
-            of one dimension or replicated along others. State is of the parameter's kind.
-    Units   lr as in AdamW: the update has RMS near 0.2 lr whatever the shape.
+    Shapes  parameters (rows, columns): plain tensors, or DTensors sharded by rows, evenly or not,
+            along one mesh dimension and replicated along the others. State is like the parameters.
+    Units   lr as in AdamW: the update has an RMS of about 0.2 lr, whatever the shape.
     Errors  ValueError for a parameter that is not a matrix, or is sharded by columns.
     """
 
@@ -71,7 +71,7 @@ class Muon(Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # noqa: ARG002
-        """Take one step. All that can be on its way at once is; what need not travel waits."""
+        """Take one step: all exchanges in parallel; without any, one shape after the other."""
         refused: Tensor | None = getattr(self, "found_inf", None)
         for number, group in enumerate(self.param_groups):
             stacks = self._stacks(number, [p for p in group["params"] if p.grad is not None])
@@ -88,10 +88,10 @@ class Muon(Optimizer):
                     stack.move(rows.open(), group["lr"], group["weight_decay"], refused)
 
     def _stacks(self, number: int, weights: list[nn.Parameter]) -> list["Stack"]:
-        """Deal out the matrices of a group, or return what the last step dealt if they are those.
+        """Deal out the matrices of a group, or return the last step's stacks if they are the same.
 
-        To ask 120 DTensors who shares them takes 0.8 ms, before the first kernel of a step. What is
-        dealt is held, so no other matrix can have its `id`.
+        Finding the process groups of 120 DTensors takes 0.8 ms before the first kernel of a step.
+        The stacks keep their matrices alive, so no other matrix can have the same `id`.
         """
         which = [id(weight) for weight in weights]
         before, stacks = self._dealt.get(number, ([], []))
@@ -103,10 +103,10 @@ class Muon(Optimizer):
     def _updates(
         self, stack: "Stack", momentum: float, refused: Float[Tensor, ""] | None
     ) -> Float[Tensor, "k held columns"]:
-        """Let the momentum follow the gradients; return this rank's rows of what it points to.
+        """Update the momentum from the gradients; return this rank's rows of U.
 
-        On a CPU one matrix after the other, which stays in its cache; else all at once. A momentum
-        that follows itself stays where it is: so does that of a step which is refused.
+        On a CPU one matrix after the other, so that each stays in cache; else all at once. In a
+        refused step the momentum takes the place of the gradient, which leaves it unchanged.
         """
         buffers, gradients = [], []
         stays = None if refused is None else refused > 0
@@ -131,13 +131,13 @@ class Muon(Optimizer):
 
 
 class Parcel(NamedTuple):
-    """A tensor that may still be on its way."""
+    """A tensor that a collective may still be writing."""
 
     tensor: Tensor
     work: dist.Work | None
 
     def open(self) -> Tensor:
-        """Wait until it is there."""
+        """Wait for the collective and return the tensor."""
         if self.work:
             self.work.wait()
         return self.tensor
@@ -146,7 +146,7 @@ class Parcel(NamedTuple):
 class Stack(NamedTuple):
     """Matrices of one shape, sorted by owner, and how the ranks of a group share them.
 
-    Between two ranks travels one piece: of all matrices the one owns, the rows the other holds.
+    Between two ranks one piece is sent: the rows that one holds of all matrices the other owns.
     """
 
     weights: list[nn.Parameter]
@@ -160,13 +160,13 @@ class Stack(NamedTuple):
         return self._exchange(rows.flatten(), self._by_owner(), self._by_holder())
 
     def whole(self, pieces: Float[Tensor, " n"]) -> Float[Tensor, "mine rows columns"]:
-        """Put the matrices owned here together from what every holder has sent."""
+        """Assemble the matrices owned here from the rows that every holder has sent."""
         mine, columns = self.owned[self.rank], self.weights[0].shape[1]
         parts = zip(pieces.split(self._by_holder()), self.held, strict=True)
         return _joined([part.view(mine, held, columns) for part, held in parts], dim=1)
 
     def scatter(self, matrices: Float[Tensor, "mine rows columns"]) -> Parcel:
-        """Send the rows of the matrices owned here home."""
+        """Send the rows of the matrices owned here back to their holders."""
         pieces = _joined([rows.flatten() for rows in matrices.split(self.held, dim=1)])
         return self._exchange(pieces, self._by_holder(), self._by_owner())
 
@@ -177,7 +177,7 @@ class Stack(NamedTuple):
         weight_decay: float,
         refused: Float[Tensor, ""] | None,
     ) -> None:
-        """Move the rows held here along what has come home, unless the step is refused."""
+        """Update the rows held here by the returned directions, unless the step is refused."""
         rows, columns = self.weights[0].shape
         weights = [_local(weight) for weight in self.weights]
         directions = pieces.view(len(weights), self.held[self.rank], columns)
@@ -208,7 +208,7 @@ class Stack(NamedTuple):
 
 
 def _stacks(weights: Sequence[nn.Parameter]) -> list[Stack]:
-    """Sort matrices by shape and deal them out, each stack from where the last one ended."""
+    """Group matrices by shape and deal them out, each stack from the rank after the last one's."""
     by_shape: dict[tuple[torch.Size, dist.ProcessGroup | None], list[nn.Parameter]] = {}
     for weight in weights:
         by_shape.setdefault((weight.shape, _sharers(weight)), []).append(weight)
@@ -226,7 +226,7 @@ def _stacks(weights: Sequence[nn.Parameter]) -> list[Stack]:
 
 
 def _sharers(weight: Tensor) -> dist.ProcessGroup | None:
-    """Return the ranks that hold the rows of a matrix, or None if this one holds them all."""
+    """Return the group of ranks that hold rows of a matrix, or None if this one holds them all."""
     if not isinstance(weight, DTensor):
         return None
     sharded = [axis for axis, place in enumerate(weight.placements) if place != Replicate()]

@@ -1,8 +1,8 @@
-"""Rounds of products that bring all singular values of a matrix near one.
+"""Orthogonalisation: rounds of matrix products that bring all singular values of a matrix near one.
 
-    X <- (a + b S + c S^2) X,  S = X X^T          a round makes a s + b s^3 + c s^5 of each s
+    X <- (a + b S + c S^2) X,  S = X X^T          a round maps each s to a s + b s^3 + c s^5
 
-Each round has its own (a, b, c): the best for where the last one has left the singular values.
+Each round has its own (a, b, c), optimal for the interval of singular values left by the last one.
 
 Letters  s singular value, r the shorter side of a matrix, c the longer one, k matrices of a shape.
 Source   Polar Express, arXiv 2505.16932; rounds of products: kellerjordan.github.io/posts/muon.
@@ -14,10 +14,10 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-# A round makes a s + b s^3 + c s^5 of a singular value s. Of all (a, b, c) these bring the worst of
-# an interval nearest to one: first of [0.003, 1], then each time of where the last one has left it.
-# Each interval is taken 2 % higher, since a norm in bfloat16 may be too small and beyond its end a
-# round explodes. The last one leaves [0.78, 1.22].
+# These (a, b, c) minimise the largest distance from one over an interval of s: [0.003, 1] for the
+# first round, then the interval that the last round maps to. Each interval's upper end is raised by
+# 2 %, because a norm in bfloat16 may be too small and a round diverges beyond its interval. After
+# the last round the singular values are in [0.78, 1.22].
 Round = tuple[float, float, float]
 ROUNDS: tuple[Round, ...] = (
     (8.22176, -23.34686, 16.63376),
@@ -25,10 +25,10 @@ ROUNDS: tuple[Round, ...] = (
     (3.47347, -2.50575, 0.48102),
     (2.50437, -1.79072, 0.40706),
 )
-# The five of the first Muon, all alike, which leave [0.68, 1.20] of what was above 0.01.
+# The five equal rounds of the original Muon; they map singular values above 0.01 to [0.68, 1.20].
 NEWTON_SCHULZ: tuple[Round, ...] = ((3.4445, -4.7750, 2.0315),) * 5
 NAMED = {"polar-express": ROUNDS, "newton-schulz": NEWTON_SCHULZ}
-TINY = 1e-7  # a matrix of a smaller norm is not made longer
+TINY = 1e-7  # smallest norm that a matrix is divided by
 
 
 def orthogonal(
@@ -36,8 +36,8 @@ def orthogonal(
 ) -> Float[Tensor, "k rows columns"]:
     """Bring all singular values of each matrix near one: X <- (a + b S + c S^2) X, S = X X^T.
 
-    None has to be known: at first all are at most one, the norm of the matrix. Those below 0.003
-    grow by 280 and stay behind. Computed in the precision of `x`.
+    Dividing by the Frobenius norm first makes all of them at most one. Those below 0.003 grow by a
+    factor of up to 280 and do not reach one. Computed in the precision of `x`.
     """
     tall = x.shape[-2] > x.shape[-1]
     if tall:
@@ -53,10 +53,10 @@ def orthogonal(
 
 
 def pairing(shape: Sequence[int], rounds: int = len(ROUNDS)) -> tuple[int, int]:
-    """How many pairs of rounds, and how many single ones, matrices of a shape are taken through.
+    """Return how many rounds are computed in pairs, and how many singly, for matrices of a shape.
 
-    A pair costs 4 r^2 c + 10 r^3 products and sums, two single rounds 8 r^2 c + 4 r^3, r being the
-    shorter side: a pair pays where the other is long.
+    A pair costs 4 r^2 c + 10 r^3 multiplications and additions, two single rounds 8 r^2 c + 4 r^3.
+    Pairs are used if c >= 2 r.
     """
     r, c = sorted(shape[-2:])
     return divmod(rounds, 2) if c >= 2 * r else (0, rounds)
@@ -65,10 +65,11 @@ def pairing(shape: Sequence[int], rounds: int = len(ROUNDS)) -> tuple[int, int]:
 def _two_rounds(
     x: Float[Tensor, "k rows columns"], first: Round, second: Round
 ) -> Float[Tensor, "k rows columns"]:
-    """Take two rounds that touch the long side only twice, not four times.
+    """Compute two rounds with two products that involve the long side, not four.
 
-    A round is X <- P X with P = a + b S + c S^2, so the next one's S is P S P: small matrices. Not
-    more than two: rounded S may have values below zero, which each round makes a^2 times larger.
+    A round is X <- P X with P = a + b S + c S^2, so the next S is P S P, a product of small
+    matrices. More than two rounds would not be safe: rounding can give S negative eigenvalues,
+    which each round multiplies by a^2.
     """
     s = x @ x.mT
     a, b, c = first
