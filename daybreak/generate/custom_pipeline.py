@@ -1,21 +1,21 @@
-"""How a model is sampled, as a pipeline of diffusers: this file travels with the weights.
+"""daybreak's sampler as a diffusers pipeline: this file is exported together with the weights.
 
     DiffusionPipeline.from_pretrained(FOLDER, custom_pipeline="pipeline", trust_remote_code=True)
 
 `PRXPixelPipeline` reads the same folder. This class adds the time grid of training, stochastic
-steps with the call's own generator, guidance in an interval of t, self-guidance (the network
-against itself, with part of the tokens left out of most blocks), adaptive projected guidance, and
-several prompts in one call. The model's own settings stand in scheduler/scheduler_config.json under
-"_sampling"; every argument that is left out is taken from there.
+steps with the call's own generator, guidance in an interval of t, self-guidance (the weak guess
+comes from the same network with part of the tokens skipping most blocks), adaptive projected
+guidance, and several prompts in one call. The model's own settings are in
+scheduler/scheduler_config.json under "_sampling"; arguments that are not given are taken from them.
 
     t_i = s u / (1 + (s - 1) u),  u = 1 - i / n
     v   = (x - x_hat) / max(t_i, 0.05)
     x   <- x - (t_i - t_{i+1}) v,  or stochastic: (1 - t_{i+1}) (x - t_i v) + t_{i+1} eps
 
-It stands alone: of what daybreak does it repeats what a picture needs, with torch and diffusers.
+It needs only torch and diffusers: the parts of daybreak that sampling needs are repeated here.
 
-Letters  b pictures, n image tokens, k tokens that walk the route.
-Source   daybreak/generate/sampler.py and daybreak/generate/guidance.py, where the papers are named.
+Letters  b pictures, n image tokens, k tokens that the route keeps.
+Source   daybreak/generate/sampler.py and daybreak/generate/guidance.py, which name the papers.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +28,7 @@ from torch import Tensor
 
 
 class Sampling(NamedTuple):
-    """How a model is sampled. `route`: blocks start, ..., stop - 1 lose a share `carried`."""
+    """Sampling settings. `route`: a share `carried` of tokens skips blocks start, ..., stop - 1."""
 
     steps: int
     stochastic: bool
@@ -41,7 +41,7 @@ class Sampling(NamedTuple):
 
 
 class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
-    """`PRXPixelPipeline` with the grid, the guidance and the defaults of the model's recipe."""
+    """`PRXPixelPipeline` with the time grid, guidance and defaults of the model's recipe."""
 
     @torch.no_grad()
     def __call__(
@@ -63,11 +63,12 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
     ) -> Any:
         """Draw one picture per prompt.
 
-        `guide` is "classifier-free" (against `negative_prompt`) or "self"; `apg` holds eta,
-        momentum and norm, of which those left out are the recipe's, or 0, -0.5 and none. From one
-        generator come first the noise, then the route, then what `stochastic` steps draw.
+        `guide` is "classifier-free" (against `negative_prompt`) or "self". `apg` holds eta,
+        momentum and norm; missing ones are the recipe's, or 0, -0.5 and none. The generator draws
+        first the noise, then the route, then the noise of `stochastic` steps.
 
-        Errors  ValueError for sides that patches do not fill, or "self" without a trained route.
+        Errors  ValueError for sides that are not multiples of the patch, or for "self" with a model
+                that was trained without a route.
         """
         given: dict[str, Any] = {
             "steps": num_inference_steps,
@@ -109,7 +110,7 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
             if how.guidance <= 1 or not how.interval[0] <= now <= how.interval[1]:
                 guess = denoise(transformer, x, now, words, mask)
             else:
-                if kept is None:  # with and without the words in one pass
+                if kept is None:  # with and without the prompt in one pass
                     twice = torch.cat((words, weak_words)), torch.cat((mask, weak_mask))
                     guess, weak = denoise(transformer, torch.cat((x, x)), now, *twice).chunk(2)
                 else:
@@ -136,7 +137,7 @@ class GuidedPixelPipeline(PRXPixelPipeline):  # type: ignore[misc]
 
 
 def times(steps: int, shift: float) -> list[float]:
-    """The grid of times 1 = t_0 > ... > t_n = 0."""
+    """Return the time grid 1 = t_0 > ... > t_n = 0."""
     even = [(steps - i) / steps for i in range(steps + 1)]
     return [shift * u / (shift * u + (1 - u)) for u in even]
 
@@ -147,7 +148,7 @@ def draw(
     tokens: int,
     generator: torch.Generator | list[torch.Generator] | None,
 ) -> Tensor:
-    """Choose the tokens of each picture that walk the route: (b, k), in raster order."""
+    """Choose the tokens of each picture that the route keeps: (b, k), in raster order."""
     if isinstance(generator, list):
         rows = [draw(route, 1, tokens, one) for one in generator]
         return torch.cat([row.cpu() for row in rows])
@@ -166,7 +167,7 @@ def denoise(
     route: dict[str, float] | None = None,
     kept: Tensor | None = None,
 ) -> Tensor:
-    """x_hat, float32; with `kept` only those tokens walk the blocks of the route."""
+    """Return x_hat, float32; with `kept`, only those tokens pass the blocks of the route."""
     x, time = x_t.to(transformer.dtype), x_t.new_full((len(x_t),), t)
     if kept is None or route is None:
         return transformer(x, time, words, mask, return_dict=False)[0].float()

@@ -1,7 +1,7 @@
 """Prompts and seeds to pictures.
 
-Each picture's noise comes from its own seed, so it does not matter which pictures are drawn with
-it. Pictures are uint8, rounded: what is shown is what is scored.
+Each picture's noise comes from its own seed, so a picture does not depend on the rest of its batch.
+Pictures are rounded to uint8, and the same bytes are shown and scored.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,7 +24,7 @@ Picture = npt.NDArray[np.uint8]
 
 
 def to_bytes(image: Float[Tensor, "b c h w"]) -> Picture:
-    """Turn pictures in [-1, 1] into uint8 (b, h, w, c), rounded; what lies outside is clipped."""
+    """Convert pictures in [-1, 1] to uint8 (b, h, w, c), rounded; values outside are clipped."""
     pixels = image.float().add(1).mul(127.5).round().clamp(0, 255).to(torch.uint8)
     array: Picture = pixels.permute(0, 2, 3, 1).cpu().numpy()
     return array
@@ -44,11 +44,11 @@ def draw(
 ) -> Picture:
     """Return one picture per prompt, uint8 (n, height, width, 3).
 
-    A pass of the network takes `batch` of them, or where it guesses with and without words at once
-    half as many. Self-guidance needs to know how the model was `routed` ([tread] of its recipe).
-    `progress` hears how many pictures were finished, pass by pass.
+    `batch` pictures go through the network at once, or half as many when it predicts both with and
+    without prompt. `routed` is the recipe's [tread], which self-guidance needs. `progress` is
+    called after each batch with its number of pictures.
 
-    Errors  ValueError for self-guidance without a route, or not as many seeds as prompts.
+    Errors  ValueError for self-guidance without a route, or if prompts and seeds differ in number.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"{len(prompts)} prompts, {len(seeds)} seeds: each picture has its own")

@@ -1,8 +1,8 @@
-"""A contact sheet: pictures in rows, what was asked for under each, and who made it inside.
+"""A contact sheet: pictures in rows, with a label under each and an optional title.
 
-Small pictures are enlarged by a whole number, each pixel to a square, so that what the network
-painted is what one sees. `save` writes the sheet, or a single picture, as a PNG whose text chunks
-say how to make it again.
+Small pictures are enlarged by a whole number, each pixel to a square, so that the network's own
+pixels are visible. `save` writes a sheet or a single picture as a PNG; the caller's metadata, such
+as prompt and seed, become text chunks.
 
 Shapes  images (n, h, w, 3), or a list of (h, w, 3).     Units  uint8, sRGB; lengths in pixels.
 """
@@ -19,8 +19,8 @@ from PIL.PngImagePlugin import PngInfo
 from daybreak.data import disk
 
 PAPER, INK, FRAME = (244, 244, 241), (52, 52, 50), (214, 214, 208)
-AT_LEAST = 128  # the side of a picture on the sheet
-LINES = 3  # of a label
+AT_LEAST = 128  # smallest side of a picture on the sheet
+LINES = 3  # most lines of a label
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
@@ -31,12 +31,12 @@ def grid(
     columns: int | None = None,
     title: str | None = None,
 ) -> Image.Image:
-    """The sheet, ready to be saved.
+    """Return the sheet.
 
     Labels wrap within the width of their picture and end in an ellipsis after three lines. Pictures
-    of several sizes are centred in cells of the largest.
+    of different sizes are centred in cells of the largest size.
 
-    Errors  ValueError if there are no pictures, or not as many labels.
+    Errors  ValueError if there are no pictures, or if pictures and labels differ in number.
     """
     if len(images) == 0:
         raise ValueError("a grid needs at least one picture")
@@ -82,7 +82,7 @@ def grid(
 
 
 def save(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
-    """Write a PNG with its metadata as text chunks; under its name it is whole or not there."""
+    """Write a PNG with its metadata as text chunks, atomically."""
     chunks = PngInfo()
     for key, text in metadata.items():
         if text.isascii():
@@ -95,7 +95,7 @@ def save(image: Image.Image, path: Path, metadata: Mapping[str, str]) -> None:
 
 
 def _columns(count: int) -> int:
-    """Columns for a sheet about half as wide again as high, without gaps where that can be had."""
+    """Columns of a sheet about 1.5 times as wide as high, preferably without empty cells."""
     wanted = math.sqrt(1.5 * count)
     whole = [c for c in range(math.ceil(math.sqrt(count)), count + 1) if count % c == 0]
     best = min(whole, key=lambda c: abs(c - wanted))
@@ -103,7 +103,7 @@ def _columns(count: int) -> int:
 
 
 def _wrap(label: str, font: Font, width: int) -> list[str]:
-    """The label in lines no wider than `width`."""
+    """Break the label into lines no wider than `width`."""
     lines: list[str] = []
     words = label.split()
     while words:

@@ -1,14 +1,14 @@
-"""Guidance: two denoisers make one that follows its prompt more closely.
+"""Guidance: two denoisers are combined into one that follows its prompt more closely.
 
     x_hat = weak + scale (strong - weak)
 
-Strong is the whole network and knows the prompt. Weak is the same network, either with the empty
-prompt (classifier-free guidance: one pass for both, since only the words differ) or with the prompt
-but with part of its tokens on the route it was trained with (self-guidance).
+Strong is the whole network with the prompt. Weak is the same network, either with the empty prompt
+(classifier-free guidance: one pass for both, since only the text differs) or with the prompt but
+with a part of the tokens skipping blocks, on the route it was trained with (self-guidance).
 
-With `apg` (adaptive projected guidance) the difference first remembers those of earlier steps, is
-shortened to a longest length, and loses its part along x_strong, which is what makes colours
-glaring; scale then multiplies what is left. What is remembered is m, before it is shortened.
+With `apg` (adaptive projected guidance) momentum over earlier steps is added to the difference, its
+norm is bounded, and its part along the strong guess, which oversaturates colours, is removed; then
+it is scaled. The momentum m is stored before its norm is bounded.
 
     m     <- (strong - weak) + momentum m,     d = m min(1, norm / rms(m))
     x_hat  = strong + (scale - 1) (d - (1 - eta) <d, strong> strong / |strong|^2)
@@ -31,10 +31,11 @@ def guided(
     interval: tuple[float, float] = (0.0, 1.0),
     apg: Apg | None = None,
 ) -> Denoiser:
-    """Extrapolate from the weak guess through the strong one, which `both` makes.
+    """Return a denoiser that extrapolates from the weak guess through the strong one.
 
-    Outside the interval of t `strong` is used alone, and with a scale of 1 everywhere: that costs
-    half. What has momentum remembers: make a new denoiser for each walk from noise to picture.
+    `both` returns the two guesses. Outside the interval of t, and everywhere if scale is 1, only
+    `strong` is called, at half the cost. With momentum the denoiser has state: make a new one for
+    each trajectory.
     """
     if scale == 1.0:
         return strong
@@ -58,7 +59,7 @@ def guided(
 def projected(
     difference: Float[Tensor, "b c h w"], guess: Float[Tensor, "b c h w"], apg: Apg
 ) -> Float[Tensor, "b c h w"]:
-    """Shorten each picture's difference and take (1 - eta) of its part along the guess away."""
+    """Bound each difference's RMS by `norm` and remove (1 - eta) of its part along the guess."""
     d, along = difference.flatten(1), guess.flatten(1)
     if apg.norm is not None:
         rms = d.square().mean(1, keepdim=True).sqrt()

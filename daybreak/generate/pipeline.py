@@ -3,20 +3,21 @@
     pipeline/   model_index.json, transformer/, scheduler/, text_encoder/, tokenizer/, README.md,
                 pipeline.py
 
-The denoiser's weights bear diffusers' names already, so nothing is renamed. Three settings decide
-whether `PRXPixelPipeline` then draws the picture our sampler draws, and all three are written:
+The denoiser's weights already have diffusers' names, so nothing is renamed. `PRXPixelPipeline`
+draws the same picture as our sampler only with the right values of three settings, so the export
+writes them:
 
-  - `noise_scale`, which the pipeline would take for 2.0;
-  - a scheduler with `shift = 1`, and in the model card the `timesteps` of our grid, because a
-    scheduler that shifts does so to another grid than training's;
-  - `use_resolution_binning=False` in the card, because binning knows 1024 px only.
+  - `noise_scale`, whose default in the pipeline is 2.0;
+  - a scheduler with `shift = 1`, and in the model card the `timesteps` of our grid, because the
+    scheduler's own shift leads to a different grid from that of training;
+  - `use_resolution_binning=False` in the card, because binning supports only 1024 px.
 
-Where the recipe samples stochastically the scheduler does too, with noise from torch's global
-generator: `PRXPixelPipeline` does not hand its own on. So the card seeds that one, and gives none.
+If the recipe samples stochastically, so does the scheduler, with noise from torch's global
+generator, because `PRXPixelPipeline` does not pass its own on. So the card seeds the global one.
 
-What that class lacks (self-guidance, an interval, projected guidance) is in pipeline.py, a class of
-diffusers' kind that travels along; how the recipe samples stands in the scheduler's configuration
-under a private key, which every scheduler carries along and no class objects to.
+What that class lacks (self-guidance, an interval, projected guidance) is in pipeline.py, a custom
+diffusers pipeline that is exported too. The recipe's sampling settings are in the scheduler's
+configuration under a private key, which schedulers keep and ignore.
 
 Source  diffusers 0.42: `PRXPixelPipeline`, `FlowMatchEulerDiscreteScheduler`.
 """
@@ -39,14 +40,14 @@ from daybreak.train import dice
 
 
 class Card(NamedTuple):
-    """What the model card tells beyond the weights."""
+    """The contents of the model card."""
 
     name: str
     prompt: str
     data: str
     facts: tuple[tuple[str, str], ...]  # rows of the card's table
     recipe: str  # the resolved recipe, TOML
-    taught: tuple[str, ...] = ()  # families of networks that taught it, and are no judges of it
+    taught: tuple[str, ...] = ()  # families of its teachers, which should not evaluate it
 
 
 def export(
@@ -58,11 +59,11 @@ def export(
     card: Card,
     route: tread.Config | None = None,
 ) -> Path:
-    """Write the pipeline folder, whole or not at all. An earlier one at its place is replaced, but
-    for what others have put there, as `daybreak evaluate` its scores.
+    """Write the pipeline folder atomically. An earlier export is replaced, but files that others
+    have added to it, such as the scores of `daybreak evaluate`, are kept.
 
-    Errors  BadStorage if the disk refuses; BadRecipe for a network diffusers has no class for, and
-            for a place where something else lies.
+    Errors  BadStorage if the disk fails; BadRecipe if diffusers has no class for the network, or if
+            `folder` holds anything but an export.
     """
     if folder.exists() and not _replaceable(folder):
         raise BadRecipe(
@@ -83,19 +84,19 @@ def export(
             _fill(staged, model, resolution, how, flow_config, card, route)
             staged.chmod(0o755)
             old = disk.swap(staged, folder)
-        for other in list(old.iterdir()) if old.exists() else ():  # what others put there stays
+        for other in list(old.iterdir()) if old.exists() else ():  # keep files of others
             if not (folder / other.name).exists():
                 other.rename(folder / other.name)
         shutil.rmtree(old, ignore_errors=True)
     except OSError as error:
         raise BadStorage(f"cannot write {folder}: {error.strerror or error}") from error
-    except SafetensorError as error:  # what it makes of an OSError
+    except SafetensorError as error:  # safetensors raises it instead of OSError
         raise BadStorage(f"cannot write {folder}: {error}") from error
     return folder
 
 
 def _replaceable(folder: Path) -> bool:
-    """Whether a place is an empty folder, or one that `export` has written."""
+    """Whether a path is an empty folder or one that `export` has written."""
     if not folder.is_dir():
         return False
     written = {"model_index.json", "pipeline.py", "transformer"}
@@ -111,9 +112,9 @@ def _fill(
     card: Card,
     route: tread.Config | None,
 ) -> None:
-    """Write all that is in a pipeline folder into an empty one."""
+    """Write all files of a pipeline folder into an empty folder."""
     _transformer(model.dit, folder / "transformer")
-    plain = how.stochastic and flow_config.noise_scale == 1  # its scheduler knows no other
+    plain = how.stochastic and flow_config.noise_scale == 1  # the scheduler's noise has scale 1
     private = {"_sampling": sampling(how, flow_config, route), "_taught": list(card.taught)}
     _scheduler(folder / "scheduler", plain, private)
     shutil.copyfile(Path(__file__).with_name("custom_pipeline.py"), folder / "pipeline.py")
@@ -143,7 +144,7 @@ def _fill(
 def sampling(
     how: sampler.Config, flow_config: flow.Config, route: tread.Config | None
 ) -> dict[str, Any]:
-    """Return what pipeline.py draws with, its `Sampling`, ready for JSON."""
+    """Return the settings of pipeline.py (its `Sampling`), ready for JSON."""
     place = route if route is not None and route.kind == "tread" else None
     return {
         "steps": how.steps,
@@ -158,7 +159,7 @@ def sampling(
 
 
 def _transformer(model: dit.DiT, folder: Path) -> None:
-    """Write config and weights of `PRXTransformer2DModel`."""
+    """Write configuration and weights of `PRXTransformer2DModel`."""
     config = model.config
     folder.mkdir()
     _write(
@@ -189,7 +190,7 @@ def _transformer(model: dit.DiT, folder: Path) -> None:
 
 
 def _scheduler(folder: Path, stochastic: bool, private: dict[str, Any]) -> None:
-    """Write a scheduler that takes the given timesteps as they are, and `private` beside it."""
+    """Write a scheduler that does not shift the given timesteps; `private` keys are added to it."""
     folder.mkdir()
     _write(
         folder / "scheduler_config.json",
@@ -205,7 +206,7 @@ def _scheduler(folder: Path, stochastic: bool, private: dict[str, Any]) -> None:
 
 
 def _portable(path: Path) -> str:
-    """Give a tokenizer the class name that transformers 4 knows too; returns it."""
+    """Set the tokenizer's class name to one that transformers 4 also has; returns the name."""
     described = json.loads(path.read_text(encoding="utf-8"))
     if described.get("tokenizer_class") == "TokenizersBackend":
         described["tokenizer_class"] = "PreTrainedTokenizerFast"
@@ -220,7 +221,7 @@ def _write(path: Path, value: dict[str, Any]) -> None:
 def snippet(
     source: str, prompt: str, size: tuple[int, int], how: sampler.Config, shift: float
 ) -> str:
-    """Return the Python lines that draw `prompt`, (height, width), with the folder `source`."""
+    """Return Python code that draws `prompt` at `size` (height, width) from the folder `source`."""
     height, width = size
     u = f"[1 - i / {how.steps} for i in range({how.steps})]"
     times = f"[1000 * u for u in {u}]"
@@ -244,7 +245,7 @@ image.save("picture.png")
 
 
 def custom_snippet(source: str, prompt: str, size: tuple[int, int]) -> str:
-    """Return the Python lines that draw `prompt` with the folder's own pipeline.py."""
+    """Return Python code that draws `prompt` with the folder's own pipeline.py."""
     height, width = size
     asked = "" if height == width else f"height={height}, width={width}, "
     return f'''import torch

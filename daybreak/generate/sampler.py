@@ -5,14 +5,14 @@
     x   <- x - (t_i - t_{i+1}) v                        Euler
     x   <- (1 - t_{i+1}) (x - t_i v) + t_{i+1} eps      stochastic: eps is drawn anew
 
-What an Euler step gets wrong stays in x for good. A stochastic step keeps the guess alone and hides
-it in other noise, so the next step judges it afresh.
+Errors of an Euler step stay in x. A stochastic step keeps only the guess and adds new noise to it,
+so the next step can correct the errors.
 
-`Denoiser` is any function (x_t, t) -> x_hat; guidance makes one of a `Pair`, (x_t, t) -> (strong
-x_hat, weak x_hat).
+`Denoiser` is any function (x_t, t) -> x_hat. Guidance turns a `Pair`, (x_t, t) -> (strong x_hat,
+weak x_hat), into a `Denoiser`.
 
 Letters  b pictures, c channels.
-Source   Euler on the flow's ODE: arXiv 2403.03206; the grid is that of training, not diffusers'.
+Source   Euler on the flow's ODE: arXiv 2403.03206; the grid uses training's shift, not diffusers'.
          Stochastic steps: arXiv 2303.01469, algorithm 1; `stochastic_sampling` of diffusers'
          FlowMatchEulerDiscreteScheduler.
 """
@@ -40,8 +40,8 @@ Pair = Callable[[Tensor, float], tuple[Tensor, Tensor]]
 class Apg(BaseModel):
     """Adaptive projected guidance: see generate/guidance for the equation.
 
-    `norm` bounds the RMS of the difference, in pixel units (the paper's bound, divided by the root
-    of how many numbers a picture has).
+    `norm` bounds the RMS of the difference, in pixel units (the paper's bound divided by the square
+    root of the number of values in a picture).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -52,13 +52,12 @@ class Apg(BaseModel):
 
 
 class Config(BaseModel):
-    """How pictures are made: for the grids during training, and by default afterwards.
+    """How pictures are drawn: the sample grids during training, and by default all later ones.
 
-    `every` counts training steps between two grids; their pictures are `aspect` times as wide as
-    high, with as many pixels as a square of the stage's resolution. Steps that are `stochastic`
-    draw their noise anew. `guide` names the weak network: the same one with an empty prompt
-    ("classifier-free"), or with routed tokens as in [tread] ("self"). Guidance acts for t in
-    `interval`.
+    `every` is the number of training steps between two grids. Their pictures are `aspect` times as
+    wide as high and have the area of a square of the stage's resolution. `stochastic` steps draw
+    new noise. `guide` selects the weak guess: that without prompt ("classifier-free") or that with
+    part of the tokens skipping blocks as in [tread] ("self"). Guidance is used for t in `interval`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -86,7 +85,7 @@ class Config(BaseModel):
 
 
 def size(how: Config, resolution: int, patch: int) -> tuple[int, int]:
-    """Height and width of a picture with about resolution^2 pixels, whole numbers of patches."""
+    """Height and width of a picture of about resolution^2 pixels, both multiples of the patch."""
     root = math.sqrt(how.aspect)
     height, width = (
         max(1, round(side / patch)) * patch for side in (resolution / root, resolution * root)
@@ -95,19 +94,19 @@ def size(how: Config, resolution: int, patch: int) -> tuple[int, int]:
 
 
 def shift(how: Config, flow_config: flow.Config) -> float:
-    """The shift of the time grid: the sampler's own, or that of training."""
+    """The shift of the time grid: the sampler's, if set, else that of training."""
     return flow_config.shift if how.shift is None else how.shift
 
 
 def times(steps: int, shift: float) -> list[float]:
-    """Return the grid of times 1 = t_0 > t_1 > ... > t_n = 0."""
-    even = [(steps - i) / steps for i in range(steps + 1)]  # 0.2 is the 0.2 of an interval
+    """Return the time grid 1 = t_0 > t_1 > ... > t_n = 0."""
+    even = [(steps - i) / steps for i in range(steps + 1)]  # 2 / 10 equals an interval's 0.2
     grid: list[float] = flow.shifted(torch.tensor(even, dtype=torch.float64), shift).tolist()
     return grid
 
 
 def denoiser(model: DiT, words: Text, route: Route | None = None) -> Denoiser:
-    """Fix the words, and the route if any: the network as a function of picture and time."""
+    """Return the network as a function of x_t and t, with fixed text and, if given, fixed route."""
 
     def denoise(x_t: Float[Tensor, "b c h w"], t: float) -> Float[Tensor, "b c h w"]:
         guess: Tensor = model(x_t, x_t.new_full((len(x_t),), t), words, route).x
@@ -117,7 +116,7 @@ def denoiser(model: DiT, words: Text, route: Route | None = None) -> Denoiser:
 
 
 def in_one(denoise: Denoiser) -> Pair:
-    """Two guesses in one pass, of a denoiser that has the words of both for twice the pictures."""
+    """Make a `Pair` that runs as one doubled batch; `denoise` holds the text of both halves."""
 
     def both(
         x_t: Float[Tensor, "b c h w"], t: float
@@ -129,16 +128,16 @@ def in_one(denoise: Denoiser) -> Pair:
 
 
 def in_turn(strong: Denoiser, weak: Denoiser) -> Pair:
-    """The guesses of two denoisers, one after the other."""
+    """Make a `Pair` of two denoisers, called one after the other."""
     return lambda x_t, t: (strong(x_t, t), weak(x_t, t))
 
 
 def noise(
     dice: Sequence[Dice], shape: tuple[int, int, int], scale: float, device: torch.device
 ) -> Float[Tensor, "b c h w"]:
-    """Draw noise (b, *shape) of standard deviation `scale`, equal on every device.
+    """Draw noise (b, *shape) of standard deviation `scale`, the same for every device.
 
-    The processor draws it, while a GPU is busy with the step before, so neither waits.
+    It is drawn on the CPU while a GPU still works on the previous step, so neither waits.
     """
     return sent(torch.cat([scale * die.normal(*shape) for die in dice]), device)
 
@@ -151,10 +150,9 @@ def begin(
     patch: int,
     device: torch.device,
 ) -> tuple[Float[Tensor, "b c h w"], Route | None]:
-    """Draw the noise that a walk starts from, then the weak network's route, if any.
+    """Draw the initial noise, then the route of the weak guess, if any.
 
-    Each picture has its own die. One route serves the whole walk: what is weak at one step is weak
-    at all of them.
+    Each picture has its own random stream. The same route is used at all steps.
     """
     start, route = noise(dice, shape, scale, device), None
     if routed is not None:
@@ -174,9 +172,9 @@ def euler(
     shift: float,
     anew: Callable[[], Float[Tensor, "b c h w"]] | None = None,
 ) -> Float[Tensor, "b c h w"]:
-    """Walk from noise (t = 1) to a picture (t = 0); the result is not clamped.
+    """Integrate from noise (t = 1) to a picture (t = 0); the result is not clamped.
 
-    With `anew`, which draws noise like that of `start`, the steps are stochastic.
+    With `anew`, which draws new noise with the distribution of `start`, the steps are stochastic.
     """
     x = start
     for now, then in pairwise(times(steps, shift)):
