@@ -1,15 +1,15 @@
-"""Who draws: a model of ours, or any text-to-image pipeline of diffusers, as one function.
+"""What is evaluated: a daybreak model or any text-to-image pipeline of diffusers, as a function.
 
     artist.draw(prompts, seeds, height, width) -> pictures (n, height, width, 3) uint8
 
-Each picture's noise comes from its own seed. A pipeline gets one prompt a call: what it draws for a
-seed then depends on nothing that is drawn beside it, and some classes mix up several prompts. Where
-the work is `shared` each process draws its part and every process has all of them, the same ones
-on any number of processes.
+Each picture's noise comes from its own seed. A pipeline gets one prompt per call, so that a picture
+does not depend on the others, and because some classes mix up several prompts. With `shared` each
+process draws a part of the pictures and all processes return all of them; they do not depend on the
+number of processes.
 
-A folder of diffusers is data: code that lies in it is not run, and weights are read from
-safetensors alone. One that `daybreak export` has written is drawn with the class that knows its
-time grid, so it is scored as the run it comes from.
+A diffusers folder is treated as data: code in it is not run, and weights are read only from
+safetensors. A folder that `daybreak export` has written is drawn by the class that uses its time
+grid, so it gets the score of its run.
 
 Shapes  pictures (n, height, width, 3) uint8.
 """
@@ -45,18 +45,18 @@ INDEX = "model_index.json"
 
 
 class Artist(NamedTuple):
-    """What draws, and what a result must say of it."""
+    """A function that draws, and the facts about it that every result records."""
 
     draw: Draw
-    side: int  # of the square it draws if nothing else is asked for
-    unit: int  # the sides it can draw are multiples of it
-    digest: str  # sha256 that names every byte of its weights
-    facts: Mapping[str, Any]  # sampler, weights and where they are from, for JSON
-    taught: frozenset[str] = frozenset()  # families of networks that took part in its training
+    side: int  # side of the square that it draws by default
+    unit: int  # the sides that it can draw are multiples of this
+    digest: str  # sha256 of its weights
+    facts: Mapping[str, Any]  # sampler, weights and their origin, for JSON
+    taught: frozenset[str] = frozenset()  # families of networks that were used in its training
 
 
 def square(artist: Artist) -> Callable[[Sequence[str], Sequence[int]], Pictures]:
-    """What the artist draws where only prompts and seeds are given."""
+    """Return a function of prompts and seeds that draws at the artist's default size."""
     return lambda prompts, seeds: artist.draw(prompts, seeds, artist.side, artist.side)
 
 
@@ -70,7 +70,7 @@ def ours(
     facts: Mapping[str, Any] | None = None,
     taught: frozenset[str] = frozenset(),
 ) -> Artist:
-    """A model of ours, with the settings of its recipe."""
+    """Return an artist of a daybreak model, with the settings of its recipe."""
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:
         return sampling.draw(model, prompts, seeds, height, width, how, flow_config, route)
@@ -87,10 +87,10 @@ def ours(
 
 
 def shared(draw: Draw, here: World) -> Draw:
-    """The same pictures, each process drawing its part of them.
+    """Return a function that draws the same pictures, divided among the processes.
 
-    All draw equally many, because weights that are spread over processes are gathered by all at
-    once; what is one too many is drawn twice and left out.
+    All processes draw equally many, because sharded weights are gathered by all of them at once;
+    surplus pictures are drawn twice and dropped.
     """
 
     def part(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:
@@ -104,7 +104,7 @@ def shared(draw: Draw, here: World) -> Draw:
 
 
 def is_pipeline(folder: Path) -> bool:
-    """Whether a folder is one of diffusers."""
+    """Whether a folder is a diffusers pipeline."""
     return (folder / INDEX).is_file()
 
 
@@ -116,12 +116,12 @@ def pipeline(
     device: torch.device | str = "cpu",
     dtype: torch.dtype = torch.float32,
 ) -> Artist:
-    """A pipeline of diffusers; what is left out is as the pipeline has it.
+    """Return an artist of a diffusers pipeline; settings that are None keep its defaults.
 
-    The first picture it draws says how large they are.
+    A first picture is drawn to find the default size.
 
-    Errors  BadRecipe if the folder cannot be loaded without running code of its own, if the
-            pipeline does not draw from a prompt, or not as it is asked to; so does its `draw`.
+    Errors  BadRecipe if the folder cannot be loaded without running its own code, or if the
+            pipeline does not accept a prompt or these settings; `draw` raises it too.
     """
     loaded = _load(folder, dtype).to(device)
     loaded.set_progress_bar_config(disable=True)
@@ -131,16 +131,16 @@ def pipeline(
     for key in ("prompt", "generator", *settings):
         if key not in known:
             raise BadRecipe(f"{folder}: {name} takes no {key}, so it cannot be scored like this")
-    if "use_resolution_binning" in known:  # it would draw another size and scale that
+    if "use_resolution_binning" in known:  # would draw another size and rescale it
         settings["use_resolution_binning"] = False
-    sized = {"height", "width"} <= known.keys()  # whether a size can be asked for
+    sized = {"height", "width"} <= known.keys()  # whether it accepts a size
 
     def one(prompt: str, seed: int, size: Mapping[str, int]) -> Image.Image:
-        generator = torch.Generator().manual_seed(dice.key(seed, 0, 0))  # as a run's own noise
+        generator = torch.Generator().manual_seed(dice.key(seed, 0, 0))  # a run's own noise
         asked = {**size, **settings}
         try:
             drawn = loaded(prompt=prompt, generator=generator, return_dict=False, **asked)
-        except ValueError as error:  # what it was asked for is not what it can do
+        except ValueError as error:  # it does not support the request
             said = str(error).partition("\n")[0]
             raise BadRecipe(f"{folder}: {name} cannot draw what is asked ({said})") from error
         picture = drawn[0][0]
@@ -201,14 +201,14 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
 
 
 def _unit(loaded: Any, side: int) -> int:
-    """What the sides of its pictures are multiples of, known from one that it has drawn.
+    """Return the number of which its pictures' sides are multiples; `side` is one that it drew.
 
-    A transformer on pixels fills them with patches, as ours does; one on latents with patches as
-    large as the VAE makes them, and some classes pair those.
+    For a transformer on pixels it is the patch; for one on latents the patch times the factor of
+    the VAE, and some classes need a multiple of that.
     """
     network = getattr(loaded, "transformer", None)
     patch = None if network is None else network.config.get("patch_size")
-    if not isinstance(patch, int):  # a U-Net, or patches of a film
+    if not isinstance(patch, int):  # a U-Net, or the patches of a video model
         return math.gcd(side, UNIT)
     if getattr(loaded, "vae", None) is None:
         return patch
@@ -216,7 +216,7 @@ def _unit(loaded: Any, side: int) -> int:
 
 
 def _scheduler(folder: Path) -> dict[str, Any]:
-    """What a folder says of its scheduler; `daybreak export` adds how to sample, and who taught."""
+    """Return the scheduler's configuration; an export has sampling settings and teachers in it."""
     try:
         said: dict[str, Any] = json.loads((folder / "scheduler/scheduler_config.json").read_text())
     except (OSError, ValueError):
@@ -225,7 +225,7 @@ def _scheduler(folder: Path) -> dict[str, Any]:
 
 
 def _digest(folder: Path) -> str:
-    """The sha256 of names and sha256 of the folder's weights, whoever wrote what else is there."""
+    """The sha256 of the names and hashes of the folder's weights; other files do not count."""
     whole = hashlib.sha256()
     for path in sorted(folder.rglob("*.safetensors")):
         name = path.relative_to(folder).as_posix()

@@ -1,10 +1,10 @@
-"""A comparison as one picture: how recipes got to where they are, and how far apart they ended.
+"""A comparison as one picture: the curves of the recipes and their final differences.
 
-Left, the metric against what was spent: a thin line for each seed, a thick one for their mean. A
-dashed line is the target. Right, each seed's difference from the baseline as a dot, the mean and
-its interval as a bar: what crosses zero is not resolved.
+Left, the metric against the cost: a thin line for each seed, a thick one for their mean, a dashed
+one for the target. Right, each seed's difference from the baseline as a dot, their mean as a large
+dot and its interval as a bar: if the bar crosses zero, the difference is not resolved.
 
-Units   pixels; values and costs as they come.
+Units   pixels; values and costs in the caller's units.
 """
 
 import math
@@ -18,16 +18,16 @@ from daybreak.generate.grid import FRAME, INK, PAPER
 
 Point = tuple[float, float]
 
-SCALE = 2  # drawn so much larger and reduced: lines without steps
-WIDTH, HEIGHT, RIGHT = 960, 420, 320  # of the whole, and of the panel on the right
+SCALE = 2  # supersampling factor, for smooth lines
+WIDTH, HEIGHT, RIGHT = 960, 420, 320  # size of the picture, and width of the right panel
 LEFT, TOP, BOTTOM, GAP = 76, 48, 64, 28  # margins of a panel
 FONT = 14
-# Okabe and Ito: told apart by everybody. The baseline is drawn in ink.
+# Okabe and Ito's palette, which is safe for colour-blind readers. The baseline is drawn in ink.
 COLOURS = (INK, (0, 114, 178), (213, 94, 0), (0, 158, 115), (204, 121, 167), (230, 159, 0))
 
 
 class Arm(NamedTuple):
-    """The curves of an arm, one for each seed; and how far it ended from the baseline."""
+    """The curves of an arm, one for each seed, and its final differences from the baseline."""
 
     name: str
     curves: Sequence[Sequence[Point]]
@@ -43,7 +43,7 @@ class Frame(NamedTuple):
     y: tuple[float, float]
 
     def at(self, point: Point) -> Point:
-        """Where a point lies on the sheet."""
+        """Return the pixel position of a point."""
         left, top, right, bottom = self.box
         across = (point[0] - self.x[0]) / (self.x[1] - self.x[0])
         up = (point[1] - self.y[0]) / (self.y[1] - self.y[0])
@@ -113,11 +113,11 @@ def _axes(
 
 
 def _legend(draw: ImageDraw.ImageDraw, arms: Sequence[Arm], frame: Frame) -> None:
-    """Names at the edge where the curves leave most room: the bottom right if they rise."""
+    """Draw the arms' names where curves leave room: at the bottom if they rise, else on top."""
     left, top, right, bottom = frame.box
     ends = [curve[-1][1] - curve[0][1] for arm in arms for curve in arm.curves if curve]
     rising = sum(end for end in ends if math.isfinite(end)) > 0
-    once = all(len(curve) < 2 for arm in arms for curve in arm.curves)  # all of it stands right
+    once = all(len(curve) < 2 for arm in arms for curve in arm.curves)  # points lie on the right
     across = left + (0.05 if once else 0.6) * (right - left)
     start = bottom - 14 - 20 * len(arms) if rising else top + 8
     for number, (arm, colour) in enumerate(zip(arms, _colours(len(arms)), strict=True)):
@@ -127,7 +127,7 @@ def _legend(draw: ImageDraw.ImageDraw, arms: Sequence[Arm], frame: Frame) -> Non
 
 
 def _mean(curves: Sequence[Sequence[Point]]) -> list[Point]:
-    """The mean of curves that were measured at as many points; else none."""
+    """The mean of the curves, or no points if they differ in length."""
     if len({len(curve) for curve in curves}) != 1:
         return []
     points = np.mean(np.asarray(curves, dtype=np.float64), axis=0)
@@ -135,13 +135,13 @@ def _mean(curves: Sequence[Sequence[Point]]) -> list[Point]:
 
 
 def _room(low: float, high: float) -> tuple[float, float]:
-    """The values at the edges of a panel: a little more than is drawn."""
+    """The values at the edges of a panel: the range of the data with a margin."""
     spread = (high - low) or abs(high) or 1.0
     return low - 0.06 * spread, high + 0.06 * spread
 
 
 def ticks(low: float, high: float) -> list[float]:
-    """Four to nine round numbers between two."""
+    """Four to nine round numbers between `low` and `high`."""
     step = 10 ** math.floor(math.log10((high - low) / 4))
     step *= max(factor for factor in (1, 2, 5) if factor * step <= (high - low) / 4)
     first = math.ceil(low / step)
@@ -149,7 +149,7 @@ def ticks(low: float, high: float) -> list[float]:
 
 
 def labels(values: Sequence[float]) -> list[str]:
-    """Round numbers, in as few signs as tell them apart."""
+    """Format numbers with as few digits as keep them distinct."""
     said = [short(value) for value in values]
     digits = 3
     while len(set(said)) < len(said) and digits < 12:
@@ -159,7 +159,7 @@ def labels(values: Sequence[float]) -> list[str]:
 
 
 def short(value: float, digits: int = 3) -> str:
-    """A number in a few signs: 12k, 0.5."""
+    """Format a number briefly: 12k, 0.5."""
     for size, sign in ((1e18, "E"), (1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size * (1 - 0.5 * 10.0**-digits):  # 999.7 is 1k, not 1e+03
             return f"{value / size:.{digits}g}{sign}"
@@ -178,7 +178,7 @@ def _pale(colour: tuple[int, int, int]) -> tuple[int, int, int]:
 def _curve(
     draw: ImageDraw.ImageDraw, points: Sequence[Point], colour: tuple[int, int, int], width: int
 ) -> None:
-    """A line; a dot where it was measured once."""
+    """Draw a line, or a dot for a single point."""
     _line(draw, points, colour, width)
     if len(points) == 1:
         _dot(draw, points[0], colour, 3 + width)

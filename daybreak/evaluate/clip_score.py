@@ -1,9 +1,9 @@
-"""CLIPScore: how near CLIP finds a picture and its prompt.
+"""CLIPScore: the similarity of a picture and its prompt in CLIP's embedding.
 
-    score = 100 max(0, cos(picture, words))
+    score = 100 max(0, cos(picture, prompt))
 
-It knows which things a prompt names better than how many there are or which is which, it saturates
-for good models, and it reads no more than 77 tokens: compare it at equal prompts, and look at
+It judges which objects a picture shows better than their number or their attributes, it saturates
+for good models, and it reads at most 77 tokens: compare scores only for equal prompts, and look at
 `Scores.cut`.
 
 Letters  n pictures, each with its prompt.
@@ -23,25 +23,26 @@ from daybreak.failure import BadRecipe
 
 
 class Clip(NamedTuple):
-    """Both sides of a CLIP model."""
+    """The image and text encoders of a CLIP model."""
 
     pictures: Extractor
     words: Callable[[Sequence[str]], Features]
     length: Callable[[str], int]  # tokens of a prompt
-    longest: int  # tokens that are read
+    longest: int  # most tokens that are read
 
 
 class Scores(NamedTuple):
-    """One score for each picture, and how many prompts were longer than CLIP reads."""
+    """A score for each picture, and how many prompts were cut because CLIP reads fewer tokens."""
 
     values: npt.NDArray[np.float64]
     cut: int
 
 
 def load(source: str = "clip", device: torch.device | str = "cpu") -> Clip:
-    """A CLIP model by hub id or local folder.
+    """Load a CLIP model by hub id or local folder.
 
-    Errors  BadRecipe if it cannot be loaded, does not read, or its tokenizer is another one.
+    Errors  BadRecipe if it cannot be loaded, has no text encoder, or has a tokenizer that does not
+            fit.
     """
     from transformers import AutoTokenizer
 
@@ -51,7 +52,7 @@ def load(source: str = "clip", device: torch.device | str = "cpu") -> Clip:
     hub, revision = features.located(source)
     tokenizer = AutoTokenizer.from_pretrained(hub, revision=revision)
     known, needed = len(tokenizer), int(model.config.text_config.vocab_size)
-    if known != needed:  # without its files `transformers` makes an empty one
+    if known != needed:  # `transformers` makes an empty one if its files are missing
         raise BadRecipe(
             f"the tokenizer of {hub} knows {known} tokens and its model {needed}: put the "
             "tokenizer.json of the model beside it"

@@ -1,25 +1,24 @@
-"""How far the pictures of a model are from those of a reference, in the features of a network.
+"""Distances between a model's pictures and a reference, in the features of a network.
 
     frechet     |mu - nu|^2 + tr(S + T - 2 (S^1/2 T S^1/2)^1/2)                  FID, FD-DINOv2
     kernel      MMD^2 with k(x, y) = (x.y / f + 1)^3                             KID, KD-DINOv2
     cmmd        1000 MMD^2 with k(x, y) = exp(-|x - y|^2 / 200), |x| = |y| = 1
-    manifold    precision, recall, density and coverage, by balls to the 5th neighbour
+    manifold    precision, recall, density, coverage; balls that reach to the 5th neighbour
 
     MMD^2 = mean k(x_i, x_j) + mean k(y_i, y_j) - 2 mean k(x_i, y_j),  i != j within a set
 
-The Frechet distance takes both sets for Gaussian and grows as pictures become fewer: it compares
-only equal numbers, and says how large the effect is (`Estimate.bias`). MMD^2 without the diagonal
-is unbiased at any number and may be below zero. With this width of kernel, cmmd is 10 times the
-squared distance of the mean features and sees nothing else: it is never reported alone.
+The Frechet distance assumes that both sets are Gaussian, and is biased upwards for few pictures:
+compare it only at equal numbers. `Estimate.bias` estimates the bias. MMD^2 without the diagonal is
+unbiased for any number of pictures and may be negative. With this kernel width, cmmd is practically
+10 times the squared distance of the mean features: do not report it alone.
 
-Intervals are of 95 % and say how much other pictures of the same model would change the value;
-the reference is what it is. Those of recall and coverage, which are shares of the reference, say
-how much other pictures of the reference would. Values do not depend on the order of pictures.
-Distances between all pairs are never held at once: the memory needed is a few copies of the
-features.
+Intervals are at 95 % and show how much the value would vary with other pictures of the same model,
+for a fixed reference. Those of recall and coverage, which are shares of the reference, show how
+much it would vary with another reference. Values do not depend on the order of pictures. Distances
+between all pairs are never stored at once: the memory needed is a few copies of the features.
 
 Shapes  features (n, f) of the model, (m, f) of the reference; any float, computed in float64.
-Errors  BadData for too few pictures; ValueError for features that do not fit or are not finite.
+Errors  BadData for too few pictures; ValueError for features of another width or not finite.
 Source  FID arXiv 1706.08500, its bias 1911.07023; KID 1801.01401; CMMD 2401.09603; precision and
         recall 1904.06991, density and coverage 2002.09797; jackknife: Efron and Stein 1981.
 """
@@ -39,15 +38,15 @@ Features = npt.NDArray[np.floating[Any]]
 Floats = npt.NDArray[np.float64]
 Kernel = Callable[[Floats, Floats], Floats]
 
-BLOCK = 2048  # rows of one set compared with as many of the other at a time: 32 MiB
-GROUPS = 10  # left out in turn to find out how much the Frechet distance would vary
+BLOCK = 2048  # rows of each set that are compared at a time: 32 MiB
+GROUPS = 10  # groups of pictures for the jackknife of the Frechet distance
 CMMD_SIGMA, CMMD_SCALE = 10.0, 1000.0
 NEIGHBOURS = 5
-FEWEST, FEWEST_TRUE = 2 * GROUPS, NEIGHBOURS + 1  # pictures of model and reference for all of them
+FEWEST, FEWEST_TRUE = 2 * GROUPS, NEIGHBOURS + 1  # pictures of model and reference for all measures
 
 
 class Estimate(NamedTuple):
-    """A value, its interval, and by how much the small number of pictures raises it."""
+    """A value, its interval, and its bias from the finite number of pictures."""
 
     value: float
     low: float
@@ -56,7 +55,7 @@ class Estimate(NamedTuple):
 
 
 class Moments(NamedTuple):
-    """Mean (f,) and covariance (f, f) of features: all that the Frechet distance knows of them."""
+    """Mean (f,) and covariance (f, f) of features, all that the Frechet distance depends on."""
 
     mean: Floats
     covariance: Floats
@@ -78,7 +77,7 @@ class Manifold(NamedTuple):
 
 
 def check(number: int, of: str, least: int = FEWEST) -> None:
-    """Refuse what would be refused when all is drawn. Errors: BadData for fewer than `least`."""
+    """Check a number of pictures, also before drawing. Errors: BadData for fewer than `least`."""
     if number < least:
         raise BadData(f"{number} {of} are too few for these distances: give {least} or more")
 
@@ -96,10 +95,10 @@ def between(one: Moments, other: Moments) -> float:
 
 
 def frechet(features: Features, reference: Moments) -> Estimate:
-    """The Frechet distance to a reference known by its moments.
+    """The Frechet distance to a reference given by its moments.
 
-    Interval and bias are found by leaving out a tenth of the pictures at a time. The bias is that
-    of first order: subtract it to compare different numbers, and trust it where it is small.
+    Interval and bias come from a jackknife that leaves out a tenth of the pictures at a time. The
+    bias is of first order: subtract it to compare different numbers of pictures, if it is small.
     """
     x = _matrix(features, FEWEST, "pictures of the model")
     if x.shape[1] != len(reference.mean):
@@ -136,7 +135,7 @@ def kernel(features: Features, reference: Features) -> Estimate:
 
 
 def cmmd(features: Features, reference: Features) -> Estimate:
-    """The kernel distance of features, in the paper CLIP's, which are brought to length 1 here.
+    """The kernel distance of features scaled to length 1; the paper uses those of CLIP.
 
     Errors  ValueError for features of length zero.
     """
@@ -149,9 +148,9 @@ def cmmd(features: Features, reference: Features) -> Estimate:
 
 
 def manifold(features: Features, reference: Features, k: int = NEIGHBOURS) -> Manifold:
-    """Precision, recall, density and coverage; k and both numbers must be equal to compare.
+    """Precision, recall, density and coverage; compare only at equal k, n and m.
 
-    Intervals take the balls as given and count points inside.
+    Intervals treat the balls as fixed and cover only the number of points inside.
     """
     x, y = _pair(features, reference, least=k + 1)
     centre = y.mean(0)  # distances of points far from the origin lose digits
@@ -177,7 +176,7 @@ def manifold(features: Features, reference: Features, k: int = NEIGHBOURS) -> Ma
 
 
 def warning(name: str, estimate: Estimate, n: int) -> str | None:
-    """What to say of a value that few pictures have raised by more than a twentieth; else None."""
+    """Return a warning if the bias exceeds a twentieth of the value, else None."""
     if abs(estimate.bias) <= 0.05 * abs(estimate.value):
         return None
     return (
@@ -191,11 +190,14 @@ def warning(name: str, estimate: Estimate, n: int) -> str | None:
 
 
 def _between(one: Moments, other: Moments, root: Floats) -> float:
-    """With S^1/2 of the other given: the trace of a root is the sum of the eigenvalues' roots."""
+    """Frechet distance, given the root of the other's covariance.
+
+    The trace of a matrix root is the sum of the roots of its eigenvalues.
+    """
     spread = np.linalg.eigvalsh(root @ one.covariance @ root)
     trace = np.trace(one.covariance) + np.trace(other.covariance)
     apart = np.square(one.mean - other.mean).sum()
-    # Rounding leaves eigenvalues a little below zero where there are fewer pictures than features.
+    # With fewer pictures than features, rounding makes some eigenvalues slightly negative.
     return float(apart + trace - 2 * np.sqrt(spread.clip(0)).sum())
 
 
@@ -209,7 +211,7 @@ def _root(covariance: Floats) -> Floats:
 
 
 def _mmd(x: Floats, y: Floats, of: Kernel) -> Estimate:
-    """MMD^2; its interval by leaving out each picture of x, which row sums make free."""
+    """MMD^2; the interval is a jackknife over x, computed from row sums at no further cost."""
     n, m = len(x), len(y)
     own, cross, other = _row_sums(x, x, of), _row_sums(x, y, of), _row_sums(y, y, of)
     within = other.sum() / (m * (m - 1))
@@ -226,7 +228,7 @@ def _row_sums(x: Floats, y: Floats, of: Kernel) -> Floats:
     for rows in _blocks(len(x)):
         for columns in _blocks(len(y)):
             if same and columns.start < rows.start:
-                continue  # done as its mirror image
+                continue  # symmetric, done already
             block = of(x[rows], y[columns])
             if same and columns.start == rows.start:
                 np.fill_diagonal(block, 0.0)
@@ -240,7 +242,7 @@ def _row_sums(x: Floats, y: Floats, of: Kernel) -> Floats:
 
 
 def _reach(x: Floats, k: int) -> Floats:
-    """The squared distance of each point to its k-th neighbour, itself not counted, (n,)."""
+    """The squared distance of each point to its k-th nearest other point, (n,)."""
     reach = np.empty(len(x))
     for rows in _blocks(len(x)):
         nearest = np.full((rows.stop - rows.start, k), np.inf)
@@ -262,7 +264,7 @@ def _share(inside: npt.NDArray[np.bool_]) -> Estimate:
     return Estimate(float(inside.mean()), *wilson(int(inside.sum()), len(inside)))
 
 
-# What comes in
+# Inputs
 
 
 def _blocks(n: int) -> Iterator[slice]:

@@ -1,14 +1,14 @@
-"""How far the pictures of an artist are from true ones, in the features of one or more networks.
+"""Distances between an artist's pictures and true ones, in the features of one or more networks.
 
     distribution    the captions of a dataset, or of fresh scenes, each drawn in its picture's shape
     coco30k         a fixed list of captions against a folder of pictures, at 256 px: FID-30K
 
-Values are named by network: `clip.cmmd`, `inception.frechet`. Features of the reference are kept
-under a digest of pictures, size and network, so another evaluation only draws.
+Values are named by network: `clip.cmmd`, `inception.frechet`. Features of the reference are cached
+under a digest of pictures, size and network, so a later evaluation computes only the model's.
 
-What makes numbers of one publication incomparable with another's is here fixed and recorded: how
-many pictures, resizing (once, bicubic with antialiasing, bytes between all steps), the captions.
-A network that took part in training is no judge: its values come with a remark.
+Everything that makes published numbers incomparable is fixed and recorded here: the number of
+pictures, resizing (once, bicubic with antialiasing, bytes between all steps) and the captions. A
+network that was used in training should not evaluate the model: its values get a remark.
 
 Shapes  pictures (n, h, w, 3) uint8; features (n, f).
 """
@@ -32,7 +32,7 @@ from daybreak.failure import BadData, BadRecipe, BadStorage
 
 BATCH = 64
 COCO_SIDE = 256  # pixels of FID-30K
-SAFE = 10_000  # pictures from which a Frechet distance may be quoted on its own
+SAFE = 10_000  # with fewer pictures, a Frechet distance gets a remark
 
 
 def distribution(
@@ -43,9 +43,9 @@ def distribution(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
-    """Draw every caption once and compare with the pictures they are from.
+    """Draw every caption once and compare with the pictures that the captions belong to.
 
-    A cache that cannot be written costs time the next time, and is a remark.
+    If the cache cannot be written, the result has a remark.
 
     Errors  BadData for too few pictures.
     """
@@ -98,14 +98,14 @@ def coco30k(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
-    """Draw every caption of the list once, scale it to `side`, and compare with all of a folder.
+    """Draw every caption once, scale the pictures to `side`, and compare with those of a folder.
 
-    The list's sha256 is part of the result; with a CLIP so is the mean CLIPScore, the other axis of
-    the usual curve over guidance. True pictures smaller than `side`, of which COCO has some, are
-    enlarged and counted.
+    The result contains the sha256 of the list and, with a CLIP, the mean CLIPScore, which is
+    usually plotted against the FID over guidance. True pictures smaller than `side`, of which COCO
+    has some, are enlarged and counted.
 
     Errors  BadRecipe for a model that draws smaller pictures; BadData for too few captions or
-            pictures, and as `features.reference`; all before a picture is drawn.
+            pictures, and as `features.reference`; all are raised before a picture is drawn.
     """
     if artist.side < side:
         raise BadRecipe(
@@ -163,14 +163,14 @@ def coco30k(
 
 
 def names(network: str) -> list[str]:
-    """What `compare` measures with a network of this name."""
+    """The names of the values that `compare` measures with this network."""
     return [f"{Path(network).name}.{name}" for name in DISTANCES]
 
 
 def compare(
     artist: Artist, extractor: Extractor, drawn: Features, reference: Features
 ) -> tuple[dict[str, Estimate], list[str]]:
-    """All distances of what an artist has drawn, by name, and what must be said of them.
+    """Return all distances of an artist's pictures, by name, and remarks about them.
 
     Errors  BadData for too few pictures.
     """

@@ -1,11 +1,11 @@
-"""Captioned pictures to measure with: fresh scenes, or those of a prepared dataset.
+"""Captioned pictures for evaluation: fresh scenes, or those of a prepared dataset.
 
-Example k is the same picture with the same caption in every call, whoever is measured: it depends
-on source, seed and size alone. Scenes have indices that training never reaches. Whether a dataset
-was trained on is for its user to know.
+Example k is the same picture with the same caption in every call and for every model: it depends on
+source, seed, size and count alone. Scenes have indices that training never reaches. Whether a
+dataset was used for training is not checked.
 
-A model is asked for a caption in the shape of its picture: examples come in batches of one shape,
-the bucket of the dataset at the model's resolution.
+Each caption is drawn in the shape of its picture, so examples come in batches of one shape, a
+bucket of the dataset at the model's resolution.
 
 Shapes  pictures (b, h, w, 3) uint8.
 """
@@ -27,11 +27,11 @@ from daybreak.evaluate.distances import FEWEST
 from daybreak.failure import BadData
 
 BATCH = 64
-FIRST = 1 << 60  # index of the first scene
+FIRST = 1 << 60  # index of the first scene, beyond those of training
 
 
 class Batch(NamedTuple):
-    """Examples `first` and following, of one shape."""
+    """Consecutive examples of one shape, numbered from `first`."""
 
     first: int
     pictures: npt.NDArray[np.uint8]
@@ -39,22 +39,22 @@ class Batch(NamedTuple):
 
 
 class Examples(NamedTuple):
-    """So many captioned pictures, to be read as often as need be."""
+    """`total` captioned pictures; `read` iterates over them from the start."""
 
     source: str
-    digest: str  # 16 hex digits that name the pictures
+    digest: str  # 16 hex digits that identify the pictures
     total: int
     read: Callable[[], Iterator[Batch]]
-    seed: int = 0  # that they were chosen with
+    seed: int = 0  # with which they were chosen
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What a result must say of them, for JSON."""
+        """The facts about them that a result records, for JSON."""
         return {"examples": self.digest, "examples_seed": self.seed, "source": self.source}
 
 
 def of_scenes(config: scenes.Config, seed: int, count: int) -> Examples:
-    """Scenes like those of training that training never shows."""
+    """Scenes distributed as in training, at indices that training never reaches."""
 
     def read() -> Iterator[Batch]:
         for first in range(0, count, BATCH):
@@ -65,21 +65,21 @@ def of_scenes(config: scenes.Config, seed: int, count: int) -> Examples:
             pictures = np.stack([sample.image for sample in drawn])
             yield Batch(first, pictures, [sample.caption for sample in drawn])
 
-    # What is left out of captions depends on the index, and theirs lie beyond any `complete`.
+    # `complete` concerns only scenes with smaller indices, so it does not change these.
     facts = [config.model_dump(mode="json", exclude={"complete"}), seed, count]
     return Examples("scenes", _digest(facts), count, read, seed)
 
 
 def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Examples:
-    """Pictures of a prepared dataset, each once, at the resolution `side`; sides fill `unit`.
+    """Distinct pictures of a prepared dataset at resolution `side`; sides are multiples of `unit`.
 
-    Errors  BadData if there is no such dataset, or if it has too few pictures or too small ones.
+    Errors  BadData if there is no such dataset, or if its pictures are too few or too small.
     """
     source = Prepared([(str(folder), 1.0)], seed, unit)
     opened = source.datasets[0]
     if len(opened.numbers) < count:
         there, ask = len(opened.numbers), ""
-        if there >= FEWEST:  # that commands and recipes can ask for
+        if there >= FEWEST:  # a number that can be asked for
             ask = (
                 f"ask for {there} (--count of evaluate, --pictures of compare, evaluate.pictures "
                 "of a recipe), or "

@@ -1,17 +1,17 @@
-"""Pictures to features: the networks whose features distances compare.
+"""Pictures to features: the networks in whose features distances are measured.
 
     scenes      33 thousand weights, part of the package (`evaluate/scenes_features`)
-    dinov2      DINOv2 ViT-L/14, its class token
-    clip        CLIP ViT-L/14 at 336 px, its projected picture
-    inception   Inception v3 of the FID, by the extra `eval`
+    dinov2      DINOv2 ViT-L/14, class token
+    clip        CLIP ViT-L/14 at 336 px, projected image embedding
+    inception   Inception v3 as used for FID, installed with the extra `eval`
     any other   a vision or CLIP model of `transformers`, by hub id, hub id@revision or local folder
 
-Pictures are bytes: what is scored is what would be saved. They are resized once, to the side a
-network was made for, by Pillow's bicubic filter, whose support grows with the reduction; Inception
-resizes by itself, as its FID demands. A digest of weights and preparation travels with every
-extractor, because numbers of two versions do not compare.
+Pictures are bytes: what is scored is what would be saved. They are resized once, to the network's
+input size, by Pillow's bicubic filter, which is antialiased; Inception does its own resizing, as
+FID requires. Every extractor has a digest of weights and preprocessing, because values of
+different versions cannot be compared.
 
-A network that took part in training must not judge: its distance may be looked at, not reported.
+A network that was used in training should not evaluate the model: do not report its distances.
 
 Shapes  pictures (n, h, w, 3) uint8 or float in [0, 1]; features (n, f) float32.
 """
@@ -41,39 +41,39 @@ from daybreak.model.hub import Unpickling
 Pictures = npt.NDArray[np.uint8]
 Features = npt.NDArray[np.float32]
 
-VERSION = "1"  # of resizing and reading; another one makes other references
+VERSION = "1"  # of decoding and resizing; part of every digest
 
-KNOWN = {  # name: hub id; size and licence
+KNOWN = {  # name: (hub id, size and licence)
     "dinov2": ("facebook/dinov2-large", "1.2 GB, Apache-2.0"),
     "clip": ("openai/clip-vit-large-patch14-336", "1.7 GB, MIT"),
 }
-INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # the last word begins its sha256
+INCEPTION = "weights-inception-2015-12-05-6726825d.pth"  # ends in the first digits of its sha256
 INCEPTION_URL = f"https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/{INCEPTION}"
 BATCH = 64
 
 
 class Extractor(NamedTuple):
-    """A network, and all that decides what it says of a picture."""
+    """A network, with everything that its features depend on."""
 
     name: str
-    digest: str  # 16 hex digits of the sha256 of weights and preparation
-    side: int | None  # of the square its pictures are brought to; None takes them as they are
+    digest: str  # 16 hex digits of the sha256 of weights and preprocessing
+    side: int | None  # side of the square that pictures are resized to; None: not resized
     network: Callable[[UInt8[Tensor, "b 3 h w"]], Float[Tensor, "b f"]]
-    family: str = ""  # what kind of network it is, wherever it lies: clip, dinov2, dinov3_vit, ...
+    family: str = ""  # its architecture: clip, dinov2, dinov3_vit, ...
 
 
 class Reference(NamedTuple):
-    """Features of a fixed set of pictures, and the key under which they are kept."""
+    """Features of a fixed set of pictures, and the key under which they are cached."""
 
     features: Features
     digest: str
-    enlarged: int  # pictures that are smaller than those they are compared with
+    enlarged: int  # pictures that were smaller than the model's and were enlarged
 
 
 def load(name: str, device: torch.device | str = "cpu") -> Extractor:
-    """An extractor by one of the names above.
+    """Load an extractor by one of the names above.
 
-    Errors  BadRecipe if its weights or its package are not there, saying where they belong.
+    Errors  BadRecipe if its weights or its package are missing; it says where to put them.
     """
     if name == "scenes":
         return scenes(device)
@@ -84,7 +84,7 @@ def load(name: str, device: torch.device | str = "cpu") -> Extractor:
 
 
 def extract(extractor: Extractor, pictures: npt.NDArray[Any]) -> Features:
-    """Features of all pictures, in their order. Errors: ValueError as `as_bytes`."""
+    """Return the features of all pictures, in order. Errors: ValueError as `as_bytes`."""
     parts = []
     pixels = as_bytes(pictures)
     for first in range(0, len(pixels), BATCH):
@@ -98,10 +98,9 @@ def extract(extractor: Extractor, pictures: npt.NDArray[Any]) -> Features:
 
 
 def as_bytes(pictures: npt.NDArray[Any]) -> Pictures:
-    """Pictures as uint8, rounded; floats must lie in [0, 1].
+    """Convert pictures to uint8, rounded; floats must be in [0, 1].
 
-    A float picture in 0-255 or in [-1, 1], or one with its channels first, would give numbers that
-    look right and mean nothing.
+    Floats in 0-255 or in [-1, 1], or channels first, would give plausible but meaningless values.
 
     Errors  ValueError for any other range, type or shape, and for no pictures at all.
     """
@@ -119,7 +118,7 @@ def as_bytes(pictures: npt.NDArray[Any]) -> Pictures:
 
 
 def fit(picture: Pictures, height: int, width: int) -> Pictures:
-    """The largest centred part of a picture with the wanted shape, scaled by a bicubic filter."""
+    """Crop the largest centred part of that aspect ratio and scale it by a bicubic filter."""
     if picture.shape[:2] == (height, width):
         return picture
     scaled = ImageOps.fit(Image.fromarray(picture), (width, height), Image.Resampling.BICUBIC)
@@ -130,7 +129,7 @@ def fit(picture: Pictures, height: int, width: int) -> Pictures:
 
 
 def scenes(device: torch.device | str = "cpu") -> Extractor:
-    """The network that was taught with coloured shapes."""
+    """Return the network that was trained on coloured shapes."""
     network = scenes_features.load().to(device)
     return Extractor(
         "scenes",
@@ -142,9 +141,9 @@ def scenes(device: torch.device | str = "cpu") -> Extractor:
 
 
 def from_model(name: str, model: Any, processor: Any) -> Extractor:
-    """A loaded vision model of `transformers`, or the picture side of one that also reads.
+    """Wrap a loaded vision model of `transformers`, or the image encoder of a CLIP model.
 
-    Mean, spread and side are those of the preparation that was saved with it.
+    Mean, standard deviation and side are taken from its preprocessor.
     """
     device = model.device
     side = _side(processor)
@@ -166,14 +165,14 @@ def from_model(name: str, model: Any, processor: Any) -> Extractor:
 
 
 def inception(device: torch.device | str = "cpu") -> Extractor:
-    """The Inception v3 of the FID, with weights converted from the original ones.
+    """Load FID's Inception v3, with weights converted from the original ones.
 
-    Errors  BadRecipe without the package, the file, or if the file is another one.
+    Errors  BadRecipe if the package or the file is missing, or if the file's sha256 is wrong.
     """
     weights = inception_home()
     try:
         from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
-    except (ImportError, RuntimeError) as error:  # torchvision of another torch is no ImportError
+    except (ImportError, RuntimeError) as error:  # RuntimeError: torchvision does not fit torch
         raise BadRecipe(
             'the features of inception need torch-fidelity: pip install "daybreak[eval]" '
             f"({told(error)})"
@@ -188,30 +187,30 @@ def inception(device: torch.device | str = "cpu") -> Extractor:
         raise BadRecipe(
             f"{weights} is damaged or another file: its sha256 does not begin with {expected}"
         )
-    torch.load(weights, weights_only=True)  # the package would also run code, had it any
+    torch.load(weights, weights_only=True)  # first: torch-fidelity would unpickle code too
     network = FeatureExtractorInceptionV3("inception-v3-compat", ["2048"], str(weights)).to(device)
     digest = _digest(network, ())
     return Extractor("inception", digest, None, lambda x: network(x.to(device))[0], "inception")
 
 
 def inception_home() -> Path:
-    """Where torch-fidelity itself keeps the weights of Inception."""
+    """Return the path at which torch-fidelity itself stores the weights of Inception."""
     home = Path(os.environ.get("TORCH_HOME", "~/.cache/torch")).expanduser()
     return home / "hub" / "checkpoints" / INCEPTION
 
 
 def located(source: str) -> tuple[str, str]:
-    """Hub id or folder, and revision, of an extractor's name."""
+    """Return hub id or folder, and revision, for an extractor's name."""
     hub = KNOWN[source][0] if source in KNOWN else source
     name, _, revision = hub.partition("@")
     return (hub, "main") if Path(hub).is_dir() or not revision else (name, revision)
 
 
 def from_hub(source: str) -> tuple[Any, Any]:
-    """A frozen model of `transformers` and the preparation of its pictures.
+    """Load a frozen model of `transformers` and its image preprocessor.
 
-    Errors  BadRecipe with name, size and place of what is missing or incomplete: `transformers`
-            would fill a gap in the weights with random numbers, and every score would be wrong.
+    Errors  BadRecipe if it is missing or incomplete, with name and size: `transformers` would fill
+            missing weights with random values, and every score would be wrong.
     """
     from transformers import AutoImageProcessor, AutoModel
 
@@ -235,7 +234,7 @@ def from_hub(source: str) -> tuple[Any, Any]:
 
 
 def _side(processor: Any) -> int:
-    """The side of the square in the middle that a processor would cut out."""
+    """Return the side of a preprocessor's centre crop."""
     for size in (processor.crop_size, processor.size):
         if size is not None:
             side = size.height or size.shortest_edge
@@ -252,19 +251,19 @@ def _digest(network: nn.Module, preparation: tuple[Any, ...]) -> str:
     return digest.hexdigest()[:16]
 
 
-# What is compared with
+# The reference
 
 
 def reference(
     extractor: Extractor, files: Sequence[Path], height: int, width: int, cache: Path
 ) -> Reference:
-    """Features of picture files at the size a model draws, computed once.
+    """Return the features of picture files at the model's size, computed once.
 
-    They are kept in `cache` under a hash of the files' contents, the size and the extractor: names
-    and order do not matter, and any change of a byte makes another reference. A picture that is
-    smaller is enlarged, as others do who publish such numbers, and counted.
+    They are cached in `cache` under a hash of the files' contents, the size and the extractor: file
+    names and order do not matter, and any changed byte gives another reference. Smaller pictures
+    are enlarged, as is usual for published values, and counted.
 
-    Errors  BadData for a picture that is damaged, or for none; BadStorage if the cache cannot be
+    Errors  BadData for a damaged picture or for no pictures; BadStorage if the cache cannot be
             written.
     """
     if not files:
@@ -290,7 +289,7 @@ def reference(
 
 
 def kept(place: Path, number: int, what: str = "features") -> Features | None:
-    """Features found in a cache; None if they are not there or not whole."""
+    """Return features from the cache; None if they are missing, damaged or not `number` rows."""
     try:
         found: Features = load_file(place)[what]
     except (OSError, SafetensorError, KeyError):
@@ -299,7 +298,7 @@ def kept(place: Path, number: int, what: str = "features") -> Features | None:
 
 
 def keep(place: Path, features: Features, **others: Features) -> None:
-    """Put features, and what else is known, into a cache, whole or not. Errors: BadStorage."""
+    """Write features, and other arrays, into the cache atomically. Errors: BadStorage."""
     try:
         place.parent.mkdir(parents=True, exist_ok=True)
         with disk.fresh(place) as staged:
@@ -311,7 +310,7 @@ def keep(place: Path, features: Features, **others: Features) -> None:
 
 
 def _read(file: Path, height: int, width: int) -> tuple[Pictures, bool]:
-    """A picture of the wanted shape, and whether it had to be enlarged for that."""
+    """Return a picture of that shape, and whether it had to be enlarged."""
     picture = images.decode(file.read_bytes(), str(file))
     smaller = picture.shape[0] < height or picture.shape[1] < width
     return fit(picture, height, width), smaller

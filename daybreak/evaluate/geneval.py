@@ -1,16 +1,16 @@
-"""GenEval, whose judge runs elsewhere: pictures in its layout, and its answer read back.
+"""GenEval, which is run separately: write pictures in its layout, and read back its results.
 
     FOLDER/00000/metadata.jsonl         line 0 of its evaluation_metadata.jsonl
     FOLDER/00000/samples/0000.png       and 0001 to 0003
 
     python evaluation/evaluate_images.py FOLDER --outfile results.jsonl     in its own environment
 
-Its detector needs libraries that fit nothing else, so it is not imported. The score is the mean of
-the six tasks' shares, as in its own summary; intervals are of prompts, because pictures of one
-prompt are not independent.
+Its detector needs libraries that conflict with others, so it is not imported. The score is the mean
+of the six tasks' shares, as in GenEval's own summary; intervals treat the pictures of one prompt as
+a cluster, because they are not independent.
 
-A score of zero in every task is the known sign of a detector whose weights and configuration do
-not belong together: nothing is right by it, and it says so of known-good pictures too.
+A score of zero in every task usually means that the detector's weights and configuration do not
+match: then it also rejects pictures that are known to be good.
 
 Source  arXiv 2310.11513; djghosh13/geneval, evaluation/summary_scores.py.
 """
@@ -32,7 +32,7 @@ from daybreak.failure import BadData, BadRecipe, BadStorage
 from daybreak.generate import grid
 
 TASKS = ("single_object", "two_object", "counting", "colors", "position", "color_attr")
-EACH = 4  # pictures of a prompt
+EACH = 4  # pictures for each prompt
 
 
 def write(
@@ -43,10 +43,10 @@ def write(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
-    """Draw every prompt and lay the pictures out; there is nothing to score yet.
+    """Draw every prompt and write the pictures in GenEval's layout; the result has no score yet.
 
-    Errors  BadData for a line without a tag; BadRecipe if pictures are there already; BadStorage
-            if the folder cannot be written.
+    Errors  BadData for a line without a tag; BadRecipe if the folder already has pictures;
+            BadStorage if the folder cannot be written.
     """
     for number, row in enumerate(asked.rows, start=1):
         if not isinstance(row, dict) or row.get("tag") not in TASKS:
@@ -82,9 +82,9 @@ def write(
 
 
 def read(results: Path) -> Result:
-    """The score that GenEval's own file holds.
+    """Read the score from GenEval's results file.
 
-    Errors  BadData for a file that is not one, or in which a task is missing.
+    Errors  BadData if the file is not one of GenEval's, or if a task is missing.
     """
     rows = _rows(results)
     passed = np.array([bool(row["correct"]) for row in rows], dtype=np.float64)
@@ -132,7 +132,7 @@ def _share(
     prompts: Sequence[str],
     tasks: Sequence[str],
 ) -> Estimate:
-    """The mean of tasks' shares; pictures of one prompt are one cluster."""
+    """The mean of the tasks' shares; the pictures of one prompt are a cluster."""
     rows = [i for i, tag in enumerate(tags) if tag in tasks]
     names = [tags[i] for i in rows]
     means = [passed[[i for i in rows if tags[i] == task]].mean() for task in tasks]

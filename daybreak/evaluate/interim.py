@@ -1,11 +1,11 @@
-"""What is measured while a run goes on: the recipe's [evaluate].
+"""Evaluations during a run: the recipe's [evaluate].
 
-Measured are the averaged weights, on questions that stay the same from the first step to the last
-and for every run of the same seed: runs are compared with one another, and with themselves. That
-list is no headline; the prompts of `daybreak evaluate` follow from finished weights.
+The averaged weights are evaluated, on prompts and pictures that are the same at all steps and for
+all runs with the same seed, so that steps and runs can be compared. For a final score use
+`daybreak evaluate`, whose prompts are derived from the finished weights.
 
-Nothing here draws from a generator that training draws from, so a run with evaluations takes the
-same steps as one without, bit for bit.
+No random generator of training is used, so a run with evaluations takes the same steps as one
+without, bit for bit.
 """
 
 from collections.abc import Mapping, Sequence
@@ -26,11 +26,12 @@ if TYPE_CHECKING:
 
 
 class Config(BaseModel):
-    """Which suites, every how many steps; after the last step they always run.
+    """Which suites run, and every how many steps; they also run after the last step.
 
-    `best` names the metric by which a best checkpoint is kept. `per_task` are the prompts of a task
-    of scenes, `pictures` those of the other suites, which come from the prepared dataset `data`;
-    runs on scenes need none. `features` is the network of the distribution.
+    `best` names the metric by which the best checkpoint is kept. `per_task` is the number of
+    prompts for each task of scenes, `pictures` that of pictures for each of the other suites. Those
+    come from the prepared dataset `data`, which runs on scenes do not need. `features` is the
+    network of the suite distribution.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -41,7 +42,7 @@ class Config(BaseModel):
     )
     best: str | None = None
     per_task: int = Field(default=20, ge=5)
-    pictures: int = Field(default=512, ge=20)  # evaluate/distances needs so many
+    pictures: int = Field(default=512, ge=20)  # the fewest that evaluate/distances accepts
     data: str | None = None
     features: str | None = None
 
@@ -58,9 +59,9 @@ class Config(BaseModel):
         return self
 
     def check(self, on_scenes: bool) -> None:
-        """Compare with a run that trains on scenes or on pictures.
+        """Check against the data of the run: scenes or pictures.
 
-        Errors  ValueError if there is nothing to measure with.
+        Errors  ValueError if something that the suites need is missing.
         """
         if on_scenes:
             return
@@ -76,10 +77,10 @@ class Config(BaseModel):
 
 
 def side(config: Config, suite: str, scenes: scenes_data.Config | None, resolution: int) -> int:
-    """The side of a suite's pictures in a stage of some resolution.
+    """Return the side of a suite's pictures in a stage of this resolution.
 
-    Scenes are always as large as their canvas, which is what the checker knows; pictures of a
-    dataset are as large as those that the stage trains with.
+    Scenes always have the size of their canvas, which the checker requires; pictures of a dataset
+    have the resolution of the stage.
     """
     if scenes is not None and (suite == "scenes" or config.data is None):
         return scenes_data.CANVASES[scenes.canvas].size
@@ -87,7 +88,7 @@ def side(config: Config, suite: str, scenes: scenes_data.Config | None, resoluti
 
 
 def names(config: Config, scenes: scenes_data.Config | None) -> list[str]:
-    """Every metric that the suites of a run can measure: a canvas does not have all tasks."""
+    """Return all metrics that the suites of a run measure; some canvases lack some tasks."""
     from daybreak.evaluate import distribution, scenes_questions, suite
 
     found: list[str] = []
@@ -110,12 +111,12 @@ def check(
     unit: int,
     metric: str | None,
 ) -> None:
-    """Look, before the first step, at all that an evaluation will need.
+    """Check, before the first step, everything that an evaluation will need.
 
-    `resolutions` are those of the stages that are evaluated, `unit` is the model's patch.
+    `resolutions` are those of the stages that are evaluated; `unit` is the model's patch.
 
-    Errors  BadRecipe for a `metric` that the suites cannot measure, or a network whose weights are
-            not there; BadData for a dataset that is missing, too small or of too small pictures.
+    Errors  BadRecipe for a `metric` that the suites do not measure, or a network whose weights are
+            missing; BadData for a dataset that is missing or has too few or too small pictures.
     """
     from daybreak.evaluate import examples
 
@@ -130,9 +131,9 @@ def check(
 
 @cache
 def _load_once(network: str) -> None:
-    """Make sure that the network of the distribution is there: once, for all runs of a comparison.
+    """Check that the network of the suite distribution loads: once, for all runs of a comparison.
 
-    Errors  BadRecipe if it is not.
+    Errors  BadRecipe if it does not.
     """
     from daybreak.evaluate import features
 
@@ -148,9 +149,9 @@ def measure(
     seed: int,
     cache: Path,
 ) -> Mapping[str, "Result"]:
-    """Run the suites; `seed` is the run's own, so runs of one seed are asked the same.
+    """Run the suites; `seed` is the run's own, so runs with the same seed get the same prompts.
 
-    The artist's side is the resolution of the stage; each suite asks for its own.
+    The artist's side is the resolution of the stage; `side` gives that of each suite.
 
     Errors  those of the suites.
     """

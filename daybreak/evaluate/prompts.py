@@ -1,10 +1,10 @@
-"""Pictures of a user's own prompts: files, a labelled sheet, and CLIPScore where there is a CLIP.
+"""Pictures of a user's own prompts: files, labelled sheets, and CLIPScore if there is a CLIP.
 
     FOLDER/0007-1.png       second picture of the eighth prompt; prompt and seed are in the file
-    FOLDER/prompts.jsonl    one line for each picture, so that any judge outside can read the folder
-    FOLDER/grid-0.png       sheets of SHEET pictures or so, all of a prompt's on one
+    FOLDER/prompts.jsonl    one line for each picture, so that other programs can score the folder
+    FOLDER/grid-0.png       sheets of about SHEET pictures; a prompt is never split over two sheets
 
-A list of prompts is UTF-8 text, one a line, or (.jsonl) JSON lines with a `prompt` each.
+A list of prompts is UTF-8 text with one prompt per line, or (.jsonl) JSON lines with a `prompt`.
 """
 
 import hashlib
@@ -26,14 +26,14 @@ from daybreak.evaluate.suite import Progress, Result
 from daybreak.failure import BadData, BadStorage
 from daybreak.generate import grid
 
-SHEET = 64  # pictures on one sheet, at most, where a prompt has no more
-SHOWN = 256  # pixels of a picture on it, at most
+SHEET = 64  # most pictures on a sheet, unless a single prompt has more
+SHOWN = 256  # largest side of a picture on a sheet
 
 
 class Prompts(NamedTuple):
-    """What is to be drawn, in its order, and the sha256 of the file it is from.
+    """The prompts in order, and the sha256 of their file.
 
-    `rows` are the lines as they were, for those that hold more than a prompt.
+    `rows` are the parsed lines, which may hold more than a prompt.
     """
 
     texts: list[str]
@@ -44,10 +44,10 @@ class Prompts(NamedTuple):
 def read(file: Path) -> Prompts:
     """Read a list of prompts.
 
-    Only a newline ends a line: text from elsewhere may hold other signs that break one on paper.
+    Only a newline ends a line: a prompt may contain other Unicode line separators.
 
-    Errors  BadData, naming the line, for a file that is missing, empty or not UTF-8, for an empty
-            line or one without a prompt; and for .json, of which only a part would be a prompt.
+    Errors  BadData, with the line, for a file that is missing, empty or not UTF-8, and for a line
+            that is empty or has no prompt; also for any .json file.
     """
     try:
         data = file.read_bytes()
@@ -100,7 +100,7 @@ def prompts(
     seed: int = 0,
     progress: Progress | None = None,
 ) -> Result:
-    """Draw every prompt `each` times; with a CLIP, say how near picture and prompt are.
+    """Draw every prompt `each` times; with a CLIP, score the pictures.
 
     Errors  BadStorage if the folder cannot be written.
     """
@@ -155,7 +155,7 @@ def _save(picture: Image.Image, path: Path, facts: dict[str, str]) -> None:
 
 
 def _sheet(pictures: npt.NDArray[np.uint8], labels: list[str], each: int) -> Image.Image:
-    """One row for each prompt while that is not too narrow, and no picture larger than SHOWN."""
+    """A sheet with a row per prompt if `each` is at least 3; pictures are reduced to SHOWN."""
     shown = list(pictures)
     if pictures.shape[1] > SHOWN:
         shown = [fit(picture, SHOWN, SHOWN) for picture in pictures]

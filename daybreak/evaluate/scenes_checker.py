@@ -1,23 +1,23 @@
-"""Does a picture show what its caption asks for? Answered by drawing it again.
+"""Decide exactly whether a picture shows what its caption asks for, by drawing it again.
 
-Whatever stands out from the background is taken apart into components. Each is explained as one
-thing of the generator: its colour by a vote of its inner pixels, its shape by comparing its
-coverage map with renders of all five shapes at the same area and centre. A component no render
-explains well enough is accepted as nothing, and its picture counts as undetermined, hence failed.
-So smudges, ghosts, two-coloured and fused things fail without a rule for any of them.
+The foreground is split into connected components. Each is explained as one thing of the generator:
+its colour by a vote of its inner pixels, its shape by comparing its coverage map with renders of
+all five shapes at the same area and centre. If no render explains a component well enough, it is
+not accepted, and the picture counts as undetermined, hence failed. So smudges, faint, two-coloured
+and fused things fail without special rules.
 
-The same code must accept nearly every true render, also a noisy or blurred one; the calibration
-in tests/test_scenes_checker.py says so before a score is believed. The checker is never a reward,
-a filter or a training signal. `VERSION` and `thresholds_hash` stand in every result.
+The checker must accept nearly every true render, noisy and blurred ones included, which the
+calibration in tests/test_scenes_checker.py tests. It is never used as a reward, filter or training
+signal. `VERSION` and `thresholds_hash` are part of every result.
 
-`detect` looks at the picture alone, `judge` compares what it saw with a specification; `check` is
-both. One detection can be judged against many specifications.
+`detect` looks only at the picture, `judge` compares a detection with a specification, and `check`
+does both. One detection can be judged against many specifications.
 
 Shapes  picture (s, s, 3) uint8, as sampled: no compression.
-Units   pixels. Thresholds are those of canvas 64; where things are twice as large (`Canvas.scale`)
-        lengths double and pixel counts quadruple, blurs and erosions included.
-Source  the analysis-by-synthesis idea is old; contour counting, which it replaces, got two thirds
-        of clean renders right.
+Units   pixels. Thresholds are for canvas 64; where things are twice as large (`Canvas.scale`),
+        lengths, blurs and erosions double and pixel counts quadruple.
+Source  analysis by synthesis, an old idea; it replaces contour counting, which judged two thirds of
+        clean renders correctly.
 """
 
 import hashlib
@@ -41,34 +41,34 @@ Mask = npt.NDArray[np.bool_]
 
 
 class Thresholds(NamedTuple):
-    """Every number of the checker, frozen; lengths in pixels at scale 1, areas in pixels."""
+    """All thresholds of the checker, frozen; lengths in pixels at scale 1, areas in pixels."""
 
-    frame: int = 2  # width of the border that shows the background
+    frame: int = 2  # width of the border from which the background is measured
     smoothing: float = 0.9  # blur before colours are compared
-    contrast: float = 18.0  # Lab distance from the background that makes foreground
-    smallest: int = 25  # area of a component; below, its pixels are leftovers
+    contrast: float = 18.0  # least Lab distance of the foreground from the background
+    smallest: int = 25  # least area of a component; pixels of smaller ones are leftovers
     erosions: int = 2  # from a component to its core
-    core: int = 6  # area below which a core is eroded half as often
-    core_least: int = 4  # area below which it is not eroded at all
-    purity: float = 0.92  # share of the core that votes for the winning colour
-    colour: float = 20.0  # median Lab distance of the core from that colour
-    radii: tuple[float, ...] = (0.90, 0.95, 1.00, 1.05)  # of the templates, times that of the area
+    core: int = 6  # if the core is smaller, it is eroded half as often
+    core_least: int = 4  # if it is still smaller than this, it is not eroded at all
+    purity: float = 0.92  # least share of the core that votes for the winning colour
+    colour: float = 20.0  # largest median Lab distance of the core from that colour
+    radii: tuple[float, ...] = (0.90, 0.95, 1.00, 1.05)  # of templates, relative to the area's
     blurs: tuple[float, ...] = (0.0, 0.7, 1.2)  # of the templates
-    score: float = 0.95  # cosine between coverage and best template
-    lead: tuple[float, ...] = (0.010, 0.0115, 0.022, 0.015, 0.022)  # over the second; as SHAPES
+    score: float = 0.95  # least cosine between coverage and best template
+    lead: tuple[float, ...] = (0.010, 0.0115, 0.022, 0.015, 0.022)  # to the second, by SHAPES
     misfit_blur: float = 1.0
-    misfit: float = 0.22  # difference of blurred coverages that makes a pixel a misfit
+    misfit: float = 0.22  # difference of blurred coverages above which a pixel is a misfit
     misfits: tuple[float, float] = (4.0, 0.05)  # allowed: this many, or this share of the area
-    between_sizes: float = 7.75  # radius that parts small from large
-    leftover: int = 12  # foreground pixels that belong to no component
-    side: float = 0.1  # offset of a relation, in sums of extents
+    between_sizes: float = 7.75  # radius that separates small from large
+    leftover: int = 12  # most foreground pixels that belong to no component
+    side: float = 0.1  # least offset of a relation, as a share of the summed extents
 
 
 THRESHOLDS = Thresholds()
 
 
 def thresholds_hash() -> str:
-    """Twelve hex digits of all that decides a verdict: thresholds, canvases, colours, outlines."""
+    """Twelve hex digits that identify thresholds, canvases, colours and outlines."""
     parts = (
         VERSION,
         THRESHOLDS,
@@ -80,16 +80,16 @@ def thresholds_hash() -> str:
 
 
 class Found(NamedTuple):
-    """A component, explained as a thing. `thing` is the best explanation, accepted or not."""
+    """A component and its best explanation as a `thing`, accepted or not."""
 
     thing: Thing
     accepted: bool
-    width: int  # of its box
+    width: int  # of its bounding box
     height: int
 
 
 class Detection(NamedTuple):
-    """All a picture shows, in the order of rows."""
+    """Everything found in a picture; things in raster order of their components."""
 
     things: tuple[Found, ...]
     leftover: int  # foreground pixels of components too small to be things
@@ -97,16 +97,16 @@ class Detection(NamedTuple):
 
 
 class Marks(NamedTuple):
-    """Single virtues of a picture, for finding out what a model cannot do yet.
+    """Which single aspects of a picture are right, to show what a model cannot do yet.
 
-    They count the best explanation of each component, accepted or not. None where the
-    specification says nothing.
+    They use the best explanation of each component, accepted or not. None where the specification
+    states nothing.
     """
 
     number: bool  # as many components as objects
-    colours: bool | None  # the stated colours can be given out to them
+    colours: bool | None  # some assignment of things to objects has the stated colours
     shapes: bool
-    relation: bool | None  # holds for the only best way to tell which object is which
+    relation: bool | None  # holds for every best assignment of things to objects
 
 
 class Verdict(NamedTuple):
@@ -120,7 +120,7 @@ class Verdict(NamedTuple):
 
 
 def check(image: npt.NDArray[np.uint8], specification: Specification, canvas: str) -> Verdict:
-    """Whether the picture shows exactly what is specified.
+    """Check whether the picture shows exactly what is specified.
 
     Errors  ValueError for a picture that is not uint8 of the canvas' size.
     """
@@ -128,7 +128,7 @@ def check(image: npt.NDArray[np.uint8], specification: Specification, canvas: st
 
 
 def detect(image: npt.NDArray[np.uint8], canvas: str) -> Detection:
-    """Everything in a picture, explained as far as possible.
+    """Find all things in a picture, each with its best explanation.
 
     Errors  ValueError for a picture that is not uint8 of the canvas' size.
     """
@@ -155,7 +155,7 @@ def detect(image: npt.NDArray[np.uint8], canvas: str) -> Detection:
 
 
 def judge(detection: Detection, specification: Specification, canvas: str) -> Verdict:
-    """Compare what was seen with what was asked for."""
+    """Compare a detection with a specification."""
     things, leftover, _ = detection
     undetermined = not all(found.accepted for found in things)
     clean = leftover <= THRESHOLDS.leftover * CANVASES[canvas].scale ** 2
@@ -167,7 +167,7 @@ def judge(detection: Detection, specification: Specification, canvas: str) -> Ve
     return Verdict(passed, undetermined, things, leftover, _marks(things, specification))
 
 
-# What is there
+# Detection
 
 
 def _background(pixels: Floats, frame: int) -> Floats:
@@ -178,7 +178,7 @@ def _background(pixels: Floats, frame: int) -> Floats:
 
 
 def _lab(rgb: Floats) -> Floats:
-    """CIE Lab of sRGB values in 0-255, white D65: equal distances look equally different."""
+    """CIE Lab of sRGB values in 0-255, white point D65: distances are about perceptual."""
     share = rgb / 255
     linear = np.where(share <= 0.04045, share / 12.92, ((share + 0.055) / 1.055) ** 2.4)
     xyz = linear @ _XYZ.T
@@ -187,7 +187,7 @@ def _lab(rgb: Floats) -> Floats:
     return lab
 
 
-_XYZ = np.array(  # linear sRGB to XYZ, rows divided by those of white
+_XYZ = np.array(  # linear sRGB to XYZ, each row divided by the white point
     [
         [0.4124564, 0.3575761, 0.1804375],
         [0.2126729, 0.7151522, 0.0721750],
@@ -201,7 +201,7 @@ _LAB_PALETTE = _lab(PALETTE)
 def _explain(
     pixels: Floats, smooth: Floats, background: Floats, component: Mask, canvas: Canvas
 ) -> Found:
-    """The thing that explains a component best, and whether well enough."""
+    """Return the thing that explains a component best, and whether well enough."""
     core = _core(component, canvas.scale)
     distances = np.linalg.norm(smooth[core][:, None] - _LAB_PALETTE, axis=-1)
     votes = np.bincount(distances.argmin(1), minlength=len(COLOURS))
@@ -210,7 +210,7 @@ def _explain(
 
     alpha = _coverage(pixels, background, component, core, canvas.scale)
     area = float(alpha.sum())
-    if area == 0:  # the core looks like the background: nothing to compare shapes with
+    if area == 0:  # the core has the background's colour, so there is no shape
         area = 1e-9
     rows, columns = np.indices(alpha.shape)
     y, x = float((alpha * rows).sum() / area), float((alpha * columns).sum() / area)
@@ -239,7 +239,7 @@ def _explain(
 
 
 def _core(component: Mask, scale: float) -> Mask:
-    """The inner pixels, free of the blur at the edge; all of them if that would leave too few."""
+    """Return the pixels away from the blurred edge, or the whole component if it is too small."""
     whole = round(THRESHOLDS.erosions * scale)
     for times, least in ((whole, THRESHOLDS.core), (whole // 2, THRESHOLDS.core_least)):
         core: Mask = ndimage.binary_erosion(component, np.ones((3, 3)), iterations=times)
@@ -251,10 +251,10 @@ def _core(component: Mask, scale: float) -> Mask:
 def _coverage(
     pixels: Floats, background: Floats, component: Mask, core: Mask, scale: float
 ) -> Floats:
-    """How much of each pixel the component covers, (s, s), from the linear mix at its edge.
+    """Return the component's coverage of each pixel, (s, s), from the linear mix at its edge.
 
-    The generator mixes colour and background by coverage, so the way from one to the other is the
-    coverage. No filter touches it: a median would round the tips of a star.
+    The generator mixes colour and background by coverage, so a pixel's position between the two is
+    the coverage. It is not filtered: a median would round the tips of a star.
     """
     way = np.median(pixels[core], axis=0) - background
     near = ndimage.binary_dilation(component, np.ones((3, 3)), iterations=round(scale))
@@ -268,7 +268,7 @@ def _coverage(
 def _synthesis(
     alpha: Floats, x: float, y: float, area: float, canvas: Canvas
 ) -> tuple[str, float, float, int]:
-    """Best shape, its score, its lead over the second, and its misfits."""
+    """Return the best shape, its score, its lead over the second, and its number of misfits."""
     window, left, top = _window(alpha, x, y, area, canvas.scale)
     flat = window.ravel()
     norm = math.sqrt(float(flat @ flat)) or 1.0
@@ -292,10 +292,10 @@ def _synthesis(
 def _window(
     alpha: Floats, x: float, y: float, area: float, scale: float
 ) -> tuple[Floats, int, int]:
-    """The coverage around a component, wide enough for its templates, and its corner.
+    """Return the coverage in a window wide enough for the templates, and the window's corner.
 
-    Reaches beyond the canvas where it must, over zeros: a thing that is cut off by the border is
-    compared with whole ones.
+    If it extends beyond the canvas, it is padded with zeros: a thing that is cut off by the border
+    is compared with whole ones.
     """
     largest = math.sqrt(area / min(AREA.values())) * max(THRESHOLDS.radii)
     reach = math.ceil(1.2 * largest + 3 * max(THRESHOLDS.blurs) * scale)
@@ -320,18 +320,18 @@ def _blur(maps: Floats, sigma: float) -> Floats:
 
 
 def _kernel(n: int, sigma: float) -> Floats:
-    """The blur as a symmetric matrix (n, n): for small maps faster than a convolution."""
+    """The blur as a symmetric matrix (n, n), which is faster than a convolution for small maps."""
     apart = np.subtract.outer(np.arange(n), np.arange(n))
     bell = np.exp(-0.5 * (apart / sigma) ** 2)
     blur: Floats = bell / np.exp(-0.5 * (np.arange(-n, n + 1) / sigma) ** 2).sum()
     return blur
 
 
-# Whether it is what was asked for
+# Judgement
 
 
 def _orders(things: tuple[Found, ...], specification: Specification) -> list[tuple[Found, ...]]:
-    """Every way to give the things out to the objects: at most 24, none if the numbers differ."""
+    """All assignments of things to objects: at most 24, none if the numbers differ."""
     if len(things) != len(specification.objects):
         return []
     return list(permutations(things))
@@ -346,7 +346,7 @@ def _is(found: Found, wanted: Wanted) -> bool:
 
 
 def _related(order: tuple[Found, ...], relation: str | None) -> bool:
-    """Whether the first stands so to the second: the longer offset decides, and must be clear."""
+    """Whether the relation holds: its axis must have the larger offset, clearly above zero."""
     if relation is None:
         return True
     one, other = order
@@ -378,7 +378,7 @@ def _coloured(found: Found, wanted: Wanted) -> bool:
 
 
 def _relation_mark(orders: list[tuple[Found, ...]], specification: Specification) -> bool:
-    """Whether the relation holds; a tie over which object is which cannot hold both ways."""
+    """Whether the relation holds in all best assignments, which it cannot in a tie of both."""
     likeness = [
         sum(
             (found.thing.shape == wanted.shape) + (wanted.colour == found.thing.colour)

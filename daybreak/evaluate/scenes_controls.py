@@ -1,15 +1,14 @@
-"""Controls beside the score of scenes: what would pass without a model, and what a score hides.
+"""Controls for the score of scenes: trivial baselines, diversity and memorisation.
 
-    unconditional   pictures of no prompt at all: well formed, and judged against prompts by chance
-    retrieval       the training picture with the nearest caption, in place of the model
-    diversity       of one prompt with several seeds: where things lie, how large they are, which
-                    colour they take where none is asked for
+    unconditional   pictures of the empty prompt: share well formed, share passing prompts by chance
+    retrieval       score if the training picture with the nearest caption replaces the model's
+    diversity       one prompt with several seeds: positions and sizes of things, and their colours
+                    where the prompt names none
     memorisation    distance to the nearest training picture, beside that of fresh true pictures
 
-A model that always draws the same circle, or training pictures from memory, may score well; here
-it cannot. Diversity and memorisation compare with true scenes of the same prompts that are not in
-the training set, so a perfect model stands where they stand, and every figure has its expectation
-beside it.
+A model that always draws the same circle, or copies training pictures, may score well but is found
+out here. Diversity and memorisation compare with true scenes that are not in the training set, so
+each value has an expected one beside it, which a perfect model would reach.
 
 Source  tests of positions: two-sample Kolmogorov-Smirnov; copies by nearest neighbours: arXiv
         2212.03860.
@@ -36,17 +35,17 @@ from daybreak.failure import BadRecipe
 
 Floats = npt.NDArray[np.float64]
 
-SEEDS = 4  # pictures of one prompt
-REPEATED = ("single", "two")  # tasks whose prompts are drawn so often: they leave most things free
+SEEDS = 4  # pictures for each prompt
+REPEATED = ("single", "two")  # tasks whose prompts are drawn SEEDS times: they specify the least
 TRAINING = 100_000  # training pictures that are searched
-BLOCK = 2_000  # of them at a time
-SIDE = 32  # pixels to which pictures are reduced before their distance is taken
+BLOCK = 2_000  # training pictures at a time
+SIDE = 32  # side to which pictures are reduced before distances are computed
 NEAR = 0.05  # share of fresh pictures that count as near
-TRUTH, FIRST_TRUE = 2_000, 1 << 61  # scenes that stand for the truth, and the index of the first
+TRUTH, FIRST_TRUE = 2_000, 1 << 61  # true scenes to compare with, and the index of the first
 
 
 class Searched(NamedTuple):
-    """What one walk through the training set has found."""
+    """The result of a search of the training set."""
 
     distances: Floats  # of each picture to its nearest training picture
     numbers: npt.NDArray[np.int64]  # the training picture with the nearest caption, by prompt
@@ -60,12 +59,12 @@ def evaluate(
     prompts: int = 40,
     training: int = TRAINING,
 ) -> dict[str, Any]:
-    """Draw, look and compare; the result is ready for JSON.
+    """Draw, detect and compare; the result is ready for JSON.
 
-    `training_seed` is that of the run: it says which pictures were in its training set. Drawn are
-    SEEDS pictures of each of `prompts` prompts of the repeated tasks, and `prompts` of no prompt.
+    `training_seed` is that of the run, which determines its training set. SEEDS pictures are drawn
+    for each of `prompts` prompts of each repeated task, and `prompts` pictures of the empty prompt.
 
-    Errors  BadRecipe if the recipe draws neither one thing nor two.
+    Errors  BadRecipe if the recipe's scenes never have one or two things.
     """
     asked = tasks(config, seed, prompts * (1 + SEEDS))
     repeated = [[item for item in asked if item.task == task] for task in REPEATED]
@@ -101,13 +100,13 @@ def evaluate(
     }
 
 
-# Without a prompt, or without a model
+# Baselines without a prompt, or without a model
 
 
 def unconditional(blank: Pictures, config: Config, asked: Sequence[Item]) -> dict[str, Any]:
-    """Pictures of the empty prompt: how many are scenes, and how many prompts one meets by chance.
+    """Of the empty prompt: the share of pictures that are well formed, and that pass by chance.
 
-    Only how the prompts are spread over tasks matters, so every picture meets every prompt.
+    Every picture is judged against every prompt, as only the prompts' mix of tasks matters.
     """
     seen = [detect(picture, config.canvas) for picture in blank]
     passed = [
@@ -124,7 +123,7 @@ def unconditional(blank: Pictures, config: Config, asked: Sequence[Item]) -> dic
 def retrieval(
     config: Config, training_seed: int, asked: Sequence[Item], numbers: npt.NDArray[np.int64]
 ) -> dict[str, Any]:
-    """The score of a memory that answers with the training picture of the nearest caption."""
+    """The score of a baseline that returns the training picture with the nearest caption."""
     passed: dict[str, list[bool]] = {}
     for item, number in zip(asked, numbers.tolist(), strict=True):
         picture = scenes.sample(config, training_seed, number).image
@@ -146,15 +145,16 @@ def retrieval(
 def diversity(
     config: Config, seed: int, asked: Sequence[Item], seen: Sequence[Sequence[Detection]]
 ) -> dict[str, Any]:
-    """What varies where only a shape is asked for, beside true scenes of one thing.
+    """How much pictures of prompts that name only a shape vary, compared with true scenes.
 
-    Counted are pictures that show one thing, of the right shape: `n` of them.
+    Only pictures of exactly one thing, of the right shape, count: `n` of them.
 
-    spread       deviation of centres among pictures of one prompt, in units of that of true scenes:
-                 1 is as varied, 0 the same picture every time
-    across, down, radius    largest difference between the cumulative distributions, and how often
-                 so many true pictures would differ as much (`p`)
-    colours      total variation from the colours of true things, and what chance alone would give
+    spread       deviation of centres among pictures of one prompt, divided by that of true scenes:
+                 1 is as varied, 0 the same position every time
+    across, down, radius    two-sample Kolmogorov-Smirnov distance from true scenes, and its p-value
+                 (`p`)
+    colours      total variation distance from the colours of true things, and its expectation for
+                 as many true things (`by_chance`)
     """
     right = [
         [
@@ -184,7 +184,7 @@ def diversity(
 
 
 def _variance(things: Sequence[Thing]) -> float:
-    """Of the centres, in both directions together."""
+    """The variance of the centres, summed over both directions."""
     return float(np.var([(thing.x, thing.y) for thing in things], axis=0, ddof=1).sum())
 
 
@@ -196,7 +196,7 @@ def _apart(seen: Sequence[float], truth: Sequence[float]) -> dict[str, float | N
 
 
 def _colours(things: Sequence[Thing], truth: Sequence[Thing]) -> dict[str, float | None]:
-    """Shape by shape, because a held-out pair leaves some shapes without some colours."""
+    """Colours by shape, because with held-out pairs some shapes lack some colours."""
     if not things:
         return {"distance": None, "by_chance": None}
     generator = np.random.Generator(np.random.Philox(key=0))
@@ -216,10 +216,10 @@ def _colours(things: Sequence[Thing], truth: Sequence[Thing]) -> dict[str, float
 
 
 def memorisation(distances: Floats, drawn: int, training: int) -> dict[str, Any]:
-    """Whether pictures lie nearer to the training set than fresh true ones do.
+    """Whether the model's pictures are nearer to the training set than fresh true ones.
 
-    `near` is the share of the model's pictures that are nearer than all but NEAR of the fresh: a
-    copyist has more, and a model that smears has less. Distances are root mean squares, in bytes.
+    `near` is the share of the model's pictures nearer than the NEAR quantile of the fresh ones: a
+    model that copies has more, one that smears has less. Distances are RMS, in units of a byte.
     """
     ours, fresh = distances[:drawn], distances[drawn:]
     return {
@@ -238,7 +238,7 @@ def search(
     asked: Sequence[Specification],
     training: int,
 ) -> Searched:
-    """Walk through the training set once, for the nearest pictures and the nearest captions."""
+    """Search the training set, in one pass, for the nearest pictures and the nearest captions."""
     wanted = _reduced(pictures)
     squares = np.square(wanted).sum(1)
     nearest = np.full(len(wanted), np.inf, dtype=np.float32)
@@ -264,7 +264,7 @@ def search(
 
 
 def _reduced(pictures: Pictures) -> npt.NDArray[np.float32]:
-    """Pictures as rows of numbers, averaged down to SIDE; from grey, so that few digits cancel."""
+    """Pictures as rows, averaged down to SIDE, minus the background to reduce cancellation."""
     n, size = pictures.shape[:2]
     by = size // SIDE
     small = pictures.reshape(n, SIDE, by, SIDE, by, 3).mean((2, 4), dtype=np.float32)
@@ -273,12 +273,12 @@ def _reduced(pictures: Pictures) -> npt.NDArray[np.float32]:
 
 
 def _features(specification: Specification) -> Counter[Hashable]:
-    """What two captions may have in common: objects, their attributes, their number, a relation."""
+    """The features by which captions are compared: objects, attributes, number, relation."""
     objects, relation = specification
     found: Counter[Hashable] = Counter({("number", len(objects)): 1})
     for wanted in objects:
         found.update([wanted, *(attribute for attribute in wanted if attribute)])
-    if relation in ("right", "below"):  # the same the other way round
+    if relation in ("right", "below"):  # to the equal relation of the swapped objects
         objects, relation = objects[::-1], OPPOSITE[relation]
     if relation is not None:
         found.update([relation, (relation, *objects)])
@@ -286,7 +286,7 @@ def _features(specification: Specification) -> Counter[Hashable]:
 
 
 def _rows(specifications: Sequence[Specification], places: dict[Hashable, int]) -> sparse.csr_array:
-    """Features as rows of length 1; those without a place count in the length alone."""
+    """Features as rows of length 1; features that are not in `places` count only in the length."""
     rows, columns, values = [], [], []
     for row, specification in enumerate(specifications):
         features = _features(specification)
@@ -301,11 +301,11 @@ def _rows(specifications: Sequence[Specification], places: dict[Hashable, int]) 
     )
 
 
-# For people
+# For printing
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, str, str]]:
-    """(name, value, what to hold it against); None is a dash."""
+    """Rows (name, value, value to compare with); None is printed as a dash."""
     blank, memory = result["unconditional"], result["retrieval"]
     varied, copies = result["diversity"], result["memorisation"]
     rows = [

@@ -1,14 +1,14 @@
-"""What goes wrong, beyond how often: confusions of attributes, and fidelity of the drawing.
+"""What kind of errors a model makes: confusions of attributes, and fidelity of the drawing.
 
-    confusions      which red became orange, which three became two
+    confusions      how often red became orange, or three became two
     psnr            the picture against a clean render of what the checker found in it
 
-Confusions say what a model takes for what, where the checker's marks only say that something was
-wrong. PSNR says how well it draws whatever it draws: a picture may be sharp and wrong, or right and
-smeared.
+Confusions show which attribute was drawn in place of which, where the checker's marks only show
+that something is wrong. PSNR shows how cleanly things are drawn, right or wrong: a picture may be
+sharp and wrong, or right and smeared.
 
 Shapes  picture (s, s, 3) uint8.
-Units   decibels, of the full range of a byte.
+Units   decibels relative to 255.
 """
 
 import math
@@ -25,12 +25,12 @@ from daybreak.data.scenes import CANVASES, PALETTE, Thing, side
 from daybreak.data.scenes_captions import COLOURS, Specification, Wanted
 from daybreak.evaluate.scenes_checker import Detection, Found
 
-ROUNDING = 1 / 12  # mean squared error of rounding to bytes: no render is nearer than that
-MOST = 5  # things that are told apart by trying every order; more are only counted
+ROUNDING = 1 / 12  # mean squared error of rounding to bytes, the lower bound of an error
+MOST = 5  # most things that are assigned by trying every order; more are only counted
 
 
 class Confusion(NamedTuple):
-    """One attribute as it was asked for, and as it is."""
+    """An attribute as the prompt states it and as the picture shows it."""
 
     attribute: str  # count, shapes, colours, sizes or relation
     wanted: str
@@ -38,11 +38,11 @@ class Confusion(NamedTuple):
 
 
 def confusions(detection: Detection, specification: Specification) -> list[Confusion]:
-    """Everything the specification states, beside what is there.
+    """Return every stated attribute beside the one in the picture.
 
-    Where the number of things is right they are given out to the objects so that most attributes
-    agree; where it is wrong nobody knows which is which, and the count alone is compared. Things
-    stand for the best explanation of their component, accepted or not.
+    If the number of things is right, they are assigned to the objects so that as many attributes as
+    possible agree; otherwise only the numbers are compared. A thing is the best explanation of its
+    component, accepted or not.
     """
     objects, relation = specification
     things = [found.thing for found in detection.things]
@@ -63,7 +63,7 @@ def confusions(detection: Detection, specification: Specification) -> list[Confu
 
 
 def matrices(found: Iterable[Confusion]) -> dict[str, dict[str, dict[str, int]]]:
-    """How often each was taken for each: attribute, wanted, seen; all in the order of the words."""
+    """Count confusions: attribute, wanted, seen; sorted by name."""
     table: dict[str, dict[str, dict[str, int]]] = {}
     for (attribute, wanted, seen), number in sorted(Counter(found).items()):
         table.setdefault(attribute, {}).setdefault(wanted, {})[seen] = number
@@ -71,9 +71,9 @@ def matrices(found: Iterable[Confusion]) -> dict[str, dict[str, dict[str, int]]]
 
 
 def psnr(picture: npt.NDArray[np.uint8], detection: Detection) -> float:
-    """Decibels between a picture and the render of what was found in it; about 59 at most.
+    """PSNR of a picture against the render of what was found in it; about 59 dB at most.
 
-    Each thing is drawn in the exact colour of the palette on an even background.
+    Each thing is rendered in the palette's exact colour on a uniform background.
     """
     height, width = picture.shape[:2]
     render = np.full((height, width, 3), detection.background)
@@ -86,12 +86,12 @@ def psnr(picture: npt.NDArray[np.uint8], detection: Detection) -> float:
 
 
 def leftover(detection: Detection, canvas: str) -> float:
-    """Share of the picture that stands out and belongs to no thing."""
+    """Share of the picture's pixels that are foreground but belong to no thing."""
     return detection.leftover / CANVASES[canvas].size ** 2
 
 
 def well_formed(things: tuple[Found, ...]) -> bool:
-    """Whether a picture shows at least one thing, and nothing that cannot be explained."""
+    """Whether a picture has at least one thing, and all of its things were accepted."""
     return bool(things) and all(found.accepted for found in things)
 
 

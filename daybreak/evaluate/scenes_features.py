@@ -1,19 +1,19 @@
-"""A small network that sees what scenes are made of: features for their distances.
+"""A small network trained on scenes, whose features are used for distances between scenes.
 
-Networks made for photographs are large, and the usual stand-in, a random network, does not notice
-when one of five shapes is never drawn. This one, 33 thousand weights, was taught with true renders
-that were spoiled at random: how many things there are of each shape and colour, where they lie,
-and how much blur, noise, brightness and another picture was mixed in. What it counts with are its
-features. Its last layer is summed over the picture, plainly and weighted by x and by y, so that
-two things count twice and the size of the canvas does not matter.
+Networks for photographs are large, and a random network, the usual substitute, does not notice when
+one of five shapes is never drawn. This one has 33 thousand weights. It was trained on randomly
+degraded renders to predict how many things there are of each shape and colour, where they are, and
+the amounts of blur, noise, brightness shift and admixture of another picture. A linear head makes
+these predictions from its features: the last layer summed over the picture, unweighted and weighted
+by x and by y, so that two things count twice and the size of the canvas does not matter.
 
-    python -m daybreak.evaluate.scenes_features     teaches it again, minutes on one core
+    python -m daybreak.evaluate.scenes_features     trains it again, minutes on one core
 
-Its weights come with the package. Features of another teaching are another measure: results are
-comparable only where the digest of the weights is the same.
+Its weights are part of the package. Retrained weights give another metric: results are comparable
+only if the digest of the weights is the same.
 
 Letters  b pictures, f = 96 features.
-Units    pixels [-1, 1]; features of true scenes deviate by about 1, as kernels like it.
+Units    pixels [-1, 1]; features of true scenes have a standard deviation of about 1.
 """
 
 from itertools import pairwise
@@ -34,16 +34,16 @@ from daybreak.data.scenes_captions import COLOURS, SHAPES
 WEIGHTS = Path(__file__).with_suffix(".safetensors")
 CHANNELS = (3, 16, 32, 32, 32, 32)
 STRIDES = (1, 2, 1, 2, 1)
-LARGEST = 64  # pixels of a side; larger pictures are reduced to it, as their things are larger too
+LARGEST = 64  # side to which larger pictures, whose things are larger too, are reduced
 
 BATCH, STEPS, RATE = 48, 6_000, 6e-3
-SEED = 5_306  # of the scenes it is taught with
-TAUGHT = ("32", "64-large", "32", "64")  # canvases, in turn
-BLUR, NOISE, SHIFT, MIX = 1.2, 0.16, 0.2, 0.5  # most of each way to spoil
+SEED = 5_306  # of the training scenes
+TAUGHT = ("32", "64-large", "32", "64")  # canvases of the training batches, in turn
+BLUR, NOISE, SHIFT, MIX = 1.2, 0.16, 0.2, 0.5  # largest amount of each degradation
 
 
 class Network(nn.Module):
-    """Five convolutions and three weighted sums."""
+    """Five convolutions, then three weighted sums over the picture."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -63,21 +63,21 @@ class Network(nn.Module):
 
 
 def load() -> Network:
-    """The network as it was taught."""
+    """Load the trained network."""
     network = Network()
     network.load_state_dict({name: value.float() for name, value in load_file(WEIGHTS).items()})
     return network.eval().requires_grad_(False)
 
 
 def teach(steps: int = STEPS) -> Network:
-    """Teach the network from random weights: the constants above decide all, up to rounding."""
+    """Train the network from scratch; the constants above determine the result, up to rounding."""
     dice = torch.Generator().manual_seed(SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         network = Network()
         head = nn.Linear(3 * CHANNELS[-1], len(_answers(_draw("32", 0)[0]).T) + 4)
     many = [scene for step in range(40) for scene in _draw(TAUGHT[step % 4], step)[0]]
-    spread = torch.cat((_answers(many).std(0), torch.full((4,), 0.3)))  # so that all weigh alike
+    spread = torch.cat((_answers(many).std(0), torch.full((4,), 0.3)))  # scales of the errors
     weights = [*network.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(weights, weight_decay=1e-4)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, RATE, steps)
@@ -102,7 +102,7 @@ def _draw(canvas: str, step: int) -> tuple[list[Scene], npt.NDArray[np.uint8]]:
 
 
 def _answers(drawn: list[Scene]) -> Float[Tensor, "b a"]:
-    """For each shape, colour and pair of them: how many, and the sums of their x and y."""
+    """For each shape, colour and (shape, colour): the number of things, and sums of x and of y."""
     pairs = np.zeros((len(drawn), 3, len(SHAPES), len(COLOURS)), dtype=np.float32)
     for row, scene in zip(pairs, drawn, strict=True):
         side = CANVASES[scene.canvas].size - 1
@@ -116,9 +116,9 @@ def _answers(drawn: list[Scene]) -> Float[Tensor, "b a"]:
 def _spoil(
     image: Float[Tensor, "b 3 h w"], dice: torch.Generator
 ) -> tuple[Float[Tensor, "b 3 h w"], Float[Tensor, "b 4"]]:
-    """Pictures blurred, mixed, noisy and brighter or darker; and how much, in [0, 1] or [-1, 1].
+    """Blur, mix, add noise and shift brightness; also return the amounts, in [0, 1] or [-1, 1].
 
-    Each way is left out of three pictures in five.
+    Each degradation is applied to two pictures in five.
     """
     b, channels, height, width = image.shape
     how = torch.rand(b, 4, generator=dice) * (torch.rand(b, 4, generator=dice) < 0.4)

@@ -1,13 +1,13 @@
-"""What a model of scenes is asked to draw, task by task.
+"""The evaluation prompts for models of scenes, by task.
 
     single        a circle                          two           a circle and a star
     colours       a red circle                      attribution   a red circle and a blue star
     counting      three blue squares                position      a red star above a blue circle
-    size, three   reported apart
+    size, three   reported separately
 
-Prompts come from scenes, drawn like those of training at indices that training never reaches, so
-every prompt can be drawn, and none outside `held_out` asks for what is held out. Tasks a recipe
-cannot draw are left out.
+Prompts describe scenes that are generated like those of training, at indices that training never
+reaches. So every prompt can be drawn, and only those of `held_out` ask for held-out combinations.
+Tasks whose scenes the recipe does not generate are left out.
 
 Source  tasks after GenEval, arXiv 2310.11513.
 """
@@ -23,7 +23,7 @@ from daybreak.failure import BadRecipe
 
 SCORED = ("single", "colours", "two", "counting", "attribution", "position")
 TASKS = (*SCORED, "size", "three")
-FIRST = 1 << 62  # index of the first scene that belongs to the evaluation
+FIRST = 1 << 62  # index of the first scene of the evaluation
 SEED_RULE = "an item's noise is that of its own seed: Philox(seed)'s first number >> 2, + its index"
 _FORMS: dict[Split, tuple[str, ...]] = {  # the tasks whose words can express a split
     "H1": ("colours", "attribution"),
@@ -35,18 +35,18 @@ _FORMS: dict[Split, tuple[str, ...]] = {  # the tasks whose words can express a 
 
 
 class Item(NamedTuple):
-    """One picture to ask for. `scene` is one that would pass, for the ceiling."""
+    """A prompt. `scene` is a true scene that shows it, for the upper bound of the score."""
 
     task: str
     prompt: str
     specification: Specification
-    split: Split | None  # None: training shows such scenes
-    seed: int  # of the noise; no two items share one
+    split: Split | None  # None: training contains such scenes
+    seed: int  # of the noise; unique
     scene: Scene
 
 
 def tasks(config: Config, seed: int, per_task: int) -> list[Item]:
-    """The prompts of all tasks the recipe can draw, `per_task` each, from what training shows."""
+    """`per_task` prompts for each task of the recipe, about combinations that training contains."""
     return [
         _item(config, seed, task, None, number)
         for task in TASKS
@@ -56,7 +56,7 @@ def tasks(config: Config, seed: int, per_task: int) -> list[Item]:
 
 
 def held_out(config: Config, seed: int, per_task: int) -> list[Item]:
-    """`per_task` prompts for each held-out split the canvas can draw, each naming what is new."""
+    """`per_task` prompts for each held-out split of the recipe; each names the new combination."""
     items = []
     for split in config.held_out:
         forms = [task for task in _FORMS[split] if _things(config, task, split)]
@@ -68,7 +68,7 @@ def held_out(config: Config, seed: int, per_task: int) -> list[Item]:
 
 
 def names(config: Config) -> list[str]:
-    """What a score of this recipe consists of: `exact`, its tasks, and its held-out splits."""
+    """The values of this recipe's score: `exact`, its tasks, and its held-out splits."""
     asked = [task for task in TASKS if _things(config, task, None)]
     splits = [
         split
@@ -79,7 +79,7 @@ def names(config: Config) -> list[str]:
 
 
 def _things(config: Config, task: str, split: Split | None) -> list[int]:
-    """The numbers of things with which a task can be asked; none if it cannot be."""
+    """The numbers of things that a task's scenes can have; empty if the task is impossible."""
     canvas = CANVASES[config.canvas]
     fewest, most = config.objects
     if task == "size" and len(canvas.bands) == 1:
@@ -93,7 +93,7 @@ def _things(config: Config, task: str, split: Split | None) -> list[int]:
 
 
 def _item(config: Config, seed: int, task: str, split: Split | None, number: int) -> Item:
-    """Item `number` of a task: a function of its arguments, whatever else is asked for."""
+    """Item `number` of a task, which depends only on the arguments."""
     numbers = _things(config, task, split)
     demand = Demand(
         things=numbers[number % len(numbers)],
@@ -111,7 +111,7 @@ def _item(config: Config, seed: int, task: str, split: Split | None, number: int
             sizes=task == "size",
             related=task == "position",
         )
-        # Without its colour a pair may be alike and would be counted, which is another task.
+        # Without colours the two may be equal; they would be counted, as in another task.
         alone = len(specification.objects) == 1
         if alone or (len(set(specification.objects)) == 1) == (task == "counting"):
             break

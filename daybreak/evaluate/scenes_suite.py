@@ -1,13 +1,19 @@
-"""How often a model draws exactly what it was asked to, task by task.
+"""The score of scenes: how often a model draws exactly what the prompt asks for, task by task.
 
-The questions are those of `evaluate/scenes_questions`. The score is the mean of the six tasks'
-shares; tasks a recipe cannot draw are left out and say so with n = 0. Beside it stand what makes it
-believable: the same pictures under shuffled prompts (chance), renders of true scenes (what the
-checker lets through at best), single virtues ("attributes"), combinations that training never
-showed ("held_out") and how far they fall behind the same tasks with seen ones ("gaps"), what
-independent attributes would predict ("product": a score well below means right things bound
-wrongly), what was taken for what ("confusion") and how cleanly things are drawn ("fidelity"). More
-controls, which draw pictures of their own: `evaluate/scenes_controls`.
+The prompts are those of `evaluate/scenes_questions`. The score is the mean of the six tasks'
+shares; tasks that a recipe cannot draw are left out and have n = 0. The result also contains
+
+    controls        the same pictures under shuffled prompts (chance), and renders of true scenes
+                    (the checker's upper bound)
+    attributes      shares for single attributes
+    held_out, gaps  combinations that training never showed, and how far their share is below that
+                    of the same tasks with combinations that it showed
+    product         the share if attributes were independent: a score well below it means right
+                    attributes on the wrong things
+    confusion       which attribute was drawn in place of which
+    fidelity        how cleanly things are drawn
+
+Further controls, which draw pictures of their own: `evaluate/scenes_controls`.
 
 Source  clustered intervals, arXiv 2411.00640.
 """
@@ -41,18 +47,18 @@ Generate = Callable[[list[str], list[int]], Pictures]
 """Draw one picture (n, s, s, 3) uint8 per prompt, the noise of each from its own seed."""
 
 ATTRIBUTES = ("count", "colours", "shapes", "relation")
-BATCH = 60  # pictures per call of the generator
+BATCH = 60  # pictures per call of `generate`
 
 
 class Seen(NamedTuple):
-    """What the checker found in a picture, and how near that is to the picture, in decibels."""
+    """What the checker found in a picture, and the PSNR of the picture against a render of that."""
 
     detection: Detection
     psnr: float
 
 
 class Score(NamedTuple):
-    """A picture's verdict on its own prompt, on another's, and that of a true render."""
+    """The verdicts of a picture on its own prompt and on another one, and of a true render."""
 
     verdict: Verdict
     shuffled: Verdict | None
@@ -69,16 +75,16 @@ def evaluate(
 ) -> dict[str, Any]:
     """Draw, check and count; the result is ready for JSON.
 
-    `progress` hears how many pictures of how many are drawn. Checking runs in `workers` processes
-    (1 stays in this process) while the next pictures are drawn.
+    `progress` is called with the numbers of pictures drawn and in all. Checking runs in `workers`
+    processes (1: in a thread of this one) while the next pictures are drawn.
 
-    Shares stand as {exact, low, high, n} with 95 % intervals: `overall`, `tasks.NAME`,
-    `held_out.SPLIT`, `attributes.NAME`, `controls.shuffled`, `controls.ground_truth`. Where n is 0
-    the others are None. `gaps.SPLIT` are differences of shares in the same form. `confusion` and
+    Shares have the form {exact, low, high, n} with 95 % intervals: `overall`, `tasks.NAME`,
+    `held_out.SPLIT`, `attributes.NAME`, `controls.shuffled`, `controls.ground_truth`. If n is 0 the
+    others are None. `gaps.SPLIT` are differences of shares in the same form. `confusion` and
     `fidelity` have one table for the model and one for true renders. `items` lists every prompt
     with its verdict.
 
-    Errors  ValueError if the generator returns other pictures than it was asked for.
+    Errors  ValueError if `generate` returns pictures of the wrong number, size or type.
     """
     asked = [*tasks(config, seed, per_task), *held_out(config, seed, per_task)]
     with _pool(workers) as pool:
@@ -99,18 +105,18 @@ def evaluate(
     return _result(config, seed, asked, scores) | _diagnosis(config, asked, seen, true)
 
 
-# What came back
+# Checking
 
 
 def _pool(workers: int) -> Executor:
-    """Processes, or one thread of this one. Spawned: a fork would copy a running torch."""
+    """Return worker processes, or one thread. They are spawned: torch may not survive a fork."""
     if workers <= 1:
         return ThreadPoolExecutor(1)
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"))
 
 
 def _check(pictures: Pictures, number: int, canvas: str) -> None:
-    """Make sure that all pictures came back that were asked for, as bytes. Errors: ValueError."""
+    """Check number, size and type of the returned pictures. Errors: ValueError."""
     size = CANVASES[canvas].size
     if pictures.dtype != np.uint8 or pictures.shape != (number, size, size, 3):
         raise ValueError(
@@ -120,7 +126,7 @@ def _check(pictures: Pictures, number: int, canvas: str) -> None:
 
 
 def look(pictures: Pictures, canvas: str) -> list[Seen]:
-    """Take pictures apart."""
+    """Run the checker's detection on pictures."""
     found = [detect(picture, canvas) for picture in pictures]
     return [
         Seen(detection, scenes_diagnosis.psnr(picture, detection))
@@ -135,7 +141,7 @@ def _scores(
     seen: Sequence[Seen],
     true: Sequence[Seen],
 ) -> list[Score]:
-    """Verdicts in the order of the items."""
+    """The scores in the order of the items."""
     another = _shuffled(asked, seed)
     return [
         Score(
@@ -148,7 +154,7 @@ def _scores(
 
 
 def _shuffled(asked: Sequence[Item], seed: int) -> dict[int, Specification]:
-    """For each scored item the specification of another one of its task, by chance."""
+    """For each scored item, the specification of a random other one of its task."""
     generator = np.random.Generator(np.random.Philox(key=seed))
     another = {}
     for task in SCORED:
@@ -211,7 +217,7 @@ def _gap(
     by_task: dict[str, list[tuple[Item, Score]]],
     held: Sequence[tuple[Item, Score]],
 ) -> dict[str, float | int | None]:
-    """How much better the same tasks go with combinations that training showed."""
+    """How much larger the share of the same tasks is for combinations that training showed."""
     tasks = {item.task for item, _ in held}
     known = [score.verdict.passed for task in tasks for _, score in by_task[task]]
     new = [score.verdict.passed for _, score in held]
@@ -225,7 +231,7 @@ def _gap(
 def _diagnosis(
     config: Config, asked: Sequence[Item], seen: Sequence[Seen], true: Sequence[Seen]
 ) -> dict[str, Any]:
-    """What was taken for what, and how cleanly it was drawn: by the model, and in true renders."""
+    """Confusions and fidelity, for the model's pictures and for true renders."""
     confusion, fidelity = {}, {}
     for name, pictures in (("model", seen), ("ground_truth", true)):
         confusion[name] = scenes_diagnosis.matrices(
@@ -255,7 +261,7 @@ def _mean(rows: Sequence[tuple[Item, Verdict]]) -> dict[str, float | int | None]
 
 
 def share_of(passed: Sequence[bool]) -> dict[str, float | int | None]:
-    """How many of them passed, as a share with its interval; None where there are none."""
+    """The share that passed, with its interval; None if there are none."""
     if not passed:
         return {"exact": None, "low": None, "high": None, "n": 0}
     low, high = wilson(sum(passed), len(passed))
@@ -263,10 +269,10 @@ def share_of(passed: Sequence[bool]) -> dict[str, float | int | None]:
 
 
 def _product(verdicts: Sequence[Verdict]) -> float | None:
-    """The share that would pass if each attribute went right or wrong on its own.
+    """The share that would pass if attributes were right or wrong independently of one another.
 
-    The number of things comes first; the others are counted where it is right, because a picture
-    with the wrong number has no other attribute right either.
+    The other attributes are counted only where the number of things is right, because a picture
+    with the wrong number has no other attribute right.
     """
     if not verdicts:
         return None
@@ -280,7 +286,7 @@ def _product(verdicts: Sequence[Verdict]) -> float | None:
 
 
 def _row(item: Item, verdict: Verdict) -> dict[str, Any]:
-    """What somebody who looks at failures wants to read."""
+    """The record of one prompt, for looking at failures."""
     return {
         "task": item.task,
         "split": item.split,
@@ -306,7 +312,7 @@ def _row(item: Item, verdict: Verdict) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> list[tuple[str, str, str, str]]:
-    """(name, exact, 95 % interval, n) for people, the score first; None is a dash."""
+    """Rows (name, exact, 95 % interval, n) for printing, the score first; None is a dash."""
     rows = [("overall", result["overall"])]
     for group in ("tasks", "held_out", "controls", "attributes"):
         title = group.replace("_", " ")

@@ -1,24 +1,24 @@
-"""How sure a score is, and whether one recipe is better than another.
+"""Intervals of scores, and tests of whether one recipe is better than another.
 
-Intervals of 95 %, so that no score is printed as if it were exact:
+95 % intervals, with which every score is printed:
 
     wilson              independent images: one task, one held-out split
-    difference          two shares of different images
+    difference          difference of two independent shares
     cluster_bootstrap   everything else: images of one specification are not independent, and a
                         mean of task means is not a share
 
-Comparisons of a candidate with a baseline, seed by seed: the two share initial weights, order of
-data and evaluation noise, so most of what chance does cancels.
+Comparisons of a candidate with a baseline, paired by seed: both have the same initial weights,
+order of data and evaluation noise, so most random variation cancels.
 
-    paired, verdict     the mean gain, its bootstrap interval, its exact p, and what follows
+    paired, verdict     mean gain, interval, exact p-value, and the conclusion
     mcnemar             the same prompts within one seed
     holm                several candidates against one baseline
     race                cost until a target is met, where some runs may never meet it
-    meets               whether the mean of many runs meets a target
+    meets               whether the mean of several runs meets a target
 
-All p-values are exact or of Student's t. Those of `paired` are one-sided, one for each direction,
-since five seeds cannot give a two-sided p below 0.05: of comparisons without any difference, up to
-one in twenty is called better and as many worse.
+All p-values are exact or from Student's t. Those of `paired` are one-sided, one for each direction,
+because five seeds cannot give a two-sided p below 0.05. So, if there is no difference, up to one
+comparison in twenty says better and as many say worse.
 
 Source  Wilson 1927; Newcombe 1998; expanded percentiles: Hesterberg, arXiv 1411.5279; clustering of
         evaluations: Miller, "Adding error bars to evals", arXiv 2411.00640; paired seeds and
@@ -34,19 +34,19 @@ import numpy as np
 import numpy.typing as npt
 from scipy import stats
 
-Z = 1.959963984540054  # the standard normal stays within +-Z in 95 % of all cases
-CHUNK = 500  # resamples at a time: a table (CHUNK, clusters) of counts stays small
+Z = 1.959963984540054  # 97.5 % quantile of the standard normal distribution
+CHUNK = 500  # resamples at a time, to bound the table of counts, (CHUNK, clusters)
 
-ALPHA = 0.05  # largest p of a claim, for each direction
-WINS = 0.75  # least share of seeds in which what is called an improvement improves
+ALPHA = 0.05  # largest p of "better" or "worse", for each direction
+WINS = 0.75  # least share of seeds in which a candidate called better must be better
 FEWEST, MOST = 5, 40  # seeds: 2^-5 is the first p below ALPHA; 2^40 flips can still be counted
-FOUND = 0.8416212335729143  # what exceeds this is found in 80 % of all cases
+FOUND = 0.8416212335729143  # 80 % quantile of the standard normal, for a power of 80 %
 
 
 def wilson(successes: int, n: int) -> tuple[float, float]:
-    """The shares that `successes` of n would not surprise.
+    """Wilson's 95 % interval of a share, for `successes` of n.
 
-    Unlike share +- 2 standard errors it never leaves [0, 1], and n of n is not certainty.
+    Unlike share +- 2 standard errors it stays within [0, 1] and is not a point for n of n.
 
     Errors  ValueError unless 0 <= successes <= n and n > 0.
     """
@@ -56,13 +56,13 @@ def wilson(successes: int, n: int) -> tuple[float, float]:
     centre = (share + Z * Z / (2 * n)) / (1 + Z * Z / n)
     half = Z * math.sqrt(share * (1 - share) / n + (Z / (2 * n)) ** 2) / (1 + Z * Z / n)
     low, high = max(0.0, centre - half), min(1.0, centre + half)
-    return low if successes else 0.0, high if successes < n else 1.0  # rounding misses both ends
+    return low if successes else 0.0, high if successes < n else 1.0  # exact despite rounding
 
 
 def difference(successes: int, n: int, others: int, m: int) -> tuple[float, float]:
-    """The differences of two independent shares that successes/n - others/m would not surprise.
+    """The 95 % interval of the difference of two independent shares, successes/n - others/m.
 
-    Made of Wilson's intervals of both (Newcombe's method 10), so it stays within [-1, 1].
+    It combines Wilson's intervals of both (Newcombe's method 10), so it stays within [-1, 1].
 
     Errors  ValueError as `wilson`.
     """
@@ -81,16 +81,15 @@ def cluster_bootstrap(
     resamples: int = 10_000,
     seed: int = 0,
 ) -> tuple[float, float]:
-    """The middle 95 % of means when whole clusters are drawn again, with replacement.
+    """95 % bootstrap interval of the mean, resampling whole clusters with replacement.
 
-    With `strata` the statistic is the mean of the strata's means and clusters are drawn within
-    each: a score over tasks, whose number and choice is fixed. A stratum of one cluster cannot
-    vary and adds no width. Where every value is the same the interval is a point: a perfect score
-    is read with Wilson's interval beside it.
+    With `strata` the statistic is the mean of the strata's means, and clusters are resampled within
+    each: for a score over a fixed set of tasks. A stratum of one cluster cannot vary and adds no
+    width. If all values are equal, the interval is a point (`share_interval` avoids that).
 
-    Means of few values drawn again vary too little. The quantiles are therefore taken further out,
-    where Student's t, and a deviation of n - 1 instead of n, would have them: of normal values five
-    are then covered in 91 % of all cases instead of 85, eight in 94 instead of 87.
+    Bootstrap means of few values vary too little. The quantiles are therefore moved outwards, to
+    match Student's t and division by n - 1 instead of n: for five normal values the coverage is
+    then 91 % instead of 85, for eight 94 instead of 87.
 
     Shapes  values, clusters and strata have one entry per image.
     Errors  ValueError if they differ in length or are empty.
@@ -125,10 +124,10 @@ def cluster_bootstrap(
 def share_interval(
     passed: npt.NDArray[np.float64], clusters: Sequence[Hashable], strata: Sequence[Hashable]
 ) -> tuple[float, float]:
-    """The 95 % interval of a share, of clustered verdicts 0 and 1.
+    """The 95 % interval of a share, for clustered verdicts 0 and 1.
 
-    Where all are the same, drawing them again would show no doubt at all: there it is Wilson's, and
-    counts clusters, since of one cluster all may be alike.
+    If all verdicts are equal, the bootstrap interval would be a point. Then it is Wilson's, with
+    the number of clusters as n, since the verdicts of a cluster may not be independent.
 
     Shapes, errors  as `cluster_bootstrap`.
     """
@@ -139,10 +138,10 @@ def share_interval(
 
 
 def mean_interval(values: Sequence[float] | npt.NDArray[np.float64]) -> tuple[float, float]:
-    """The 95 % interval of the mean of a few independent results, as those of seeds.
+    """The 95 % interval of the mean of a few independent results, such as those of seeds.
 
-    Drawing again two, three or four of them covers 50, 76 and 88 %: for fewer than FEWEST it is
-    Student's t. One result has no interval, and both ends are its value.
+    For two, three or four of them the bootstrap covers only 50, 76 and 88 %: for fewer than FEWEST
+    the interval is Student's t. For one result both ends are its value.
     """
     n = len(values)
     if not 1 < n < FEWEST:
@@ -160,28 +159,28 @@ class Paired(NamedTuple):
     gain: float  # mean of the differences
     low: float
     high: float
-    p_better: float  # of a gain this large if there were none, or none beyond the margin
+    p_better: float  # p-value of a gain this large if the true gain is at most the margin
     p_worse: float
     wins: float  # share of seeds in which the candidate is better; a tie is half a win
     sd: float  # of the differences; 0 for a single seed
-    n: int  # seeds
-    margin: float = 0.0  # the smallest gain worth having, written down before the runs
+    n: int  # number of seeds
+    margin: float = 0.0  # the smallest gain that matters, fixed before the runs
 
     @property
     def p(self) -> float:
-        """The p of the direction that was seen, which is what several comparisons adjust."""
+        """The p-value of the observed direction, which `holm` adjusts."""
         return min(self.p_better, self.p_worse)
 
 
 class Verdict(NamedTuple):
-    """What follows from a comparison, and why."""
+    """The conclusion of a comparison, and its reasons."""
 
     word: Literal["better", "worse", "not resolved"]
     sentence: str
 
 
 class McNemar(NamedTuple):
-    """Prompts on which two models differ, and the two-sided p of so uneven a split."""
+    """The numbers of prompts on which two models differ, and the two-sided p of such a split."""
 
     gained: int  # only the candidate passes
     lost: int  # only the baseline passes
@@ -196,9 +195,9 @@ def paired(
 ) -> Paired:
     """Compare results of the same seeds, in the same order.
 
-    The p of either direction is that of a gain, or a loss, beyond the `margin`.
+    The p-values are those of a gain, and of a loss, beyond the `margin`.
 
-    Errors  ValueError unless equally many, one at least, all finite.
+    Errors  ValueError unless equally many, at least one, all finite.
     """
     if not len(candidate) == len(baseline) > 0:
         raise ValueError(
@@ -226,11 +225,11 @@ def paired(
 
 
 def sign_flip(differences: Sequence[float] | npt.NDArray[np.float64]) -> float:
-    """Exact one-sided p that the mean difference is not above zero.
+    """Exact one-sided p-value of the hypothesis that the mean difference is not above zero.
 
-    If candidate and baseline were the same, each difference could as well have had the other sign.
-    Of all 2^n ways to choose signs, p is the share whose sum is as large as the one observed or
-    larger. The sums of both halves are sorted and matched, so 2^(n/2) numbers are enough.
+    If candidate and baseline were equal, each difference could as well have the opposite sign. Of
+    all 2^n choices of signs, p is the share with a sum at least as large as the observed one. The
+    signed sums of each half are sorted and matched, so only about 2^(n/2) numbers are stored.
 
     Errors  ValueError for none or more than MOST differences.
     """
@@ -252,11 +251,11 @@ def _signed_sums(numbers: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
 
 
 def verdict(comparison: Paired, p: float | None = None, comparisons: int = 1) -> Verdict:
-    """Better or worse only if the exact test and the interval agree.
+    """Say better or worse only if the exact test and the interval agree.
 
-    `p` stands for the comparison's own where it was one of several `comparisons` (`holm`). With
-    enough seeds a gain far smaller than their noise can be proven: what fewer than WINS of them
-    show is not called better.
+    `p` replaces the comparison's own p if it is one of several `comparisons` (`holm`). With enough
+    seeds even a gain far smaller than their noise is significant, so a candidate that is better in
+    fewer than WINS of them is not called better.
     """
     gain, low, high, *_, wins, sd, n, margin = comparison
     p = comparison.p if p is None else p
@@ -292,7 +291,7 @@ def verdict(comparison: Paired, p: float | None = None, comparisons: int = 1) ->
 
 
 def seeds_for(comparisons: int) -> int:
-    """The fewest seeds with which so many comparisons can be resolved at all.
+    """The fewest seeds with which this many comparisons can be resolved at all.
 
     The smallest p of n seeds is 2^-n, and Holm multiplies the smallest of several by their number.
     """
@@ -300,11 +299,11 @@ def seeds_for(comparisons: int) -> int:
 
 
 def seeds_needed(sd: float, difference: float, comparisons: int = 1) -> int:
-    """Seeds that find a mean difference in 80 % of all cases, FEWEST at least.
+    """Number of seeds to detect a mean difference with a power of 80 %, at least FEWEST.
 
     `sd` is that of the paired differences: sqrt(2 (1 - rho)) times that of one recipe's results.
-    Two-sided 5 %, or for the first of several `comparisons` its share of that (Holm). The normal
-    approximation is a little low for small numbers.
+    The level is 5 % two-sided, divided by the number of `comparisons` (Holm's first). The normal
+    approximation is slightly too low for small numbers.
     """
     sure = float(stats.norm.isf(ALPHA / 2 / comparisons))
     return max(FEWEST, math.ceil((sure + FOUND) ** 2 * (sd / difference) ** 2))
@@ -313,7 +312,7 @@ def seeds_needed(sd: float, difference: float, comparisons: int = 1) -> int:
 def mcnemar(candidate: Sequence[bool], baseline: Sequence[bool]) -> McNemar:
     """Exact test on the prompts that one of two models passes and the other fails.
 
-    It knows chance over prompts alone: two seeds of one recipe may well differ by it.
+    It covers only the variation over prompts: two seeds of one recipe may differ significantly.
 
     Errors  ValueError unless equally many.
     """
@@ -325,9 +324,9 @@ def mcnemar(candidate: Sequence[bool], baseline: Sequence[bool]) -> McNemar:
 
 
 def holm(p: Sequence[float]) -> list[float]:
-    """Adjust p-values of several comparisons: any below 0.05 is then wrong with 5 % in all.
+    """Adjust p-values for several comparisons: 5 % is then the chance of any false claim.
 
-    Of `Paired.p`, which is that of the direction seen, with 5 % for each direction.
+    With `Paired.p`, the p-value of the observed direction, it is 5 % for each direction.
     """
     order = sorted(range(len(p)), key=lambda i: p[i])
     adjusted, largest = [0.0] * len(p), 0.0
@@ -341,24 +340,24 @@ def holm(p: Sequence[float]) -> list[float]:
 
 
 class Reached(NamedTuple):
-    """Where a run met its target; or, if it never did, how far it was watched."""
+    """The cost at which a run met its target or, if it did not, up to which it was observed."""
 
     cost: float
     met: bool
-    first: bool = False  # at the first evaluation: when before that is not known
+    first: bool = False  # met at the first evaluation, so possibly long before
 
 
 class Race(NamedTuple):
-    """Two recipes on their way to a target; `ratio` is cost of the candidate per baseline's."""
+    """Two recipes compared by cost to a target; `ratio` is the candidate's over the baseline's."""
 
     ratio: float  # geometric mean over seeds
     low: float
     high: float
     median: float  # of the ratios
     met: tuple[int, int]  # runs of candidate and baseline that met the target
-    means: tuple[float, float]  # their mean costs, each counted up to the horizon
-    horizon: float  # cost up to which every run was watched
-    early: int  # runs that met it at their first evaluation, and may have done so long before
+    means: tuple[float, float]  # their mean costs, each limited to the horizon
+    horizon: float  # cost up to which every run was observed
+    early: int  # runs that met it at their first evaluation, so possibly long before
     logs: Paired  # of log cost, lower is better
 
 
@@ -369,12 +368,12 @@ def to_target(
     lower_is_better: bool = False,
     interpolate: bool = False,
 ) -> Reached:
-    """The first point of a grid of evaluations that meets the target.
+    """Find the first evaluation that meets the target.
 
-    A published cost is that of a grid point. To compare recipes the crossing may be interpolated
-    between the first point that passes and the one before. A value that is NaN never passes.
+    A published cost is that of an evaluation. To compare recipes, the crossing can be interpolated
+    between the first evaluation that passes and the one before. NaN never passes.
 
-    Errors  ValueError unless there are as many costs as values, rising, and one at least.
+    Errors  ValueError unless there are as many costs as values, at least one, and costs rise.
     """
     if not len(costs) == len(values) > 0 or any(np.diff(costs) <= 0):
         raise ValueError(f"{len(costs)} rising costs and as many values are needed")
@@ -391,9 +390,9 @@ def to_target(
 def race(candidate: Sequence[Reached], baseline: Sequence[Reached]) -> Race:
     """Compare costs to a target over the same seeds.
 
-    A run that missed the target is censored and not dropped: all costs are counted up to the
-    horizon, the least at which a missing run was given up. If one of a pair missed, its ratio is
-    therefore nearer to 1 than the truth; if both did, it is 1.
+    A run that missed the target is censored, not dropped: all costs are limited to the horizon, the
+    smallest cost at which a run ended without meeting it. So if one of a pair missed, their ratio
+    is nearer to 1 than the true one; if both did, it is 1.
 
     Errors  ValueError as `paired`.
     """
@@ -415,11 +414,11 @@ def race(candidate: Sequence[Reached], baseline: Sequence[Reached]) -> Race:
 
 
 def meets(values: Sequence[float], target: float, lower_is_better: bool = False) -> float:
-    """One-sided p, by Student's t, that the mean result of a recipe does not meet a target.
+    """One-sided p-value, by Student's t, of the hypothesis that a mean does not meet a target.
 
-    The rule for a record: runs enough that this is below 0.01.
+    A speedrun record needs enough runs that this is below 0.01.
 
-    Errors  ValueError for fewer than two runs, whose spread nobody knows.
+    Errors  ValueError for fewer than two runs, which have no spread.
     """
     if len(values) < 2:
         raise ValueError("one run has no spread: give two at least")

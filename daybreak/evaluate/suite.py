@@ -1,17 +1,17 @@
-"""What an evaluation is: an artist draws, something judges, and a result says how sure it is.
+"""Evaluations: suites, their results with intervals, and the names of metrics.
 
-A suite is a function from an artist and what it is asked for to a `Result`:
+A suite is a function from an artist and its prompts or examples to a `Result`:
 
     scenes, validation          here
     distribution, coco30k       evaluate/distribution
     prompts                     evaluate/prompts
     geneval                     evaluate/geneval
 
-A metric is named by its suite: `scenes.exact`, `validation.loss`, `distribution.clip.cmmd`. What
-follows from it (a best checkpoint, a comparison) needs to know which way is up: `lower_is_better`.
+A metric's name starts with its suite: `scenes.exact`, `validation.loss`, `distribution.clip.cmmd`.
+`lower_is_better` tells best checkpoints and comparisons which direction is better.
 
-No two pictures of a suite share their noise, and any of them can be drawn again: its seed follows
-from that of the result by the rule that stands beside it.
+No two pictures of a suite share their noise, and each can be drawn again: a result records its seed
+and the rule by which each picture's seed follows from it.
 """
 
 import json
@@ -37,23 +37,23 @@ from daybreak.failure import BadRecipe, BadStorage
 from daybreak.model.text_to_image import TextToImage
 
 Progress = Callable[[int, int], None]
-Suite = Literal["validation", "scenes", "distribution"]  # what a run can be compared by
+Suite = Literal["validation", "scenes", "distribution"]  # suites by which runs can be compared
 
-LOWER = ("loss", "velocity", "image", "frechet", "kernel", "cmmd")  # what these begin is an error
+LOWER = ("loss", "velocity", "image", "frechet", "kernel", "cmmd")  # errors and distances
 DISTANCES = ("frechet", "kernel", "cmmd", "precision", "recall", "density", "coverage")
 METRICS: dict[Suite, tuple[str, ...]] = {
     "scenes": ("exact", *scenes_questions.TASKS, *SPLITS),
     "validation": validation.NAMES,
     "distribution": DISTANCES,
 }
-SEED_RULE = "picture i is drawn with the noise of seed + i"  # where a suite says no other
-FEW = 240  # pictures for which further processes would take longer to start than to judge
+SEED_RULE = "picture i is drawn with the noise of seed + i"  # unless a suite has its own
+FEW = 240  # with fewer pictures, starting further processes takes longer than checking
 
 
 class Result(NamedTuple):
-    """Values by name, the pictures they rest on, and what else is worth keeping.
+    """Values by name, the number of pictures, and further details to record.
 
-    `remarks` are sentences for whoever reads the values.
+    `remarks` are sentences for the reader of the values.
     """
 
     values: Mapping[str, Estimate]
@@ -69,9 +69,9 @@ def scenes(
     per_task: int,
     progress: Progress | None = None,
 ) -> Result:
-    """How often a picture shows exactly what was asked for; details as in `scenes_suite`.
+    """The share of pictures that show exactly what the prompt asks for; details: `scenes_suite`.
 
-    Errors  BadRecipe if the artist does not draw pictures of the canvas.
+    Errors  BadRecipe if the artist does not draw pictures of the canvas' size.
     """
     size = CANVASES[config.canvas].size
     if artist.side != size:
@@ -96,7 +96,7 @@ def scenes(
 def validate(
     model: TextToImage, examples: Examples, noise_scale: float = 1.0, seed: int = 0
 ) -> Result:
-    """The validation loss, bin by bin of t, with the interval that other pictures would give."""
+    """The validation loss, whole and by bin of t, with intervals over pictures."""
     parts = [
         validation.errors(
             model,
@@ -115,7 +115,7 @@ def validate(
 
 
 def mean(values: npt.NDArray[np.float64]) -> Estimate:
-    """The mean over independent pictures, and how much other pictures would change it."""
+    """The mean over independent pictures and its 95 % interval."""
     half = Z * float(values.std(ddof=1)) / len(values) ** 0.5 if len(values) > 1 else np.inf
     centre = float(values.mean())
     return Estimate(centre, centre - half, centre + half)
@@ -125,7 +125,7 @@ def mean(values: npt.NDArray[np.float64]) -> Estimate:
 
 
 def suite_of(metric: str) -> Suite:
-    """The suite that a metric is of. Errors: BadRecipe for one that no suite has, naming those."""
+    """The suite of a metric. Errors: BadRecipe for an unknown metric; it lists the known ones."""
     for suite, values in METRICS.items():
         if metric.startswith(f"{suite}."):
             if _value(metric) in values:
@@ -139,25 +139,25 @@ def suite_of(metric: str) -> Suite:
 
 
 def lower_is_better(metric: str) -> bool:
-    """Whether a smaller value of a metric is the better one."""
+    """Whether smaller values of a metric are better."""
     return _value(metric).startswith(LOWER)
 
 
 def _value(metric: str) -> str:
-    """The value's own name; that of a distance comes after the network's."""
+    """The name of the value, without suite and, for distances, without network."""
     suite, _, name = metric.partition(".")
     return name.rpartition(".")[2] if suite == "distribution" else name
 
 
-# What is kept
+# Records
 
 
 def record(
     name: str, artist: Artist, result: Result, seed: int, about: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """All that is known of a result, ready for JSON; `about` is code and machine.
+    """The whole record of a result, ready for JSON; `about` describes code and machine.
 
-    A suite with a seed or a rule of its own says so in its details.
+    A suite's own seed or seed rule, in its details, replaces the general one.
     """
     return {
         "suite": name,
@@ -171,7 +171,7 @@ def record(
 
 
 def plain(result: Result) -> dict[str, Any]:
-    """A result on its own, ready for JSON."""
+    """The result alone, ready for JSON."""
     return {
         **result.details,
         "values": {key: as_json(value) for key, value in result.values.items()},
@@ -181,14 +181,14 @@ def plain(result: Result) -> dict[str, Any]:
 
 
 def as_json(value: Estimate) -> dict[str, float | None]:
-    """A value and its interval; JSON has no word for what is not finite."""
+    """A value and its interval; numbers that are not finite become None, as JSON lacks them."""
     numbers = {"value": value.value, "low": value.low, "high": value.high}
     numbers |= {"bias": value.bias} if value.bias else {}
     return {key: number if np.isfinite(number) else None for key, number in numbers.items()}
 
 
 def write(path: Path, found: Mapping[str, Any]) -> None:
-    """Put JSON in its place, whole or not at all. Errors: BadStorage."""
+    """Write JSON atomically. Errors: BadStorage."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk.fresh(path) as staged:
@@ -200,7 +200,7 @@ def write(path: Path, found: Mapping[str, Any]) -> None:
 
 
 def table(result: Result) -> list[tuple[str, str, str, str]]:
-    """(name, value, 95 % interval, pictures) for people."""
+    """Rows (name, value, 95 % interval, pictures) for printing."""
     return [
         (name, f"{value:.4g}", f"{low:.4g} - {high:.4g}", str(result.pictures))
         for name, (value, low, high, _) in result.values.items()

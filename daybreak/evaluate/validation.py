@@ -1,17 +1,16 @@
-"""Validation loss: how well the network guesses pictures it never saw, noise level by noise level.
+"""Validation loss: the network's error on pictures it was not trained on, by noise level.
 
     x_t = (1 - t) x + t eps,    x_hat = DiT(x_t, t, text)
     image error     mean (x_hat - x)^2
     velocity error  mean (v(x_hat) - v(x))^2,    v(y) = (x_t - y) / max(t, 0.05)
 
-Picture, t and noise come from a fixed table: every picture is seen once in each bin of t, at a
-level and with a noise that depend on seed, bin and the picture's number alone. Two networks, or one
-at two steps, therefore differ by what they guess and by nothing else; no generator of a run is
-touched; and the pictures may be shared out over processes in any way.
+Every picture is evaluated once in each bin of t; t and noise depend only on seed, bin and the
+picture's number. Two networks, or one network at two steps, therefore get the same inputs; no
+random generator of a run is used; and the pictures can be divided among processes in any way.
 
-Drawing t as training does would waste the table: under a shifted logit-normal one sample in a
-hundred lies below t = 0.1 and carries half of the loss. Here each bin is covered evenly, and the
-velocity error of the whole is the integral over t.
+Drawing t as in training would be inefficient: under a shifted logit-normal one sample in a hundred
+has t < 0.1, and those carry half of the loss. Here each bin is covered evenly, and the total
+velocity error is the integral over t.
 
 Letters  n pictures, k bins, c channels.
 Units    pixels [-1, 1].
@@ -33,10 +32,10 @@ from daybreak.model import flow
 from daybreak.model.text_to_image import TextToImage
 from daybreak.train.dice import Dice
 
-EDGES = (0.0, 0.3, 0.6, 1.0)  # of the bins of t
+EDGES = (0.0, 0.3, 0.6, 1.0)  # edges of the bins of t
 BINS = tuple(f"{low:.1f}-{high:.1f}" for low, high in pairwise(EDGES))
 NAMES = ("loss", *(f"{error} {at}" for error in ("velocity", "image") for at in BINS))
-GOLDEN = (math.sqrt(5) - 1) / 2  # its multiples, modulo 1, cover an interval evenly however many
+GOLDEN = (math.sqrt(5) - 1) / 2  # any number of its multiples modulo 1 covers [0, 1) evenly
 SEED_RULE = "level and noise of picture i in a bin of t are those of seed, bin and i"
 
 Floats = npt.NDArray[np.float64]
@@ -57,10 +56,10 @@ def errors(
     seed: int = 0,
     first: int = 0,
 ) -> Errors:
-    """The errors of one batch of pictures, numbered from `first` on.
+    """The errors of a batch of pictures, numbered from `first` on.
 
-    Rows of several batches may be put together in any order. `noise_scale` is that of the flow the
-    network was trained with.
+    Rows of several batches can be concatenated in any order. `noise_scale` is that with which the
+    network was trained.
 
     Errors  ValueError unless there are as many captions as pictures.
     """
@@ -73,7 +72,7 @@ def errors(
         words = model.text(captions)
         for number in range(len(EDGES) - 1):
             t = level(number, first, len(x), seed).to(device)
-            # Steps of training are positive, so no picture meets the noise it was trained on.
+            # Training steps are positive, so this noise is never one of training.
             dice = Dice(seed, -1 - number, first, len(x))
             eps = (noise_scale * dice.normal(*x.shape[1:])).to(device)
             noisy = flow.corrupt(x, t, eps)
@@ -86,7 +85,7 @@ def errors(
 
 
 def level(number: int, first: int, count: int, seed: int = 0) -> Float[Tensor, " b"]:
-    """The noise levels of bin `number` for pictures `first` and following, never below T_FIRST."""
+    """The noise levels of bin `number` for `count` pictures from `first` on, at least T_FIRST."""
     low, high = EDGES[number], EDGES[number + 1]
     start = float(Dice(seed, -1 - number, -1, 1).uniform(1))
     turns = torch.arange(first, first + count, dtype=torch.float64) * GOLDEN + start
@@ -94,9 +93,9 @@ def level(number: int, first: int, count: int, seed: int = 0) -> Float[Tensor, "
 
 
 def by_name(errors: Errors) -> dict[str, Floats]:
-    """What each picture adds to each value, (n,): the value itself is the mean over pictures.
+    """The contribution of each picture to each value, (n,); a value is the mean over pictures.
 
-    `loss` is the velocity error over all t in [0, 1]: each bin counts by its width.
+    `loss` is the velocity error over all t in [0, 1]: each bin is weighted by its width.
     """
     columns = (errors.velocity @ np.diff(EDGES), *errors.velocity.T, *errors.image.T)
     return dict(zip(NAMES, columns, strict=True))
