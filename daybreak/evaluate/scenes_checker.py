@@ -378,7 +378,7 @@ def _coloured(found: Found, wanted: Wanted) -> bool:
 
 
 def _relation_mark(orders: list[tuple[Found, ...]], specification: Specification) -> bool:
-    """Whether the relation holds in all best assignments, which it cannot in a tie of both."""
+    """Whether the relation holds in all best assignments; if both are equally good it cannot."""
     likeness = [
         sum(
             (found.thing.shape == wanted.shape) + (wanted.colour == found.thing.colour)

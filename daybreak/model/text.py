@@ -3,7 +3,7 @@
 There are two kinds with one interface. Without `encoder`, a small LFM2 with random weights is built
 and trained along with the denoiser; its tokenizer is learned from the captions. Its convolutions
 let each token see the five before it from the first step, so the vector of "circle" soon holds its
-colour, and that of "left" what is on the left; a T5, whose attention is almost blind to order at
+colour, and that of "left" what it refers to; a T5, whose attention is almost blind to order at
 first, had not learned that after 78,000 pictures. With `encoder` (a hub id or a local folder), a
 language model of `transformers` is used frozen: the encoder of a T5, FLAN-T5 or T5Gemma, a decoder
 such as Qwen3, the text half of Qwen3-VL, or a relative of BERT. Both kinds are saved in the format
