@@ -35,7 +35,9 @@ static int number(const char *name, int otherwise) {
 }
 static int devices(void) { return number("NULL_GPUS", 1); }
 
-API int null_gpu_state(int device, unsigned *flags, int *active);  // the driver asks the runtime
+// what the driver asks the runtime
+API int null_gpu_state(int device, unsigned *flags, int *active);
+API int null_gpu_current(void);
 
 #ifdef DRIVER
 
@@ -45,6 +47,7 @@ API CUresult cuDeviceGetCount(int *count) { return *count = devices(), 0; }
 API CUresult cuDeviceGet(CUdevice *device, int number) { return *device = number, 0; }
 API CUresult cuDriverGetVersion(int *version) { return *version = CUDA_VERSION, 0; }
 API CUresult cuCtxGetCurrent(CUcontext *context) { return *context = (CUcontext)1, 0; }
+API CUresult cuCtxGetDevice(CUdevice *device) { return *device = null_gpu_current(), 0; }
 API CUresult cuCtxGetLimit(size_t *value, CUlimit limit) { return *value = 0, 0; }
 API CUresult cuDevicePrimaryCtxRetain(CUcontext *context, CUdevice device) {
     return *context = (CUcontext)1, 0;
@@ -102,6 +105,7 @@ static int success(void) { return 0; }
 API int null_gpu_state(int device, unsigned *flags, int *active) {
     return *flags = 0, *active = used[device], 0;
 }
+API int null_gpu_current(void) { return current; }
 
 static int here(void) {
     static int own = -2;  // not asked for yet
