@@ -13,7 +13,7 @@ from daybreak import host, terminal
 from daybreak.failure import BadData, BadRecipe, BadStorage
 
 app = typer.Typer(
-    help="Train a text-to-image model from nothing, in pixels, within a budget.",
+    help="Train a text-to-image model from scratch, in pixel space, within a budget.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -21,7 +21,7 @@ app = typer.Typer(
 
 
 def _version(asked: bool) -> None:
-    """Say which version this is, and leave, if that is asked."""
+    """Show the version and exit, if asked to."""
     if asked:
         print(f"daybreak {host.version_of('daybreak')}")
         raise typer.Exit
@@ -31,29 +31,33 @@ def _version(asked: bool) -> None:
 def _program(
     version: Annotated[
         bool,
-        typer.Option("--version", is_eager=True, callback=_version, help="Say which version."),
+        typer.Option(
+            "--version", is_eager=True, callback=_version, help="Show the version and exit."
+        ),
     ] = False,
 ) -> None:
     pass
 
 
-Recipe = Annotated[str, typer.Argument(help="A recipe's path, or the name of a built-in one.")]
+Recipe = Annotated[str, typer.Argument(help="Path of a recipe, or name of a built-in one.")]
 Data = Annotated[
-    str | None, typer.Option(help="Folder of captioned pictures, instead of the recipe's.")
+    str | None,
+    typer.Option(help="Dataset or folder of captioned pictures, instead of the recipe's."),
 ]
-PerTask = Annotated[int, typer.Option(min=5, help="Prompts of a task of scenes.")]
-Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps; the recipe's if left out.")]
+PerTask = Annotated[int, typer.Option(min=5, help="Prompts per task of the scenes suite.")]
+Steps = Annotated[int | None, typer.Option(min=1, help="Sampling steps. \\[default: the recipe's]")]
 Set = Annotated[
     list[str] | None,
     typer.Option(
-        "--set", metavar="KEY=VALUE", help="Change how it is sampled: --set sample.guide=self"
+        "--set", metavar="KEY=VALUE", help="Change a sampling setting: --set sample.guide=self"
     ),
 ]
 Best = Annotated[
-    bool, typer.Option("--best", help="The best checkpoint that was kept, not the newest.")
+    bool, typer.Option("--best", help="Use the best checkpoint that was kept, not the newest.")
 ]
 Guidance = Annotated[
-    float | None, typer.Option(min=1, help="Guidance scale; 1 is none. The recipe's if left out.")
+    float | None,
+    typer.Option(min=1, help="Guidance scale; 1 turns guidance off. \\[default: the recipe's]"),
 ]
 
 
@@ -61,117 +65,124 @@ Guidance = Annotated[
 def prepare(
     source: Annotated[
         list[str] | None,
-        typer.Argument(help="Folders, tars, parquet files, scenes:N, or datasets of the hub."),
+        typer.Argument(help="Folders, .tar or .parquet files, scenes:N, or Hugging Face datasets."),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Folder for the dataset.")] = None,
     resolution: Annotated[
         list[int] | None,
         typer.Option(
-            help="Pixels of a square; given several times, the largest. "
+            help="Side of the square bucket in pixels; if repeated, the largest counts. "
             "\\[default: the largest of 32 to 512 that the pictures allow]"
         ),
     ] = None,
     unit: Annotated[
         int | None,
         typer.Option(
-            help="Sides of all shapes are multiples of it, as of a patch. "
-            "\\[default: 8, 16 or 32, by resolution]"
+            help="Bucket sides are multiples of this: the patch size, or a multiple of it. "
+            "\\[default: 4, 8, 16 or 32, by resolution]"
         ),
     ] = None,
     max_aspect: Annotated[
         float | None,
         typer.Option(
-            help="Long by short side of the longest shape; 1: squares only. \\[default: 2]"
+            help="Long side / short side of the longest bucket; 1: squares only. \\[default: 2]"
         ),
     ] = None,
     max_crop: Annotated[
-        float | None, typer.Option(help="Share of a picture that may be cut off. \\[default: 0.15]")
+        float | None,
+        typer.Option(help="Share of a picture that may be cropped away. \\[default: 0.15]"),
     ] = None,
     max_upscale: Annotated[
-        float | None, typer.Option(help="Factor a picture may be enlarged by. \\[default: 1.33]")
+        float | None,
+        typer.Option(help="Factor by which a picture may be enlarged. \\[default: 1.33]"),
     ] = None,
     min_side: Annotated[
-        int | None, typer.Option(help="Pixels the shorter side must have. \\[default: 0]")
+        int | None, typer.Option(help="Fewest pixels on the shorter side. \\[default: 0]")
     ] = None,
     caption_column: Annotated[
         list[str] | None,
         typer.Option(
             metavar="NAME:WEIGHT",
-            help="A column of captions; may be given several times. "
-            "\\[default: text, caption or prompt, and keywords]",
+            help="A caption column and its weight; repeatable. "
+            "\\[default: text, caption or prompt; and keywords]",
         ),
     ] = None,
     min_caption: Annotated[
-        int | None, typer.Option(help="Characters a caption must have. \\[default: 1]")
+        int | None, typer.Option(help="Fewest characters in a caption. \\[default: 1]")
     ] = None,
     max_caption: Annotated[
-        int | None, typer.Option(help="Characters a caption may have. \\[default: 8000]")
+        int | None, typer.Option(help="Most characters in a caption. \\[default: 8000]")
     ] = None,
     image_column: Annotated[
         str | None,
-        typer.Option(help="A table's column of pictures. \\[default: the first that holds bytes]"),
+        typer.Option(help="The picture column of tables. \\[default: the first that holds bytes]"),
     ] = None,
     licence_column: Annotated[
-        str | None, typer.Option(help="A column of licences. \\[default: licence or license]")
+        str | None, typer.Option(help="The licence column. \\[default: licence or license]")
     ] = None,
     licence: Annotated[
         list[str] | None,
-        typer.Option(help="A licence to allow; may be given several times. \\[default: all]"),
+        typer.Option(help="Keep only pictures with this licence; repeatable. \\[default: all]"),
     ] = None,
     skip: Annotated[
         Path | None,
-        typer.Option(help="A file that lists pictures to leave out: names or sha256, one a line."),
+        typer.Option(help="File that lists pictures to leave out: one name or sha256 per line."),
     ] = None,
     form: Annotated[
         str | None,
         typer.Option(
             "--format",
-            help="jpeg, webp, png, or auto: png where small, else jpeg. \\[default: auto]",
+            help="jpeg, webp, png, or auto: JPEG stays JPEG, others become PNG unless far larger. "
+            "\\[default: auto]",
         ),
     ] = None,
     background: Annotated[
         str | None,
-        typer.Option(help="Colour behind clear pixels, by name or #rrggbb. \\[default: white]"),
+        typer.Option(help="Colour behind transparent pixels: name or #rrggbb. \\[default: white]"),
     ] = None,
     near: Annotated[
         int | None,
-        typer.Option(help="Bits near duplicates may differ in; 0 keeps them. \\[default: 4]"),
+        typer.Option(
+            help="Bits of 64 by which hashes of near duplicates may differ; 0: remove exact copies "
+            "only. \\[default: 4]"
+        ),
     ] = None,
     shard: Annotated[
-        int | None, typer.Option(help="Pictures in each file of the dataset. \\[default: 1024]")
+        int | None, typer.Option(help="Pictures per file of the dataset. \\[default: 1024]")
     ] = None,
     stream: Annotated[
-        bool, typer.Option("--stream", help="Read from the hub without storing what it sends.")
+        bool, typer.Option("--stream", help="Read from the hub without storing the download.")
     ] = False,
     salvage: Annotated[
-        bool, typer.Option("--salvage", help="Keep what can be read of damaged tars and tables.")
+        bool, typer.Option("--salvage", help="Keep the readable part of damaged tars and tables.")
     ] = False,
     processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes that work. \\[default: one for each core]")
+        int | None, typer.Option(min=1, help="Worker processes. \\[default: one per core]")
     ] = None,
     verify: Annotated[
-        bool, typer.Option("--verify", help="Check every byte of a dataset that is there.")
+        bool, typer.Option("--verify", help="Check every byte of an existing dataset.")
     ] = False,
     cache_text: Annotated[
         str | None,
         typer.Option(
             metavar="ENCODER",
-            help="Encode the captions once for all runs with this encoder, or with a recipe's.",
+            help="Encode the captions once, for all runs: a text encoder, or a recipe with one.",
         ),
     ] = None,
     max_tokens: Annotated[
         int | None,
-        typer.Option(min=1, help="text.max_tokens of the runs, for --cache-text. \\[default: 32]"),
+        typer.Option(min=1, help="With --cache-text: text.max_tokens of the runs. \\[default: 32]"),
     ] = None,
     part: Annotated[
         str | None,
         typer.Option(
-            metavar="I/N", help="Only this share of the captions, for --cache-text on N devices."
+            metavar="I/N",
+            help="With --cache-text: encode only share I of N, as one of N devices.",
         ),
     ] = None,
     precision: Annotated[
         Literal["auto", "bfloat16", "float32"],
-        typer.Option(help="precision of the runs, for --cache-text."),
+        typer.Option(help="With --cache-text: precision of the runs."),
     ] = "auto",
 ) -> None:
     """Make a dataset of captioned pictures; the same command again continues where it stopped."""
@@ -179,10 +190,13 @@ def prepare(
 
     if not (source or out) or not (verify or cache_text or (source and out)):
         raise BadRecipe(
-            "give sources and --out DATASET; or --verify, or --cache-text ENCODER, and DATASET"
+            "give one or several sources and --out DATASET; or an existing DATASET and --verify or "
+            "--cache-text ENCODER"
         )
     if (part or max_tokens) and not cache_text:
-        raise BadRecipe("--part and --max-tokens are of captions to encode: give --cache-text too")
+        raise BadRecipe(
+            "--part and --max-tokens are options of --cache-text: give it too, or leave them out"
+        )
     if source and out:
         given = {
             "resolution": max(resolution) if resolution else None,
@@ -206,14 +220,14 @@ def prepare(
         }
         settings, cores = work.settings(given), processes or host.cores()
         if (out / "manifest.json").is_file():
-            print(f"{out} is there already: it is compared with sources and settings")
+            print(f"{out} exists already: comparing it with these sources and settings")
         try:
             manifest = work.prepare(source, out, settings, cores, salvage, terminal.remaining())
         except KeyboardInterrupt:
-            print("\nstopped; the same command goes on from here", file=sys.stderr)
+            print("\nstopped; the same command continues from here", file=sys.stderr)
             raise typer.Exit(130) from None
         terminal.clear()
-        print(*work.summary(out, manifest), f"now: daybreak inspect {out}", sep="\n")
+        print(*work.summary(out, manifest), f"next: daybreak inspect {out}", sep="\n")
     datasets = [out] if out else [Path(name) for name in source or ()]
     if cache_text:
         _cache_text(datasets, cache_text, max_tokens, precision, part)
@@ -223,7 +237,7 @@ def prepare(
             from daybreak.model import text_cache
 
             text_cache.verify(dataset)
-        print(f"{dataset}: {count:,} pictures, every byte as its manifest says")
+        print(f"{dataset}: {count:,} pictures, every byte matches the manifest")
 
 
 def _cache_text(
@@ -233,7 +247,7 @@ def _cache_text(
     precision: str,
     share: str | None,
 ) -> None:
-    """Encode the captions of datasets, and say where that is."""
+    """Encode the captions of datasets, and print where they are."""
     from daybreak.model import text_cache
     from daybreak.train import encoded
 
@@ -251,23 +265,31 @@ def train(
     data: Data = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a value: --set stage.0.steps=500"),
+        typer.Option(
+            "--set",
+            metavar="KEY=VALUE",
+            help="Change a value of the recipe: --set stage.0.steps=500",
+        ),
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", metavar="SECTION", help="Leave a section out: --without muon"),
+        typer.Option(
+            "--without", metavar="SECTION", help="Leave out a section of the recipe: --without muon"
+        ),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="End in time: 90s, 24h, 1500usd, 4e20flop; over restarts.")
+        str | None,
+        typer.Option(help="Stop within this, restarts included: 90s, 24h, 1500usd or 4e20flop."),
     ] = None,
     changed: Annotated[
-        bool, typer.Option("--changed", help="Continue although recipe or data have changed.")
+        bool,
+        typer.Option("--changed", help="Continue even if the recipe or the data have changed."),
     ] = False,
     trace: Annotated[
         str | None,
         typer.Option(
             metavar="STEP:COUNT",
-            help="Write RUN/trace-STEP.json.gz: steps as a profiler sees them.",
+            help="Profile COUNT steps from STEP on, into RUN/trace-STEP.json.gz.",
         ),
     ] = None,
 ) -> None:
@@ -285,31 +307,32 @@ def train(
     loaded = config.load(recipe, (*(set_ or ()), *sets), tuple(without or ()))
     outcome = loop.train(loaded, changed=changed, gone=ledger.age(), trace=wanted)
     if outcome.code == 0 and os.environ.get("RANK", "0") == "0":
-        print(f'now: daybreak sample "a prompt" --run {loaded.out}')
+        print(f'next: daybreak sample "a prompt" --run {loaded.out}')
     raise typer.Exit(outcome.code)
 
 
 @app.command()
 def sample(
     prompt: Annotated[list[str], typer.Argument(help="One prompt or several.")],
-    run: Annotated[Path, typer.Option(help="The run folder whose model draws.")],
+    run: Annotated[Path, typer.Option(help="Folder of the run whose model draws.")],
     count: Annotated[int, typer.Option(min=1, help="Pictures per prompt.")] = 4,
     best: Best = False,
     steps: Steps = None,
     guidance: Guidance = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of each prompt's first picture.")] = 0,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the first picture of each prompt.")] = 0,
     size: Annotated[
         str | None,
         typer.Option(
-            metavar="WIDTHxHEIGHT", help="In pixels; as in the last stage's grids if left out."
+            metavar="WIDTHxHEIGHT",
+            help="Size in pixels. \\[default: that of the last stage's grids]",
         ),
     ] = None,
     set_: Set = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for the pictures; RUN/samples/... if left out.")
+        Path | None, typer.Option(help="Folder for the pictures. \\[default: RUN/samples/...]")
     ] = None,
 ) -> None:
-    """Draw pictures of a prompt with the averaged weights of a run."""
+    """Draw pictures for prompts, with the averaged weights of a run."""
     from daybreak.train import sampling
 
     wanted = sampling.Wanted(
@@ -330,63 +353,76 @@ def sample(
 @app.command()
 def evaluate(
     folder: Annotated[
-        Path, typer.Argument(help="A run folder, or any text-to-image pipeline of diffusers.")
+        Path, typer.Argument(help="A run folder, or any diffusers text-to-image pipeline.")
     ],
     suite: Annotated[
         str, typer.Option(help="scenes, validation, distribution, prompts, geneval or coco30k.")
     ] = "scenes",
     per_task: PerTask = 120,
     count: Annotated[
-        int, typer.Option(min=20, help="Pictures of validation and distribution.")
+        int, typer.Option(min=20, help="Number of pictures for validation and distribution.")
     ] = 5000,
     each: Annotated[
-        int, typer.Option(min=1, help="Pictures of a prompt, for prompts and geneval.")
+        int, typer.Option(min=1, help="Pictures per prompt, for prompts and geneval.")
     ] = 4,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="Lines of text or JSON; GenEval's evaluation_metadata.jsonl."),
+        typer.Option(
+            help="File of prompts, .txt or .jsonl; for geneval its evaluation_metadata.jsonl."
+        ),
     ] = None,
     data: Annotated[
         Path | None, typer.Option(help="A prepared dataset, for validation and distribution.")
     ] = None,
     reference: Annotated[
-        Path | None, typer.Option(help="Folder of true pictures, for coco30k.")
+        Path | None, typer.Option(help="Folder of real pictures to compare with, for coco30k.")
     ] = None,
     results: Annotated[
-        Path | None, typer.Option(help="What GenEval has written: reads the score, draws nothing.")
+        Path | None, typer.Option(help="Results file of GenEval: read its score and draw nothing.")
     ] = None,
     features: Annotated[
         list[str] | None,
-        typer.Option(help="Networks that compare: scenes, dinov2, clip, inception or a folder."),
+        typer.Option(
+            help="Feature network: scenes, dinov2, clip, inception or a folder; repeatable."
+        ),
     ] = None,
     clip: Annotated[
-        str | None, typer.Option(help="CLIP for CLIPScore: clip, or a folder; none if left out.")
+        str | None, typer.Option(help="Also compute CLIPScore with this model: clip, or a folder.")
     ] = None,
     canvas: Annotated[
-        str | None, typer.Option(help="Of scenes, for a pipeline: 32, 64, 64-large or 128.")
+        str | None,
+        typer.Option(help="Canvas of the scenes, for a pipeline: 32, 64, 64-large or 128."),
     ] = None,
     resolution: Annotated[
         int | None,
-        typer.Option(min=8, help="Side of a pipeline's pictures, or those of coco30k."),
+        typer.Option(
+            min=8, help="Side in pixels of a pipeline's pictures, or at which coco30k compares."
+        ),
     ] = None,
     controls: Annotated[
-        bool, typer.Option("--controls", help="Beside scenes: diversity, memory, no prompt.")
+        bool,
+        typer.Option(
+            "--controls", help="With scenes: also test diversity, memorisation and empty prompts."
+        ),
     ] = False,
     best: Best = False,
     seed: Annotated[
         int | None,
-        typer.Option(min=0, help="Of the questions; follows from the weights, 0 for validation."),
+        typer.Option(
+            min=0,
+            help="Evaluation seed. \\[default: from the weights; 0 for pictures to compare with]",
+        ),
     ] = None,
     steps: Steps = None,
     guidance: Guidance = None,
     set_: Set = None,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of the results; FOLDER/evaluation if left out.")
+        Path | None, typer.Option(help="Folder for the results. \\[default: FOLDER/evaluation]")
     ] = None,
 ) -> None:
-    """Score a run or a pipeline of diffusers: a table, and FOLDER/evaluation/SUITE.json.
+    """Score a run or a diffusers pipeline: a table, and FOLDER/evaluation/SUITE.json.
 
-    What is asked otherwise than usual stands in the name: scenes-best-steps20-guidance3.json.
+    Options other than the defaults are added to the file name: scenes-best-steps20-guidance3.json.
     """
     from daybreak.train import scoring
 
@@ -424,46 +460,64 @@ def evaluate(
 @app.command()
 def compare(
     recipe: Annotated[
-        list[str], typer.Argument(help="The baseline first; the same one twice is an A/A test.")
+        list[str],
+        typer.Argument(help="Recipes, the baseline first; the same one twice is an A/A test."),
     ],
     metric: Annotated[
-        str, typer.Option(help="As scenes.exact, validation.loss, distribution.clip.cmmd.")
+        str,
+        typer.Option(help="SUITE.VALUE, for example validation.loss or distribution.clip.cmmd."),
     ] = "scenes.exact",
     seeds: Annotated[
-        int | None, typer.Option(min=1, max=40, help="Runs of each arm; the fewest that can tell.")
+        int | None,
+        typer.Option(
+            min=1,
+            max=40,
+            help="Runs per arm. \\[default: the fewest that can resolve a difference]",
+        ),
     ] = None,
     budget: Annotated[
-        str | None, typer.Option(help="Of each run: 10min, 1e15flop, 200k-images; else its recipe.")
+        str | None,
+        typer.Option(
+            help="Budget of each run: 10min, 1e15flop or 200k-images. "
+            "\\[default: the recipe's steps]"
+        ),
     ] = None,
     target: Annotated[
-        float | None, typer.Option(help="Also compare what it takes to get there.")
+        float | None,
+        typer.Option(help="Also compare the cost of reaching this value of the metric."),
     ] = None,
-    margin: Annotated[
-        float, typer.Option(min=0, help="The smallest difference worth having.")
-    ] = 0.0,
-    evaluations: Annotated[int, typer.Option(min=1, help="Of a run, the last one included.")] = 8,
+    margin: Annotated[float, typer.Option(min=0, help="Smallest difference that matters.")] = 0.0,
+    evaluations: Annotated[
+        int, typer.Option(min=1, help="Evaluations per run, including the last step's.")
+    ] = 8,
     per_task: PerTask = 60,
-    pictures: Annotated[int, typer.Option(min=20, help="Of validation and distribution.")] = 512,
+    pictures: Annotated[
+        int, typer.Option(min=20, help="Number of pictures for validation and distribution.")
+    ] = 512,
     data: Annotated[
-        Path | None, typer.Option(help="A prepared dataset to evaluate with, unless on scenes.")
+        Path | None, typer.Option(help="A prepared dataset, for validation and distribution.")
     ] = None,
-    features: Annotated[str | None, typer.Option(help="Network of the distribution.")] = None,
+    features: Annotated[str | None, typer.Option(help="Feature network for distribution.")] = None,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="An arm: --set dit.depth=8"),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Add an arm with this change: --set dit.depth=8"
+        ),
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", metavar="SECTION", help="An arm: --without tread"),
+        typer.Option(
+            "--without", metavar="SECTION", help="Add an arm without this section: --without tread"
+        ),
     ] = None,
-    out: Annotated[Path, typer.Option(help="Folder of all runs; finished ones are used.")] = Path(
+    out: Annotated[Path, typer.Option(help="Folder of all runs; finished ones are reused.")] = Path(
         "runs/compare"
     ),
     record: Annotated[
-        Path | None, typer.Option(help="A new folder for recipes, logs and every number.")
+        Path | None, typer.Option(help="New folder for a record: recipes, logs and every number.")
     ] = None,
 ) -> None:
-    """Train recipes with equal seeds and budget; say which is better, and how sure that is."""
+    """Train recipes with equal seeds and budgets; say which is better, and how certain that is."""
     from daybreak.evaluate import interim, statistics, suite
     from daybreak.train import arms as plan
     from daybreak.train import budget as paper
@@ -472,23 +526,29 @@ def compare(
 
     if host.processes() > 1:
         raise BadRecipe(
-            "daybreak compare trains with one process and takes turns between recipes: start it "
+            "daybreak compare trains all recipes in one process, one after the other: start it "
             "without torchrun"
         )
     asked = suite.suite_of(metric)
     if target is not None and target > 1 and asked == "scenes":
-        raise BadRecipe(f"--target {target:g}: {metric} is a share between 0 and 1, as in 0.8")
+        raise BadRecipe(
+            f"--target {target:g}: {metric} is a share between 0 and 1, so give a target like 0.8"
+        )
     if not math.isfinite(margin) or not math.isfinite(target or 0.0):
-        raise BadRecipe(f"--target and --margin are finite numbers, as {metric} is")
+        raise BadRecipe("--target and --margin must be finite numbers")
     if data is not None and asked == "scenes":
-        raise BadRecipe(f"--data is for validation and distribution: {metric} asks for no pictures")
+        raise BadRecipe(
+            f"--data is for validation and distribution, and {metric} uses no dataset: leave it out"
+        )
     if features is not None and asked != "distribution":
-        raise BadRecipe(f"--features is for distribution: {metric} asks no network")
+        raise BadRecipe(
+            f"--features is for distribution, and {metric} uses no feature network: leave it out"
+        )
     loaded = plan.named(recipe, tuple(set_ or ()), tuple(without or ()))
     if len(loaded) < 2 and target is None:
         raise BadRecipe(
             "there is nothing to compare with: give a second recipe, --set or --without; or "
-            "--target, to see how soon one recipe gets there"
+            "--target, to measure how soon one recipe reaches it"
         )
     evaluation = interim.Config(
         every=1,
@@ -503,11 +563,13 @@ def compare(
     enough = statistics.seeds_for(len(arms) - 1)
     runs = list(plan.runs(arms, seeds or enough, out))
     if seeds and seeds < enough and len(arms) > 1:
-        print(f"with so many arms nothing is resolved by {seeds} seeds: give --seeds {enough}")
+        print(
+            f"{seeds} seeds resolve no difference between {len(arms)} arms: give --seeds {enough}"
+        )
     if record is not None:
         view.check(record)
     if taken := plan.reuse(runs, out, target is not None):
-        print(f"{len(taken)} of {len(runs)} runs were trained for another comparison and are used")
+        print(f"reusing {len(taken)} of {len(runs)} runs, trained for another comparison")
     if code := work.run(runs, arms, print):
         raise typer.Exit(code)
     question = work.Question(metric, plan.unit(given, target), target, margin)
@@ -516,7 +578,7 @@ def compare(
     terminal.tables(view.tables(found))
     print(*view.sentences(found, measured), sep="\n")
     if kept := view.write(found, budget, measured, out):
-        print(f"what stood there of another comparison: {kept}")
+        print(f"page of the previous comparison, moved: {kept}")
     print(f"comparison: {out / 'README.md'}")
     if record is not None:
         view.record(found, budget, measured, record)
@@ -528,9 +590,11 @@ def compare(
 def export(
     run: Annotated[Path, typer.Argument(help="A run folder that `daybreak train` has written.")],
     best: Best = False,
-    out: Annotated[Path | None, typer.Option(help="Folder; RUN/pipeline if left out.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder to write. \\[default: RUN/pipeline]")
+    ] = None,
 ) -> None:
-    """Write a folder that Hugging Face diffusers loads as it is."""
+    """Export a run as a folder that Hugging Face diffusers loads."""
     import torch
 
     from daybreak import config
@@ -562,23 +626,26 @@ def inspect(
         Path, typer.Argument(help="A run, or a dataset that `daybreak prepare` has written.")
     ],
     batch: Annotated[
-        int | None, typer.Option(min=1, help="Of a dataset: pictures of a batch, 64 if left out.")
+        int | None, typer.Option(min=1, help="Datasets only: batch size. \\[default: 64]")
     ] = None,
     world: Annotated[
-        int | None, typer.Option(min=1, help="Of a dataset: processes that share a batch.")
+        int | None,
+        typer.Option(min=1, help="Datasets only: processes that share a batch. \\[default: 1]"),
     ] = None,
     resolution: Annotated[
         int | None,
-        typer.Option(min=1, help="Of a dataset: that of a stage; its own if left out."),
+        typer.Option(
+            min=1, help="Datasets only: resolution of the stage. \\[default: the dataset's]"
+        ),
     ] = None,
     out: Annotated[
-        Path | None, typer.Option(help="The page; FOLDER/inspect.html if left out.")
+        Path | None, typer.Option(help="HTML page to write. \\[default: FOLDER/inspect.html]")
     ] = None,
 ) -> None:
-    """Show a run, or what a dataset holds and what would stop a training on it.
+    """Show a run; or what a dataset holds, and what would keep a run from training on it.
 
-    A summary here, and one page with pictures. That of a run has what it drew, its curves, scores
-    and cost; it may be asked for while the run goes on.
+    Prints a summary and writes one page with pictures. The page of a run has its samples, curves,
+    scores and cost, also while the run is still training.
     """
     from rich.console import Console
 
@@ -588,14 +655,14 @@ def inspect(
 
     path = out or folder / "inspect.html"
     if (folder / "recipe.toml").is_file() and (folder / "manifest.json").is_file():
-        raise BadRecipe(f"{folder} is a checkpoint: give its run, {folder.resolve().parent}")
+        raise BadRecipe(f"{folder} is a checkpoint: give its run folder, {folder.resolve().parent}")
     if not folder.is_dir():
-        raise BadData(f"{folder} is no folder: give a run, or a dataset that is prepared")
+        raise BadData(f"{folder} is not a folder: give that of a run or of a prepared dataset")
     if (folder / "recipe.toml").is_file():
         if batch or world or resolution:
             raise BadRecipe(
-                f"{folder} is a run: leave --batch, --world and --resolution out, they are for "
-                "datasets"
+                f"{folder} is a run, and --batch, --world and --resolution are for datasets: leave "
+                "them out"
             )
         story = of_run.read(folder)
         Console().print(of_run.summary(story))
@@ -603,8 +670,8 @@ def inspect(
         return
     if not prepared.is_prepared(folder):
         raise BadData(
-            f"{folder} is neither a run, without recipe.toml, nor a dataset that is prepared, "
-            "without manifest.json: give the folder of one itself"
+            f"{folder} is neither a run (it has no recipe.toml) nor a prepared dataset (it has no "
+            "manifest.json): give the folder of one itself"
         )
     opened = census.read(folder, terminal.counter("bytes checked"))
     found = census.count(opened, batch or 64, world or 1, resolution)
@@ -618,45 +685,50 @@ def inspect(
 def plan(
     recipe: Recipe,
     gpus: Annotated[
-        str | None, typer.Option(help="32xH200, RTX4090 or cpu; this machine if left out.")
+        str | None,
+        typer.Option(help="Devices: 32xH200, RTX4090 or cpu. \\[default: this machine's]"),
     ] = None,
     data: Data = None,
     budget: Annotated[
         str | None,
         typer.Option(
-            help="What do 1500usd, 24h, 4e20flop or 200k-images buy? Else the recipe's own budget."
+            help="Say what this buys: 1500usd, 24h, 4e20flop or 200k-images. "
+            "\\[default: the recipe's own budget]"
         ),
     ] = None,
-    price: Annotated[
-        float | None, typer.Option(min=0, help="Dollars for a device and hour.")
-    ] = None,
+    price: Annotated[float | None, typer.Option(min=0, help="Dollars per device and hour.")] = None,
     share: Annotated[
-        float | None, typer.Option(min=0.001, max=1, help="Share of the peak that is reached.")
+        float | None,
+        typer.Option(min=0.001, max=1, help="Share of peak FLOP/s that is reached (MFU)."),
     ] = None,
     cached_text: Annotated[
-        bool, typer.Option("--cached-text", help="Captions will have been encoded before.")
+        bool, typer.Option("--cached-text", help="Assume that captions are already encoded.")
     ] = False,
     measure: Annotated[
-        bool, typer.Option("--measure", help="Take 20 real steps of each stage here first.")
+        bool, typer.Option("--measure", help="Time 20 real steps of each stage on this machine.")
     ] = False,
     fit: Annotated[
         Path | None,
         typer.Option(
-            help="Write the recipe here, with a mesh, the largest passes that fit, blocks "
-            "recomputed if none would, and the steps that a budget buys."
+            help="Write the recipe, fitted to these devices, to this file: mesh, largest micro, "
+            "parallel.recompute if needed, and the steps that the budget buys."
         ),
     ] = None,
-    json: Annotated[bool, typer.Option("--json", help="Print JSON, not tables.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON instead of tables.")] = False,
     set_: Annotated[
         list[str] | None,
-        typer.Option("--set", metavar="KEY=VALUE", help="Change a value: --set micro=8"),
+        typer.Option(
+            "--set", metavar="KEY=VALUE", help="Change a value of the recipe: --set micro=8"
+        ),
     ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option("--without", metavar="SECTION", help="Leave a section out: --without repa"),
+        typer.Option(
+            "--without", metavar="SECTION", help="Leave out a section of the recipe: --without repa"
+        ),
     ] = None,
 ) -> None:
-    """Say what a run takes before its first step: hours, dollars, memory."""
+    """Estimate the hours, dollars and memory of a run before its first step."""
     from json import dumps
 
     from rich.console import Console
@@ -668,14 +740,16 @@ def plan(
 
     if host.processes() > 1:
         raise BadRecipe(
-            "daybreak plan counts for all devices with one process: start it without torchrun"
+            "daybreak plan computes for all devices in one process: start it without torchrun"
         )
     if share is not None and measure:
-        raise BadRecipe("--measure finds the share that --share gives: leave one of them out")
+        raise BadRecipe("--measure measures what --share assumes: leave one of them out")
     if fit and fit.exists():
-        raise BadRecipe(f"--fit {fit} is there already: name another file, or remove it")
+        raise BadRecipe(f"--fit {fit} exists already: name another file, or remove it")
     if fit and not fit.absolute().parent.is_dir():
-        raise BadStorage(f"cannot write {fit}: there is no folder {fit.parent}")
+        raise BadStorage(
+            f"cannot write {fit}: there is no folder {fit.parent}; make it, or name another file"
+        )
     sets = (*(set_ or ()), *config.assigned({"data.source": data}))
     wanted = config.load(recipe, sets, tuple(without or ()))
     given = paper.granted(wanted) if budget is None else (paper.parse(budget),)
@@ -704,10 +778,12 @@ def plan(
 def doctor(
     make_toy_teachers: Annotated[
         Path | None,
-        typer.Option(help="Only write tiny random teachers to a folder, to try recipes with."),
+        typer.Option(
+            help="Only write tiny random teacher networks to this folder, to try recipes with."
+        ),
     ] = None,
 ) -> None:
-    """Say what this machine has, what is slow, and why."""
+    """Check this machine: what it has, what is slow, and why."""
     if make_toy_teachers:
         from daybreak.model import toy_teachers
 

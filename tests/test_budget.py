@@ -577,7 +577,7 @@ def test_plan_writes_the_fitted_recipe_where_it_is_asked_to(tiny: Path, tmp_path
     half = ("--budget", f"{pictures / 2}images")
     asked(tiny, "--gpus", "4xH100", *half, "--fit", shorter)
     assert config.load(shorter).steps == config.load(tiny).steps // 2
-    with pytest.raises(BadRecipe, match="is there already"):
+    with pytest.raises(BadRecipe, match="exists already"):
         asked(tiny, "--gpus", "4xH100", "--fit", place)
 
 

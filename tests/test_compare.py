@@ -397,8 +397,8 @@ def test_a_value_that_was_not_measured_is_refused_with_those_that_were(
         (("{tiny}", "{tiny}", "--without", "muon"), "make arms of one recipe"),
         (("{tiny}", "{pictures}"), "pictures is not trained on scenes: give a --metric"),
         (("{tiny}", "--without", "moun"), "did you mean muon"),
-        (("{tiny}", "{tiny}", "--target", "nan"), "--target and --margin are finite"),
-        (("{tiny}", "{tiny}", "--margin", "inf"), "--target and --margin are finite"),
+        (("{tiny}", "{tiny}", "--target", "nan"), "--target and --margin must be finite"),
+        (("{tiny}", "{tiny}", "--margin", "inf"), "--target and --margin must be finite"),
         (("{tiny}", "{tiny}", "--data", "{folder}"), "--data is for validation and distribution"),
         (("{tiny}", "{tiny}", "--features", "clip"), "--features is for distribution"),
         (("{tiny}", "{tiny}", "--record", "{folder}"), "is there already"),
@@ -446,7 +446,7 @@ def test_one_command_trains_compares_and_records(
     arguments += ["--target", "1e9", "--out", tmp_path / "o", "--record", tmp_path / "r"]
     done = CliRunner().invoke(cli.app, [str(argument) for argument in arguments])
     assert done.exit_code == 0, done.output
-    assert "nothing is resolved by 2 seeds: give --seeds 5" in done.stdout
+    assert "2 seeds resolve no difference between 2 arms: give --seeds 5" in done.stdout
     assert "stage.0.lr=1e-5 against tiny: not resolved" in done.stdout
     for folder in (tmp_path / "o", tmp_path / "r"):
         kept = json.loads((folder / "comparison.json").read_text())

@@ -214,7 +214,7 @@ def test_the_verb_ends_as_training_would(prepared: Prepare, tmp_path: Path) -> N
     assert done.stderr.count("\n") == 1
     done = daybreak(tmp_path / "nothing")
     assert done.returncode == 3
-    assert "is no folder: give a run" in done.stderr
+    assert "is not a folder: give that of a run" in done.stderr
     done = daybreak(tmp_path)
     assert done.returncode == 3
-    assert "is neither a run, without recipe.toml, nor a dataset" in done.stderr
+    assert "is neither a run (it has no recipe.toml) nor a prepared dataset" in done.stderr

@@ -155,11 +155,11 @@ def test_the_verb_knows_a_run_from_a_dataset(trained: Path, tmp_path: Path) -> N
         run.read(tmp_path)
     refused = warm.run("-m", "daybreak", "inspect", trained / "latest")
     assert refused.returncode == 2
-    assert f"latest is a checkpoint: give its run, {trained}" in refused.stderr
+    assert f"latest is a checkpoint: give its run folder, {trained}" in refused.stderr
     assert not (trained / "latest" / "inspect.html").exists()
     refused = warm.run("-m", "daybreak", "inspect", trained, "--batch", 8)
     assert (refused.returncode, refused.stderr.count("\n")) == (2, 1)
-    assert "is a run: leave --batch" in refused.stderr
+    assert "is a run, and --batch" in refused.stderr
 
 
 def test_what_is_counted_is_no_part_of_the_loss(begun: Path) -> None:

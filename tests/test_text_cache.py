@@ -402,7 +402,7 @@ def test_the_verb_encodes_a_dataset_and_checks_it(
     assert done.returncode == 0, done.stderr
     made, verified = done.stdout.splitlines()
     assert Path(made.removeprefix("text: ")).parent == dataset / "text"
-    assert verified == f"{dataset}: 3 pictures, every byte as its manifest says"
+    assert verified == f"{dataset}: 3 pictures, every byte matches the manifest"
     reader = opened(dataset, loaded(encoder))
     assert len(reader.digests) == 3
     assert reader.tokens(["a red circle", "red", ""]) is not None
@@ -417,7 +417,7 @@ def test_the_verb_encodes_as_a_recipe_asks(
     dataset, encoder = prepared([{"captions": ["a red circle"]}]), saved(tmp_path / "encoder")
     with pytest.raises(BadRecipe, match="trains its own text encoder"):
         cli.prepare([str(dataset)], cache_text=str(tiny))
-    with pytest.raises(BadRecipe, match="--part and --max-tokens are of captions to encode"):
+    with pytest.raises(BadRecipe, match="--part and --max-tokens are options of --cache-text"):
         cli.prepare([str(dataset)], out=tmp_path / "part", part="1/2")
     sets = ('text.template="a {} circle"', "text.skip=1", f"text.encoder={encoder}")
     recipe = config.load(tiny, (*sets, f"data.source={dataset}", "dit.patch=16"), ("scenes",))
