@@ -97,7 +97,9 @@ class Stage(BaseModel):
     @model_validator(mode="after")
     def _has_one_length(self) -> "Stage":
         if (self.steps is None) == (self.samples is None):
-            raise ValueError("a stage is as long as its steps or its samples say: give one of them")
+            raise ValueError(
+                "a stage needs either steps or samples, which set its length: give one of them"
+            )
         return self
 
     @property
@@ -165,8 +167,8 @@ class Recipe(BaseModel):
                 if size % stage.resolution or (number == last and stage.resolution != size):
                     raise ValueError(
                         f"stage.{number}.resolution = {stage.resolution}, but scenes.canvas = "
-                        f"{canvas!r} draws {size} px: the last stage has that, and each one before "
-                        "it that or a whole part of it"
+                        f"{canvas!r} draws {size} px: set the last stage to {size}, and each "
+                        f"earlier one to {size} or a divisor of it"
                     )
         elif self.scenes is not None:
             raise ValueError(
@@ -179,9 +181,9 @@ class Recipe(BaseModel):
         for number, stage in enumerate(self.stage):
             if stage.source is not None and "scenes" in (stage.source, self.data.source):
                 raise ValueError(
-                    f"stage.{number}.source = {stage.source!r} beside data.source = "
-                    f"{self.data.source!r}: scenes are drawn for all stages or for none; `daybreak "
-                    "prepare scenes:10000` makes a dataset of them"
+                    f"stage.{number}.source = {stage.source!r} but data.source = "
+                    f"{self.data.source!r}: all stages draw scenes or none does; to mix them with "
+                    "pictures, make a dataset of scenes with `daybreak prepare scenes:10000`"
                 )
         return self
 
@@ -192,13 +194,13 @@ class Recipe(BaseModel):
             raise ValueError(f"tread.stop = {route.stop} is beyond dit.depth = {depth}")
         if route is not None and route.kind == "deferred" and route.stop != depth:
             raise ValueError(
-                f"tread.stop = {route.stop}, but what is deferred never comes back: set it to "
-                f"dit.depth = {depth}"
+                f'tread.stop = {route.stop}, but with tread.kind = "deferred" skipped tokens never '
+                f"return: set it to dit.depth = {depth}"
             )
         if self.sample.guide == "self" and (route is None or route.kind == "deferred"):
             raise ValueError(
-                'sample.guide = "self" sets the network against itself on a route: it needs a '
-                'section [tread] of kind "tread" or "sprint"'
+                'sample.guide = "self" guides with the same network on its token route, so it '
+                'needs a section [tread] of kind "tread" or "sprint"'
             )
         return self
 
@@ -215,9 +217,8 @@ class Recipe(BaseModel):
                     )
             if self.contrastive is not None and (stage.batch % 2 or self.micro % 2):
                 raise ValueError(
-                    f"[contrastive] sets pictures against each other in pairs, but "
-                    f"stage.{number}.batch = {stage.batch} and micro = {self.micro} are not both "
-                    "even"
+                    f"[contrastive] compares pictures in pairs, so stage.{number}.batch = "
+                    f"{stage.batch} and micro = {self.micro} must both be even"
                 )
         return self
 
@@ -394,8 +395,8 @@ def resampled(
     for assignment in (*sets, *named):
         if assignment.split(".")[0].strip() not in ("sample", "tread"):
             raise BadRecipe(
-                f"--set {assignment}: this run is trained, so only keys of sample and tread can "
-                "be set"
+                f"--set {assignment}: this run is already trained, so only keys of [sample] and "
+                "[tread] can be set"
             )
         _assign(table, assignment)
     return parse(table, "--set")

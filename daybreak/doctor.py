@@ -163,8 +163,8 @@ def shared_memory(where: Path = Path("/dev/shm")) -> list[Finding]:  # noqa: S10
     value = f"{free / GIB:.1f} GiB free at {where}"
     if free < LITTLE_SHARED:
         remark = (
-            "little: loader workers hand over pictures there, 2 GiB at most for each process of a "
-            "run, and die where it is full; docker run --shm-size=16g"
+            "little: loader workers pass pictures through it, up to 2 GiB for each process of a "
+            "run, and die when it is full; in Docker: docker run --shm-size=16g"
         )
         return [Finding("shared memory", value, remark, "slow")]
     return [Finding("shared memory", value)]
@@ -191,7 +191,7 @@ def bfloat16() -> Finding:
         "precision=bfloat16"
         if _is_arm()
         else "no AVX512_BF16, AMX or recent GPU, so bfloat16 would be emulated: blocks compute in "
-        "float32, about four times as long"
+        "float32, which takes about four times as long"
     )
     remark += (
         "; a recipe that fits the time you have: "
@@ -244,17 +244,17 @@ def accelerator() -> Finding:
         if 10 * major + minor < min(map(int, made_for), default=0):
             remark = (
                 f"too old for this torch ({torch.__version__}), which has no kernels for it: "
-                "CUDA_VISIBLE_DEVICES= in front of a command keeps to the processor"
+                "put CUDA_VISIBLE_DEVICES= in front of a command to use the CPU"
             )
             return Finding("gpu", value, remark, "slow")
         return Finding("gpu", value)
     if sys.platform == "darwin":
-        return Finding("gpu", "none", "Apple's is not used: runs compute on the processor")
+        return Finding("gpu", "none", "Apple's GPU is not used: runs compute on the CPU")
     if shutil.which("nvidia-smi") or Path("/proc/driver/nvidia").exists():
         built = torch.version.cuda or "no CUDA"
         remark = (
-            f"there is a driver, but this torch ({torch.__version__}, built for {built}) cannot "
-            "use it: install the build that matches, see pytorch.org/get-started"
+            f"there is an NVIDIA driver, but this torch ({torch.__version__}, built for {built}) "
+            "cannot use it: install the build that matches, see pytorch.org/get-started"
         )
         return Finding("gpu", "not usable", remark, "slow")
     return Finding("gpu", "none", "the small recipes run on the CPU; the large ones do not")

@@ -94,7 +94,7 @@ def plain_failures() -> Iterator[None]:
     """Print a failure as one sentence, what nobody foresaw as it is, and leave with its code."""
     try:
         if sys.platform == "win32":
-            raise BadRecipe("daybreak runs on Linux and macOS; on Windows, inside of WSL")
+            raise BadRecipe("daybreak runs on Linux and macOS; on Windows, inside WSL")
         yield
     except Exception as error:
         many, code = host.processes() > 1, 1
@@ -102,7 +102,7 @@ def plain_failures() -> Iterator[None]:
             code = error.code
             print(f"daybreak: {error}", file=sys.stderr)
         elif isinstance(error, OSError) and error.errno in {*FULL, CLOSED}:
-            code, what = BadStorage.code, error.filename or "what it says"
+            code, what = BadStorage.code, error.filename or "its output"
             verb = "read or write" if error.errno == CLOSED else "write"
             print(f"daybreak: cannot {verb} {what}: {error.strerror}", file=sys.stderr)
         elif many:

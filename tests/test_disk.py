@@ -70,7 +70,7 @@ def test_lines_of_later_steps_and_half_written_ones_are_cut(tmp_path: Path) -> N
 
 
 def test_lines_that_the_disk_does_not_give_are_bad_storage(tmp_path: Path) -> None:
-    with pytest.raises(BadStorage, match=r"cannot cut .* after step 3"):
+    with pytest.raises(BadStorage, match=r"cannot shorten .* to step 3"):
         disk.cut_lines(tmp_path, 3)
     with pytest.raises(BadStorage, match=r"cannot read .*: Is a directory"):
         disk.read_json(tmp_path)  # and nobody is told to remove what is only closed

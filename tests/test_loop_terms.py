@@ -154,7 +154,7 @@ WRONG = [
     ("repa.blocks=[5]", r"repa\.blocks names block 5, but dit\.depth = 2"),
     ('repa.projector="conv"', r"needs every token, but block 0 lies on the route"),
     ("repa.teacher=self", r"target is the block of the averaged model"),
-    ("stage.0.batch=7", r"in pairs, but stage\.0\.batch = 7 and micro = 0 are not both even"),
+    ("stage.0.batch=7", r"in pairs, so stage\.0\.batch = 7 and micro = 0 must both be even"),
     ("lpips.fraction=0", r"lpips\.fraction = 0"),
     ("dino.bellow=0.5", r"unknown key dino\.bellow; did you mean below\?"),
     ('stage.1.without=["text"]', r"stage\.1\.without\.0 = 'text'"),

@@ -383,14 +383,16 @@ def test_the_same_command_again_finds_its_work_done(tmp_path: Path) -> None:
 def test_other_settings_sources_or_folders_are_refused(tmp_path: Path) -> None:
     source, out = folder(tmp_path / "in", 10), tmp_path / "out"
     run(out, source)
-    with pytest.raises(BadRecipe, match=r"prepared otherwise \(near: 4 -> 0\)"):
+    with pytest.raises(
+        BadRecipe, match=r"prepared from other settings or sources \(near: 4 -> 0\)"
+    ):
         run(out, source, config=SMALL.model_copy(update={"near": 0}))
     with pytest.raises(BadRecipe, match=r"sources: .*/in -> .*/in, scenes:3"):
         run(out, source, "scenes:3", config=SMALL.model_copy(update={"format": "png"}))
     (source / "00003.txt").write_text("another caption")
     with pytest.raises(BadRecipe, match=r"in has changed since"):
         run(out, source)
-    with pytest.raises(BadRecipe, match="holds no dataset"):
+    with pytest.raises(BadRecipe, match="is not a dataset"):
         run(source, folder(tmp_path / "other", 1))
     with pytest.raises(BadRecipe, match="lies in the source"):
         run(source / "prepared", source)
@@ -488,7 +490,7 @@ def test_more_shards_than_can_be_mapped_are_put_together(
 def test_nothing_left_says_why_and_leaves_nothing_behind(tmp_path: Path) -> None:
     source = folder(tmp_path / "in", 5)
     with pytest.raises(
-        BadData, match=r"no picture is left of 5 \(5 small\)\. 00000\.png: is 32 x 32"
+        BadData, match=r"all 5 inputs were left out \(5 small\)\. 00000\.png: is 32 x 32"
     ):
         run(tmp_path / "out", source, config=Config(resolution=512))
     assert run(tmp_path / "out", source)["counts"]["kept"] == 5
@@ -518,7 +520,7 @@ def test_what_the_disk_refuses_is_said_and_the_rest_goes_on_later(tmp_path: Path
         try:
             run(out, source)
         except BadStorage as failure:
-            os._exit(70 if "what is finished is kept" in str(failure) else 71)
+            os._exit(70 if "finished parts are kept" in str(failure) else 71)
 
     child = multiprocessing.get_context("fork").Process(target=limited)
     child.start()
@@ -902,7 +904,7 @@ def test_the_summary_says_how_to_keep_what_only_looks_alike(tmp_path: Path) -> N
     (inside / "nearly.png").write_bytes(encoded(nearly))
     (inside / "nearly.txt").write_text("x")
     said = "\n".join(prepare.summary(out, run(out, inside)))
-    assert "1 of them only look alike, by 4 bits; --near 0 keeps such" in said
+    assert "1 of them are near duplicates, within 4 bits; --near 0 keeps them" in said
 
 
 @pytest.mark.parametrize(

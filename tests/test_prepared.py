@@ -283,7 +283,7 @@ def test_substitutes_of_a_picture_are_not_always_the_same(prepared: Write) -> No
 
 def test_a_dataset_of_damaged_pictures_ends_in_one_sentence(prepared: Write) -> None:
     rows = [{"image": {"bytes": b"", "path": None}} for _ in range(5)]
-    with pytest.raises(BadData, match=f"Nor can {SUBSTITUTES - 1} others"):
+    with pytest.raises(BadData, match=f"Its {SUBSTITUTES - 1} substitutes cannot"):
         opened(prepared(rows)).sample(Slot(0, 0, 64, 64))
 
 
@@ -320,7 +320,7 @@ def test_a_folder_that_is_none_says_how_to_make_one(tmp_path: Path, prepared: Wr
     with pytest.raises(BadData, match="daybreak prepare SOURCE"):
         opened(tmp_path / "nothing")
     (tmp_path / "pictures").mkdir()
-    with pytest.raises(BadData, match=r"prepare \S+pictures --out OTHER` makes one of it"):
+    with pytest.raises(BadData, match=r"prepare \S+pictures --out OTHER` makes a dataset of it"):
         opened(tmp_path / "pictures")
     (tmp_path / "pictures" / ".staging").mkdir()
     with pytest.raises(BadData, match="daybreak prepare SOURCE"):
@@ -337,7 +337,7 @@ def test_a_manifest_that_the_disk_does_not_give_is_not_called_damaged(prepared: 
     (folder / "manifest.json").unlink()
     (folder / "manifest.json").mkdir()
     with pytest.raises(
-        BadData, match=r"manifest\.json cannot be read \(Is a directory\): mend that"
+        BadData, match=r"manifest\.json cannot be read \(Is a directory\): fix that"
     ):
         opened(folder)
 

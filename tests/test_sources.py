@@ -412,7 +412,7 @@ def test_what_is_no_source_is_one_sentence(tmp_path: Path) -> None:
         (str(picture(tmp_path / "one.png")), "is neither .tar nor .parquet"),
         (str(tmp_path / "splits"), "holds several splits"),
         (str(tmp_path / "zipped"), "holds many.ZIP and no loose picture; unpack it"),
-        (str(tmp_path / "zipped" / "many.ZIP"), "is packed; unpack it"),
+        (str(tmp_path / "zipped" / "many.ZIP"), "is a compressed archive; unpack it"),
     ]:
         with pytest.raises(BadData, match=said):
             sources.find(name, Columns(), 4)

@@ -273,7 +273,7 @@ def _nothing_left(rejected: Counter[str], stored: Stored, found: Sequence[Source
     some = " ".join(
         f"{line['where']}: {line['reason']}" for line in itertools.islice(lines, NAMED_WHEN_EMPTY)
     )
-    return f"no picture is left of {rejected.total():,} ({kinds}). {some}"
+    return f"all {rejected.total():,} inputs were left out ({kinds}). {some}"
 
 
 def _mapped(path: Path) -> Any:

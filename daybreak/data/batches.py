@@ -288,8 +288,8 @@ def pictures(config: Config, scene: scenes.Config | None, seed: int, patch: int)
     if not raw:
         if config.caption_columns:
             raise BadRecipe(
-                "data.caption_columns is for pictures that are not prepared; "
-                "`daybreak prepare` has stored captions with their weights: remove it"
+                "data.caption_columns is for pictures that are not prepared, and a prepared "
+                "dataset holds its captions and their weights: remove data.caption_columns"
             )
         return Prepared(config.folders, seed, patch)
     if len(config.folders) > 1:

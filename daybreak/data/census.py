@@ -240,7 +240,7 @@ def count(written: Written, batch: int, world: int = 1, resolution: int | None =
             f"again with --resolution {side}"
         )
     if batch % world:
-        raise BadRecipe(f"--batch {batch} cannot be dealt to --world {world} processes evenly")
+        raise BadRecipe(f"--batch {batch} is not divisible by --world {world}: change one of them")
     found = tally(opened.table)
     fillings = fill(found.shapes, batch, _places(opened, side))
     return Census(
@@ -301,7 +301,9 @@ def histogram(values: Counter[int], starts: tuple[int, ...]) -> tuple[Bar, ...]:
 def _places(opened: Opened, side: int) -> dict[str, buckets.Bucket]:
     """The bucket that each bucket of the dataset becomes at a resolution."""
     if side % opened.unit:
-        raise BadRecipe(f"--resolution {side} is no multiple of the dataset's unit, {opened.unit}")
+        raise BadRecipe(
+            f"--resolution {side} is not a multiple of {opened.unit}, the dataset's unit"
+        )
     shape = opened.largest, side, opened.unit, opened.unit, opened.max_aspect
     return {bucket.name: buckets.at(bucket, *shape) for bucket in opened.buckets}
 
@@ -311,7 +313,7 @@ def _problems(opened: Opened, found: Tally, batch: int) -> Iterator[Failure]:
     if found.bare:
         yield BadData(
             f"{opened.folder}: {_named(found.bare)} {'has' if len(found.bare) == 1 else 'have'} an "
-            "empty caption; mend the captions, and prepare the dataset again"
+            "empty caption; correct the captions, and prepare the dataset again"
         )
     if len(opened.table) < batch:
         yield BadRecipe(

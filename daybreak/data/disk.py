@@ -115,7 +115,7 @@ def cut_lines(path: Path, step: int) -> dict[str, Any]:
     except FileNotFoundError:
         return {}
     except OSError as error:
-        raise BadStorage(f"cannot cut {path} after step {step}: {error.strerror}") from error
+        raise BadStorage(f"cannot shorten {path} to step {step}: {error.strerror}") from error
     return last
 
 

@@ -246,7 +246,8 @@ def check_folder(path: Path) -> None:
     """Errors: BadData if there is no such folder."""
     if path.is_file():
         raise BadData(
-            f"{path}: is a file; `daybreak prepare {path}` makes a dataset of tars, tables."
+            f"{path}: is a file; `daybreak prepare {path} --out DATASET` makes a dataset of a tar "
+            "or table."
         )
     if not path.is_dir():
         raise BadData(f"{path}: there is no such folder; give the folder that holds the pictures.")

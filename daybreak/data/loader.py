@@ -196,8 +196,8 @@ def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iter
             worker.kill()  # it is still deaf to what is kinder
         del arriving
     raise LostPeer(
-        f"{STARTS} times a loader worker has not begun within {START:.0f} s: the same command "
-        "continues from the last checkpoint; data.workers = 0 does without them"
+        f"a loader worker did not start within {START:.0f} s, {STARTS} times in a row: the same "
+        "command continues from the last checkpoint; data.workers = 0 loads without workers"
     )
 
 
@@ -227,13 +227,13 @@ def _arriving(begin: Callable[[], Iterator[Stacked]]) -> Generator[Stacked]:
             if "timed out" in said and time.monotonic() - asked < PATIENCE:
                 continue
             raise LostPeer(
-                f"a loader worker has died or hangs ({said.splitlines()[0]}): the same command "
+                f"a loader worker died or hangs ({said.splitlines()[0]}): the same command "
                 "continues from the last checkpoint"
             ) from error
         if broken:  # nobody has died, and a batch is lost
             raise LostPeer(
-                f"a batch has not arrived from its loader ({broken}): the same command continues "
-                "from the last checkpoint"
+                f"a batch was lost on its way from a loader worker ({broken}): the same command "
+                "continues from the last checkpoint"
             ) from broken
         if stacked is None:
             return

@@ -101,7 +101,8 @@ def prepare(
             raise
         except OSError as error:
             raise BadStorage(
-                f"cannot write {out}: {error.strerror or error}; the same command goes on"
+                f"cannot write {out}: {error.strerror or error}; fix that, and the same command "
+                "continues"
             ) from error
         shutil.rmtree(staging, ignore_errors=True)
     return manifest
@@ -175,9 +176,12 @@ def summary(out: Path, manifest: dict[str, Any]) -> Iterator[str]:
         if group["kind"] != "exact"
     )
     if alike:
-        yield f"  {alike:,} of them only look alike, by {chosen['near']} bits; --near 0 keeps such"
+        yield (
+            f"  {alike:,} of them are near duplicates, within {chosen['near']} bits; --near 0 "
+            "keeps them"
+        )
     if examples:
-        yield f"  every one of them, with its reason: {out / 'rejected.jsonl'}"
+        yield f"  all of them, with reasons: {out / 'rejected.jsonl'}"
 
 
 def settled(config: Config, found: Sequence[Source]) -> Config:
@@ -292,7 +296,7 @@ def _enter(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
         return manifest
     if any(path.name != ".DS_Store" for path in out.iterdir()) and not (out / STAGING).is_dir():
         raise BadRecipe(
-            f"{out} is not empty and holds no dataset: choose another folder with --out"
+            f"{out} is not empty and is not a dataset: choose another folder with --out"
         )
     return None
 
@@ -332,8 +336,8 @@ def _refuse_other(plan: dict[str, Any], there: dict[str, Any], holds: str) -> No
     changed = list(_differences(there, plan))
     if changed:
         raise BadRecipe(
-            f"{holds} prepared otherwise ({'; '.join(changed)}): choose another folder with --out, "
-            "or remove this one to prepare it anew"
+            f"{holds} prepared from other settings or sources ({'; '.join(changed)}): choose "
+            "another folder with --out, or remove this one to prepare it again"
         )
 
 
@@ -362,8 +366,8 @@ def _refuse_damaged(staging: Path, found: Sequence[Source]) -> None:
     if damaged:
         more = f" and {len(damaged) - NAMED_AT_MOST} more." if len(damaged) > NAMED_AT_MOST else ""
         raise BadData(
-            f"{' '.join(damaged[:NAMED_AT_MOST])}{more} Or give the same command with --salvage: "
-            "what could be read is kept, nothing is read again."
+            f"{' '.join(damaged[:NAMED_AT_MOST])}{more} Or repeat the command with --salvage, "
+            "which keeps what could be read and reads nothing again."
         )
 
 
@@ -375,7 +379,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     Errors  BadData, in one sentence, for the first thing that is wrong.
     """
     if not (folder / "manifest.json").is_file():
-        raise BadData(f"{folder} is no prepared dataset: it has no manifest.json")
+        raise BadData(f"{folder} is not a prepared dataset: it has no manifest.json")
     manifest = disk.read_json(folder / "manifest.json")
     files = _listed(folder, manifest)
     counts = manifest["counts"]
@@ -383,7 +387,7 @@ def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> 
     if stray := sorted({path.name for path in folder.glob("[!.]*.arrow")} - files.keys()):
         raise BadData(
             f"{folder} holds {', '.join(stray[:NAMED_AT_MOST])}, which its manifest does not list: "
-            "remove what is not of this dataset"
+            "remove the files that do not belong to this dataset"
         )
     there = assemble.tallied(folder, files)
     rejected = Counter(row["kind"] for row in _lines(folder / "rejected.jsonl"))

@@ -142,7 +142,7 @@ class Prepared:
                 row = self._substitute(slot, attempt)
             else:
                 return Sample(picture, caption, complaint)
-        raise BadData(f"{complaint} Nor can {SUBSTITUTES - 1} others in its place be read.")
+        raise BadData(f"{complaint} Its {SUBSTITUTES - 1} substitutes cannot be read either.")
 
     def captions(self) -> Iterator[str]:
         """Yield every caption once."""
@@ -245,11 +245,11 @@ def open_dataset(folder: Path) -> Opened:
         remedy = (
             f"`daybreak prepare SOURCE --out {folder}` makes it, or finishes it"
             if ours or not folder.exists()
-            else f"`daybreak prepare {folder} --out OTHER` makes one of it"
+            else f"`daybreak prepare {folder} --out OTHER` makes a dataset of it"
         )
-        raise BadData(f"{folder} is no prepared dataset, it has no {name}: {remedy}") from error
+        raise BadData(f"{folder} is not a prepared dataset, it has no {name}: {remedy}") from error
     except OSError as error:
-        raise BadData(f"{error.filename} cannot be read ({error.strerror}): mend that") from error
+        raise BadData(f"{error.filename} cannot be read ({error.strerror}): fix that") from error
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise BadData(f"{folder}: its manifest cannot be read ({error}); prepare it again") from (
             error

@@ -106,8 +106,8 @@ def _pool(processes: int, context: Any, counts: Any) -> Iterator[ProcessPoolExec
             process.kill()
         if isinstance(error, BrokenProcessPool):
             raise LostPeer(
-                "a process was ended from outside, perhaps for its memory: give the same command "
-                "again with fewer --processes; what is finished is kept"
+                "a worker process was killed, perhaps because memory ran out: repeat the command "
+                "with fewer --processes; finished parts are kept"
             ) from error
         raise
     pool.shutdown()
@@ -146,6 +146,6 @@ def _store(
         disk.write_json(report_path(staging, number), shard._asdict())
     except OSError as error:  # sources that cannot be read are faults by now
         raise BadStorage(
-            f"cannot write {staging} ({error.strerror or error}): mend that and give the same "
-            "command again; what is finished is kept"
+            f"cannot write {staging} ({error.strerror or error}): fix that and repeat the "
+            "command; finished parts are kept"
         ) from error

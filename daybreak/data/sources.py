@@ -78,8 +78,12 @@ def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source
         if path.suffix == ".parquet":
             return tables.parquet([path], path.parent, name, wanted, shard)
         if folders.is_packed(name):
-            raise BadData(f"{name}: is packed; unpack it, and give the folder or the .tar.")
-        raise BadData(f"{name}: is neither .tar nor .parquet; give a folder of pictures, or those.")
+            raise BadData(
+                f"{name}: is a compressed archive; unpack it, and give the folder or the .tar."
+            )
+        raise BadData(
+            f"{name}: is neither .tar nor .parquet; give one of these, or a folder of pictures."
+        )
     if path.is_dir():
         if (path / "dataset_dict.json").is_file():
             raise BadData(f"{name}: holds several splits; give the folder of one of them.")

@@ -154,8 +154,8 @@ def hub(name: str, wanted: Columns, shard: int, stream: bool) -> records.Source:
         dataset = load_dataset(path, split=split or "train", streaming=stream)
     except Exception as error:  # the library raises its own, its file systems' and its server's
         raise BadData(
-            f"{name}: is no file or folder here, and cannot be had from the Hugging Face hub "
-            f"({why(error)})."
+            f"{name}: is neither a local file or folder nor a dataset that can be loaded from the "
+            f"Hugging Face hub ({why(error)})."
         ) from error
     if not stream:
         return _rows(dataset, name, "datasets", dataset._fingerprint, wanted, shard)
@@ -176,7 +176,7 @@ def image_column(where: str, schema: pa.Schema, asked: str | None) -> str:
         return asked or able[0]
     listed = ", ".join(f"`{field}`" for field in schema.names)
     what = f"column `{asked}` with pictures" if asked else "column of pictures"
-    raise BadData(f"{where}: has no {what}; name one with --image-column, of {listed}.")
+    raise BadData(f"{where}: has no {what}; name one of {listed} with --image-column.")
 
 
 def other_columns(where: str, there: Sequence[str], wanted: Columns) -> tuple[str, ...]:
@@ -188,8 +188,7 @@ def other_columns(where: str, there: Sequence[str], wanted: Columns) -> tuple[st
     if not captions:
         listed = ", ".join(f"`{name}`" for name in there)
         raise BadData(
-            f"{where}: has no column of captions that was asked for; name one with "
-            f"--caption-column, of {listed}."
+            f"{where}: has no matching caption column; name one of {listed} with --caption-column."
         )
     licences = (wanted.licence,) if wanted.licence else LICENCES
     return (*captions, *(one for one in licences if one in there))
