@@ -241,7 +241,7 @@ def test_a_rank_that_nccl_tells_of_a_lost_one_leaves_for_a_reason(
     script = tmp_path / "loses_the_other.py"
     script.write_text(LOSES_THE_OTHER)
     done = run_on_nothing(*TORCHRUN, script)
-    assert "for a step after 1 to be done; rank 1 does not answer" in done.stderr
+    assert "for the step after 1 to finish; rank 1 does not answer" in done.stderr
     assert "exitcode  : 6 " in done.stderr
 
 

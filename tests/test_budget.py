@@ -288,7 +288,7 @@ def test_where_no_pass_is_small_enough_that_is_said() -> None:
     huge = {"dit": {"width": 65536, "heads": 512, "depth": 96, "bottleneck": 0}}
     recipe = config.parse(PUBLISHED | huge, "huge")
     made = budget.plan(recipe, Cluster(32, hardware.DEVICES["RTX 4090"]))
-    with pytest.raises(BadRecipe, match=r"no pass is small enough on 32 x RTX 4090") as said:
+    with pytest.raises(BadRecipe, match=r"no micro is small enough on 32 x RTX 4090") as said:
         fitting.check_memory(recipe, made)
     values = dict(re.findall(r"--set (\S+)=(\S+)", str(said.value)))
     heads = int(values["dit.heads"])

@@ -258,7 +258,9 @@ def test_a_run_whose_checkpoints_are_all_bad_does_not_begin_anew(
     assert checkpoint.to_continue(run, alone(), print) is None
     damage_flip(Parts(recipe).save(run, 5) / "ema.safetensors")
     for _ in range(2):
-        with pytest.raises(NoCheckpoint, match="or remove checkpoint-5 to begin anew"):
+        with pytest.raises(
+            NoCheckpoint, match="or remove checkpoint-5 to start from the beginning"
+        ):
             checkpoint.to_continue(run, alone(), lambda line: None)
 
 

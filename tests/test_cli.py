@@ -64,13 +64,13 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
     ]
     with Image.open(paths[1]) as picture:
         assert picture.size == (48, 24)
-    assert "48x24 px is another shape than that of training (32x32)" in wide.stderr
+    assert "48x24 px is another shape than in training (32x32)" in wide.stderr
     tall = daybreak(*("sample", "red", "--run", run, "--count", 1), "--set", "sample.aspect=0.5")
     with Image.open(Path(tall.stdout.split("\n")[0])) as picture:
         assert picture.size == (24, 48)
     few = ("sample", "red", "--run", run, "--count", 1, "--steps", 1, "--size")
     large = daybreak(*few, "64x64")
-    assert "64x64 px is another size than that of training (32x32)" in large.stderr
+    assert "64x64 px is another size than in training (32x32)" in large.stderr
     for size, said in (("30x49", "take 32x48"), ("big", "--size big: write it as WIDTHxHEIGHT")):
         refused = daybreak(*few, size)
         assert refused.returncode == BadRecipe.code
@@ -91,7 +91,7 @@ def test_train_sample_evaluate_export(tiny: Path, tmp_path: Path) -> None:
     assert refused.returncode == BadStorage.code
     assert refused.stderr.startswith("daybreak: cannot write")
     cut = daybreak(*long, "--set", "sample.stochastic=true")
-    assert "tokens 24 are read (text.max_tokens)" in cut.stderr
+    assert "only 24 of 61 tokens are read (text.max_tokens)" in cut.stderr
     assert "-seed0-steps1-sample.stochastic=true.png" in cut.stdout
     with Image.open(Path(cut.stdout.split("\n")[0])) as picture:
         assert json.loads(picture.info["sample"])["stochastic"] is True

@@ -157,8 +157,8 @@ def test_a_target_that_was_missed_is_censored(recipe: Recipe) -> None:
 def test_a_target_that_is_met_at_once_or_never_makes_no_race(recipe: Recipe) -> None:
     values = [[0.4, 0.5, 0.4, 0.5, 0.4], [0.8, 0.8, 0.7, 0.9, 0.8]]
     for target, said in (
-        (0.95, "no run of arm 1 or arm 0 reached 0.95: there is no race"),
-        (0.0, "10 of 10 runs reached 0 by their first evaluation, so nobody knows when"),
+        (0.95, "no run of arm 1 or arm 0 reached 0.95: nothing to compare"),
+        (0.0, "10 of 10 runs reached 0 by their first evaluation, so when is not known"),
     ):
         found = outcomes(recipe, values, Question("scenes.exact", "pictures", target=target))
         assert record._against(found.versus[0], "arm 0", found)[-1].startswith(said)
@@ -307,7 +307,7 @@ def test_what_is_only_asked_otherwise_is_not_trained_again(
     assert (again.value, again.seconds) == (before.value, before.seconds)
     assert [cost for cost, _ in again.curve] == [80]
     assert arms.reuse([run], out, whole=False) == []
-    with pytest.raises(BadRecipe, match="after its last step alone, and --target asks"):
+    with pytest.raises(BadRecipe, match="after its last step only, and --target needs"):
         arms.reuse([run], out, whole=True)
 
     renamed = planned("renamed", recipe, asked)
@@ -333,7 +333,7 @@ def test_a_run_whose_last_evaluation_is_missing_is_not_called_diverged(
     file = run.folder / evaluations.FILE
     kept = file.read_text()
     file.write_text("")
-    with pytest.raises(BadStorage, match="lacks the evaluation of its last step"):
+    with pytest.raises(BadStorage, match="has no evaluation after its last step"):
         compare.read(run, question)
     assert compare.run([run], made, lambda line: None) == 0
     assert evaluations.lines(run.folder)[0]["values"] == json.loads(kept)["values"]
@@ -393,15 +393,15 @@ def test_a_value_that_was_not_measured_is_refused_with_those_that_were(
             "there are distribution.scenes.frechet",
         ),
         (("{tiny}", "{tiny}", "--budget", "5usd"), "give --budget in min, flop or images"),
-        (("{tiny}", "{tiny}", "--budget", "3images"), "without one: give at least"),
-        (("{tiny}", "{tiny}", "--without", "muon"), "make arms of one recipe"),
+        (("{tiny}", "{tiny}", "--budget", "3images"), "pays for no step of stage.0: give at least"),
+        (("{tiny}", "{tiny}", "--without", "muon"), "make arms from one recipe"),
         (("{tiny}", "{pictures}"), "pictures is not trained on scenes: give a --metric"),
         (("{tiny}", "--without", "moun"), "did you mean muon"),
         (("{tiny}", "{tiny}", "--target", "nan"), "--target and --margin must be finite"),
         (("{tiny}", "{tiny}", "--margin", "inf"), "--target and --margin must be finite"),
         (("{tiny}", "{tiny}", "--data", "{folder}"), "--data is for validation and distribution"),
         (("{tiny}", "{tiny}", "--features", "clip"), "--features is for distribution"),
-        (("{tiny}", "{tiny}", "--record", "{folder}"), "is there already"),
+        (("{tiny}", "{tiny}", "--record", "{folder}"), "exists already"),
         (("{tiny}", "nowhere.toml"), "there is no recipe 'nowhere.toml'"),
     ],
 )

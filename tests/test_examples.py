@@ -104,5 +104,5 @@ def test_a_damaged_picture_ends_the_evaluation(prepared: Callable[..., Path]) ->
 
 
 def test_a_folder_that_is_no_dataset_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(BadData, match="is no prepared dataset"):
+    with pytest.raises(BadData, match="is not a prepared dataset"):
         examples.of_dataset(tmp_path, 64, 16, 0, 10)

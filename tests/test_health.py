@@ -271,7 +271,7 @@ def test_a_wait_of_five_usual_steps_is_told_once() -> None:
         time.sleep(0.05)
     assert 0.05 <= statistics.median(pace.durations) < 0.2
     assert pace.late(0.2) == ""
-    assert pace.late(1.5).startswith("the next pictures have been waited for 1.5 s, and a step")
+    assert pace.late(1.5).startswith("waiting for the next pictures since 1.5 s, while a step")
     assert pace.late(2.0) == "", "it has been said"
 
 

@@ -271,7 +271,7 @@ def test_a_ledger_that_was_removed_begins_anew(file: Path) -> None:
 @pytest.mark.parametrize(
     ("table", "words"),
     [
-        ({}, "say how much"),
+        ({}, "give an amount: seconds, dollars or flops"),
         ({"dollars": 3}, "price"),
         ({"seconds": -1}, "greater than 0"),
         ({"hours": 3}, "hours"),

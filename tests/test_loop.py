@@ -199,7 +199,7 @@ def test_a_changed_recipe_goes_on_when_told_to_and_the_checkpoint_says_so(tiny: 
     longer = config.load(tiny, ("stage.0.steps=12", "clip=0.5"))
     told: list[str] = []
     assert loop.train(longer, told.append, changed=True) == (12, 0)
-    assert "goes on changed: clip: 1.0 -> 0.5" in told
+    assert "continues with a change: clip: 1.0 -> 0.5" in told
     manifest = json.loads((Path(recipe.out) / "checkpoint-12" / "manifest.json").read_text())
     assert manifest["changed"] == ["clip: 1.0 -> 0.5", "stage.0.steps: 10 -> 12"]
     assert config.load(Path(recipe.out) / "recipe.toml") == longer
@@ -217,7 +217,7 @@ def test_what_a_kill_left_of_the_first_file_is_no_other_thing(tiny: Path, tmp_pa
 def test_a_folder_with_other_things_in_it_is_not_touched(tiny: Path, tmp_path: Path) -> None:
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "thesis.txt").write_text("years of work")
-    with pytest.raises(BadRecipe, match="is not empty and holds no run"):
+    with pytest.raises(BadRecipe, match="is not empty and is not a run"):
         loop.train(config.load(tiny), lambda line: None)
     assert [path.name for path in (tmp_path / "run").iterdir()] == ["thesis.txt"]
 
@@ -301,7 +301,7 @@ def test_a_run_is_not_continued_with_other_data(
     loop.train(recipe, lambda line: None)
     shutil.rmtree(folder)
     prepared([{}] * 7 + [{"captions": ["edited"]}], shards=2)
-    with pytest.raises(BadRecipe, match=r"begun with other data: .*data-00001-of-00002\.arrow"):
+    with pytest.raises(BadRecipe, match=r"started with other data: .*data-00001-of-00002\.arrow"):
         loop.train(recipe, lambda line: None)
 
 
@@ -311,7 +311,7 @@ def test_a_run_is_not_continued_with_other_captions(tiny: Path, pictures: Path) 
     )
     loop.train(recipe, lambda line: None)
     (pictures / "3.txt").write_text("colour number 4")
-    with pytest.raises(BadRecipe, match="begun with other data: pictures differ"):
+    with pytest.raises(BadRecipe, match="started with other data: pictures differ"):
         loop.train(recipe, lambda line: None)
 
 
@@ -355,7 +355,7 @@ def test_a_checkpoint_that_a_run_removes_while_it_is_read_is_told_as_that(tiny: 
     run = Path(recipe.out)
     chosen = checkpoint.required(run, print)
     checkpoint.remove(chosen.folder)
-    with pytest.raises(NoCheckpoint, match="checkpoint-2 was removed while it was read"):
+    with pytest.raises(NoCheckpoint, match="checkpoint-2 was removed while it was being read"):
         runs.trained(run, chosen=chosen)
 
 
@@ -365,7 +365,7 @@ def test_a_run_whose_facts_were_removed_goes_on_and_writes_them_anew(tiny: Path)
     file = Path(recipe.out, "run.json")
     for damaged in ("{", "[]"):
         file.write_text(damaged)
-        with pytest.raises(BadStorage, match="bring it back, or remove it"):
+        with pytest.raises(BadStorage, match="restore it, or remove it"):
             loop.train(recipe, lambda line: None, changed=True)
     file.unlink()
     assert loop.train(recipe, lambda line: None, changed=True) == (6, 0)

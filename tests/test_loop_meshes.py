@@ -81,7 +81,7 @@ def test_replicas_of_shards_go_on_bit_for_bit_and_on_other_meshes(
     said = place.finish(*FEW, HYBRID, "health.check_every=2", ranks=4).said
     assert "from step 3" in said or "from step 6" in said
     assert place.bits() == whole.bits()
-    assert "goes on with 2" in other.finish(*FEW, "health.check_every=2", ranks=2).said
+    assert "continues with 2" in other.finish(*FEW, "health.check_every=2", ranks=2).said
     agree(other, whole)
 
 

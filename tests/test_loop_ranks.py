@@ -179,7 +179,7 @@ def test_a_run_moves_from_four_ranks_to_two_to_three_to_one(recipe: Path, alone:
     out = recipe.parent / "elastic"
     for ranks, step in ((4, 3), (2, 6), (3, 9)):
         said = finish(ranks, recipe, out, "save_every=3", "keep=4")
-        assert (f"goes on with {ranks}" in said) == (ranks != 4)
+        assert (f"continues with {ranks}" in said) == (ranks != 4)
         for later in checkpoint.found(out):
             if later.step > step:
                 shutil.rmtree(later.folder)

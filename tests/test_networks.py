@@ -116,9 +116,9 @@ def test_an_unknown_network_is_one_sentence_that_names_known_ones(source: str) -
 
 
 def test_a_network_is_of_the_kind_that_its_key_wants() -> None:
-    with pytest.raises(BadRecipe, match=r"text\.encoder = .* is a network of pictures"):
+    with pytest.raises(BadRecipe, match=r"text\.encoder = .* is an image encoder"):
         networks.named("facebook/dinov2-with-registers-base", "text.encoder")
-    with pytest.raises(BadRecipe, match=r"repa\.teacher = .* is a network of words"):
+    with pytest.raises(BadRecipe, match=r"repa\.teacher = .* is a text encoder"):
         networks.named("google/flan-t5-large", "repa.teacher")
     with pytest.raises(BadRecipe) as refused:
         networks.named("nosuch/thing", "text.encoder")

@@ -346,9 +346,13 @@ def test_the_number_that_is_named_can_share_the_batch_of_every_stage() -> None:
 @pytest.mark.parametrize(
     ("size", "config", "sentence"),
     [
-        ("8", Config(dp_replicate=2, dp_shard=3), "makes 6 processes, and this run has 8: start"),
-        ("7", Config(dp_replicate=2), "does not divide the number of processes, which is 7: start"),
-        (None, Config(dp_shard=8), "makes 8 processes, and this run has 1: start"),
+        ("8", Config(dp_replicate=2, dp_shard=3), "makes 6 processes, and this run has 8: change"),
+        (
+            "7",
+            Config(dp_replicate=2),
+            "does not divide the number of processes, which is 7: change",
+        ),
+        (None, Config(dp_shard=8), "makes 8 processes, and this run has 1: change"),
         ("8", Config(), r"share stage\.0\.batch = 12 evenly: 6 can, or"),
     ],
 )
@@ -365,10 +369,14 @@ def test_what_does_not_fit_is_refused_before_ranks_meet(
 @pytest.mark.parametrize(
     ("rank", "taken", "sentence"),
     [
-        (0, False, "^rank 1, rank 2 of 3 did not come within 1 s: "),
-        (1, False, "^rank 1 cannot meet the others at 127.0.0.1:.*: check MASTER_ADDR"),
-        (0, True, "^rank 0 cannot meet the others at .*address already in use.*: check"),
-        (1, True, "^rank 1 cannot meet the others at .*whoever listens there does not answer"),
+        (0, False, "^rank 1, rank 2 of 3 did not connect within 1 s: "),
+        (1, False, "^rank 1 cannot connect to the others at 127.0.0.1:.*: check MASTER_ADDR"),
+        (0, True, "^rank 0 cannot connect to the others at .*address already in use.*: check"),
+        (
+            1,
+            True,
+            "^rank 1 cannot connect to the others at .*listens there, but does not answer",
+        ),
     ],
     ids=["nobody comes", "nobody is there", "the port is taken", "somebody else is there"],
 )

@@ -72,7 +72,7 @@ def test_tables_say_what_came_out_and_what_was_spent(found: Comparison) -> None:
 def test_sentences_say_what_follows(found: Comparison) -> None:
     said = "\n".join(record.sentences(found, measured=False))
     assert "dit.width=64 against base: better: the mean difference over 5 seeds is +0.066" in said
-    assert "it passes 5 that base fails, and fails 0 that it passes (McNemar seed by seed" in said
+    assert "it passes 5 that base fails, and fails 0 that base passes (McNemar seed by seed" in said
     assert "times the pictures seen of base to reach 0.5" in said
     assert "5 and 3 of 5 runs reached it" in said
     assert "(a record needs 0.01)" in said
@@ -88,7 +88,7 @@ def test_a_test_of_the_instrument_says_so(tiny: Path, tmp_path: Path) -> None:
     twin = found.versus[0].row.arm._replace(twin=True, name=loaded[1][0])
     versus = found.versus[0]._replace(row=found.versus[0].row._replace(arm=twin))
     said = "\n".join(record.sentences(found._replace(versus=[versus]), measured=False))
-    assert "tiny 2 is an earlier arm with other seeds: a test of the instrument" in said
+    assert "tiny 2 is an earlier arm with other seeds: an A/A test of the method" in said
 
 
 def test_a_record_holds_everything_needed_to_check_it(found: Comparison, tmp_path: Path) -> None:
@@ -140,13 +140,13 @@ def test_what_keeps_no_rule_of_a_record_is_told_all_of_them(
     file.write_text(file.read_text().replace("abc", "abd-dirty").replace("2}", "4}"))
     (said,) = record.objections(found)
     for why in (
-        "dit.width=64 is no record because of the 7 seeds of a record it has 5",
+        "dit.width=64 is not a record because it has 5 of the 7 seeds",
         "several versions of the code",
         "ends in -dirty",
         "several machines",
         "its target is not 0.8 or more",
         "do not have 200 prompts",
-        "not sure to p < 0.01",
+        "sooner than the standing record with p < 0.01",
     ):
         assert why in said
     record.record(found, None, False, tmp_path / "record")
@@ -173,7 +173,7 @@ def test_what_keeps_them_all_is_told_so(tiny: Path, tmp_path: Path) -> None:
     question = Question("scenes.exact", "seconds", target=0.8)
     found = compare.compare(made, [*rows[0], *rows[1]], question)
     (said,) = record.objections(found)
-    assert said.startswith("wide keeps the rules of a record that a program can check")
+    assert said.startswith("wide meets the rules of a record that a program can check")
     slower = compare.compare(
         made,
         [one._replace(run=one.run._replace(arm=1 - one.run.arm)) for row in rows for one in row],
@@ -264,7 +264,7 @@ def test_a_record_is_not_written_over_another(found: Comparison, tmp_path: Path)
     (tmp_path / "record").mkdir()
     record.check(tmp_path / "record")
     (tmp_path / "record" / "README.md").write_text("an older one")
-    with pytest.raises(BadRecipe, match="is there already"):
+    with pytest.raises(BadRecipe, match="exists already"):
         record.check(tmp_path / "record")
 
 

@@ -161,10 +161,10 @@ def test_the_results_of_geneval_are_read_without_a_model(tmp_path: Path) -> None
         ({}, BadRecipe, "give --canvas"),
         ({"canvas": "33"}, BadRecipe, "there are 32, 64, 64-large, 128"),
         ({"canvas": "64"}, BadRecipe, "are 64 px and the model draws 16 px"),
-        ({"canvas": "32", "resolution": 32, "controls": True}, BadRecipe, "are for run folders"),
-        ({"suite": "validation", "steps": None}, BadRecipe, "whose loss is not known"),
+        ({"canvas": "32", "resolution": 32, "controls": True}, BadRecipe, "is for run folders"),
+        ({"suite": "validation", "steps": None}, BadRecipe, "measures the loss of a run"),
         ({"suite": "distribution"}, BadRecipe, "with --data"),
-        ({"suite": "distribution", "data": Path("no")}, BadData, "is no prepared dataset"),
+        ({"suite": "distribution", "data": Path("no")}, BadData, "is not a prepared dataset"),
         ({"suite": "prompts"}, BadRecipe, "with --prompts"),
         ({"suite": "prompts", "prompts": Path("no.txt")}, BadData, "cannot read the prompts"),
         ({"suite": "prompts", "prompts": "one", "clip": "no/clip"}, BadRecipe, "no/clip"),
@@ -177,8 +177,8 @@ def test_the_results_of_geneval_are_read_without_a_model(tmp_path: Path) -> None
         ({"suite": "prompts", "prompts": "one", "per_task": 5}, BadRecipe, "--per-task is for"),
         ({"suite": "prompts", "prompts": "one", "number": 32}, BadRecipe, "--count is for"),
         ({"prompts": "one"}, BadRecipe, "--prompts is for --suite prompts or geneval or coco30k"),
-        ({"data": Path("no")}, BadRecipe, "--data is for --suite validation or distribution, and"),
-        ({"suite": "coco30k", "prompts": "one"}, BadRecipe, "give --reference"),
+        ({"data": Path("no")}, BadRecipe, "--data is for --suite validation or distribution, not"),
+        ({"suite": "coco30k", "prompts": "one"}, BadRecipe, "give it with --reference"),
         (
             {
                 "suite": "coco30k",
@@ -222,7 +222,7 @@ def test_pictures_of_the_training_are_remarked_upon(
     mine, other = (prepared([{"captions": [word]}] * 3, called=word) for word in ("red", "blue"))
     recipe = config.load(tiny, (f"data.source='{mine.as_posix()}'",), ("scenes",))
     (said,) = scoring.trained_on(recipe, mine)
-    assert "is what this model was trained on" in said
+    assert "this model was trained on" in said
     assert scoring.trained_on(recipe, other) == scoring.trained_on(recipe, None) == []
     assert scoring.trained_on(config.load(tiny), mine) == []
     last = recipe.stage[0].model_copy(update={"source": other.as_posix()})
@@ -244,7 +244,7 @@ def test_a_best_checkpoint_is_asked_other_than_what_chose_it_or_it_is_said(
     assert kept(score(run, tmp_path / "a", suite="validation", number=32))["examples_seed"] == 0
     same = score(run, tmp_path / "b", suite="validation", number=32, best=True, seed=0)
     (said,) = kept(same)["remarks"]
-    assert "was chosen by validation.loss, asked some of the same" in said
+    assert "was chosen by validation.loss on some of the same" in said
     assert "give another --seed" in said
 
     held, other_data = (prepared([{"captions": [w]}] * 32, called=w) for w in ("red", "blue"))
@@ -254,7 +254,7 @@ def test_a_best_checkpoint_is_asked_other_than_what_chose_it_or_it_is_said(
         "here",
     )
     wanted = Wanted(suite="distribution", best=True, data=held)
-    assert "give other --data" in scoring.chosen_by(on_data, wanted, 0)[0]
+    assert "give another --data" in scoring.chosen_by(on_data, wanted, 0)[0]
     assert scoring.chosen_by(on_data, wanted._replace(data=other_data), 0) == []
     assert scoring.chosen_by(on_data, wanted._replace(best=False), 0) == []
 

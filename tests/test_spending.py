@@ -94,7 +94,9 @@ def test_a_budget_ends_a_run_in_time_with_its_rate_brought_down(
     assert checkpoint.required(run, print).step == 10
     assert json.loads((run / "run.json").read_text())["ledger"]["flops"] == pytest.approx(10 * step)
     assert loop.train(recipe, said.append) == (10, 0)
-    assert said[-1] == f"{run} has spent its budget: 10 steps of 20; a larger one goes on"
+    assert (
+        said[-1] == f"{run} has spent its budget: 10 steps of 20; to continue, give it a larger one"
+    )
 
 
 def test_a_grid_for_which_there_is_no_time_is_left_out_and_steps_go_on(

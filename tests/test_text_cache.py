@@ -385,7 +385,7 @@ def test_a_cache_that_does_not_fit_the_recipe_is_said(tiny: Path, tmp_path: Path
     both = f'data.source=[["{tmp_path}", 1.0], ["{tmp_path / "other"}", 1.0]]'
     recipe = config.load(tiny, (both, *sets[1:], "text.max_tokens=16"), ("scenes",))
     assert encoded.known(recipe, torch.float32, told.append) is not None
-    assert told[3].startswith(f"not all captions of {tmp_path / 'other'} are, and a batch")
+    assert told[3].startswith(f"some captions of {tmp_path / 'other'} are not, and every batch")
     # Precision, template and skip count too: the recipe of the run has them all.
     assert told[3].endswith(f"--cache-text {recipe.out}/recipe.toml")
 

@@ -117,7 +117,7 @@ def test_a_hang_ends_with_its_stack_and_a_reason(tmp_path: Path) -> None:
     assert alone.returncode == LostPeer.code
     assert "in spin" in said
     reason = (tmp_path / "rank-0").read_text()
-    assert "for a step after 3 to be done" in reason
+    assert "for the step after 3 to finish" in reason
     assert reason in said
     assert (tmp_path / "rank-0-blames").read_text() == "None"
 
@@ -158,7 +158,7 @@ def test_ranks_wait_for_one_that_compiles_and_not_for_what_it_does_after(tmp_pat
     with ranks(2, "compiles", tmp_path) as started:
         said = [process.communicate(timeout=60)[1] for process in started]
     assert [process.returncode for process in started] == [LostPeer.code] * 2
-    assert all("for a step after 4 to be done" in text for text in said)
+    assert all("for the step after 4 to finish" in text for text in said)
     assert "in spin" in said[1]
 
 
@@ -181,7 +181,9 @@ def test_who_is_killed_is_missed_before_the_limit(tmp_path: Path) -> None:
         assert time.monotonic() - killed < 10 * LIMIT
     assert started[0].returncode == LostPeer.code
     reason = (tmp_path / "rank-0").read_text()
-    assert reason.startswith("rank 0 lost the others (rank 1: its process has ended unheard): ")
+    assert reason.startswith(
+        "rank 0 lost the others (rank 1: its process ended without a message): "
+    )
     assert (tmp_path / "rank-0-blames").read_text() == "1"
 
 

@@ -73,7 +73,10 @@ def named(
     Errors  BadRecipe for a bad recipe, or for several of them and changes.
     """
     if len(recipes) > 1 and (sets or without):
-        raise BadRecipe("--set and --without make arms of one recipe: give one, or several without")
+        raise BadRecipe(
+            "--set and --without make arms from one recipe: give one recipe, or several without "
+            "these options"
+        )
     loaded = [(Path(source).stem, config.load(source)) for source in recipes]
     loaded += [(f"without {name}", config.load(recipes[0], (), (name,))) for name in without]
     loaded += [(change, config.load(recipes[0], (change,))) for change in sets]
@@ -101,7 +104,9 @@ def arms(
     for name, recipe in loaded:
         for key, network in stand_ins.named(recipe):
             if Path(network).is_absolute() and not Path(network).is_dir():
-                raise BadRecipe(f"{name}: {key} = {network!r} is not there")
+                raise BadRecipe(
+                    f"{name}: {key} = {network!r} does not exist: give a folder that does"
+                )
         if recipe.budget is not None and given is None:
             raise BadRecipe(
                 f"{name} has a [budget], which ends a run by the clock and before its last "
@@ -111,10 +116,12 @@ def arms(
         if not on_scenes and (evaluation.data is None or "scenes" in evaluation.suites):
             raise BadRecipe(
                 f"{name} is not trained on scenes: give a --metric of validation or distribution, "
-                "and a prepared dataset that is not trained on with --data"
+                "and with --data a prepared dataset that no arm trains on"
             )
         if "distribution" in evaluation.suites and not on_scenes and evaluation.features is None:
-            raise BadRecipe("a --metric of distribution needs its network: give it with --features")
+            raise BadRecipe(
+                "a --metric of distribution needs a feature network: give it with --features"
+            )
         whole = _with(recipe, out="run", budget=None, evaluate=evaluation.model_dump())
         evaluations.check(whole, metric)
     _ask_alike([(name, questions(recipe, evaluation)) for name, recipe in loaded])
@@ -169,11 +176,11 @@ def _ask_alike(asked: Sequence[tuple[str, dict[str, object]]]) -> None:
         differ = [key for key in {**ours, **theirs} if ours.get(key) != theirs.get(key)]
         if not differ:
             continue
-        remedy = "compare recipes that agree in it"
+        remedy = "compare recipes that agree on it"
         if differ[0] == "scenes.under_specified":
             remedy = "take --metric scenes.exact, or one dataset for all with --data"
         raise BadRecipe(
-            f"{other} would be asked other things than {baseline}, because {differ[0]} differs: "
+            f"{other} and {baseline} would be evaluated differently, because {differ[0]} differs: "
             + remedy
         )
 
@@ -201,8 +208,9 @@ def reuse(runs: Sequence[Run], out: Path, whole: bool) -> list[Run]:
         if (run.folder / "recipe.toml").is_file():
             if whole and _ended(run.folder, run.recipe) == 0 and not _watched(run):
                 raise BadRecipe(
-                    f"{run.folder} was evaluated after its last step alone, and --target asks for "
-                    "the way there: remove that folder to train it anew, or choose another --out"
+                    f"{run.folder} was evaluated after its last step only, and --target needs "
+                    "evaluations during training: remove that folder to train it again, or choose "
+                    "another --out"
                 )
         elif found := _same(run, out, whole):
             _take_over(*found, run)
@@ -305,8 +313,8 @@ def fit(recipe: Recipe, given: Budget, costs: Sequence[float]) -> Recipe:
     steps[-1] += int((given.amount - spent) / costs[-1] * (1 + 1e-12))
     if min(steps) < 1:
         raise BadRecipe(
-            f"a budget of {given.amount:g} {given.kind} leaves stage.{steps.index(min(steps))} of "
-            f"{recipe.steps:,} steps in all without one: give at least {whole / min(counts):.3g}"
+            f"a budget of {given.amount:g} {given.kind} pays for no step of "
+            f"stage.{steps.index(min(steps))}: give at least {whole / min(counts):.3g}"
         )
     return length.lasting(recipe, steps, "compare")
 

@@ -185,8 +185,8 @@ def assigned(text: str) -> str:
     asked = parse(text)
     if asked.kind == "pictures":
         raise BadRecipe(
-            f"--budget {text}: pictures are steps times batch, so set stage.0.steps; "
-            "a budget is a time, dollars or flop"
+            f"--budget {text}: train takes a budget in time, dollars or flop; for a number of "
+            "pictures set stage.0.steps, as pictures are steps times batch"
         )
     return f"budget.{asked.kind}={asked.amount}"
 
@@ -232,13 +232,13 @@ def plan(
     if price is None and recipe.budget is not None:
         price = recipe.budget.price
     if price is not None and price >= MOST:
-        raise BadRecipe(f"--price {price} is no price: give dollars for a device and hour")
+        raise BadRecipe(f"--price {price} is not a price: give dollars per device and hour")
     check_shares(recipe, number)
     there = has_words(recipe, precision(recipe, cluster))
     if measured and cached and not there:
         raise BadRecipe(
-            "--measure takes steps with the captions that are there, and none are encoded: leave "
-            "--cached-text out, or encode them first, with daybreak prepare --cache-text"
+            "--measure times real steps, and these captions are not encoded: leave --cached-text "
+            "out, or encode them first with daybreak prepare --cache-text"
         )
     if cached and recipe.text.encoder is None:
         raise BadRecipe(
@@ -369,8 +369,8 @@ def mesh_of(recipe: Recipe, count: int) -> Mesh:
         best = memory.mesh_for(count)
         raise BadRecipe(
             f"parallel.dp_replicate = {replicate} with dp_shard = {recipe.parallel.dp_shard} does "
-            f"not make {count} devices: --set parallel.dp_replicate={best.replicate} "
-            "--set parallel.dp_shard=0 does, and so does --fit"
+            f"not make {count} devices: give --set parallel.dp_replicate={best.replicate} "
+            "--set parallel.dp_shard=0, or --fit"
         )
     return Mesh(replicate, shard)
 
@@ -443,8 +443,8 @@ def bought(made: Plan, budget: Budget) -> float:
     }[budget.kind]
     if not whole:
         raise BadRecipe(
-            f"an hour of {made.cluster.device.name} has no price above 0: give one with --price, "
-            "or a --budget in h"
+            f"no price above 0 is known for an hour of {made.cluster.device.name}: give one with "
+            "--price, or a --budget in h"
         )
     if budget.amount < (least := start + step):
         digit = 10.0 ** (math.floor(math.log10(least)) - 2)

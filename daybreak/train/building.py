@@ -121,8 +121,8 @@ def room(recipe: config.Recipe) -> Iterator[None]:
         shares = ", ".join(str(stage.batch) for stage in recipe.stage)
         raise Failure(
             f"out of memory ({told(error)}) with "
-            f"micro = {recipe.micro or 'off'} of stage.batch = {shares} at {sides} px: set micro "
-            "to fewer pictures at once, parallel.recompute = true, or start more processes"
+            f"micro = {recipe.micro or 'off'}, stage.batch = {shares} at {sides} px: set micro to "
+            "fewer pictures, set parallel.recompute = true, or start more processes"
         ) from error
 
 
@@ -137,7 +137,7 @@ def compiles(recipe: config.Recipe, device: torch.device, tell: Callable[[str], 
         if device.type == "cuda":
             raise BadRecipe(
                 "compile = true needs a C compiler and Python's headers on a machine with a GPU: "
-                "apt install gcc python3-dev, or go on far more slowly with --set compile=false"
+                "apt install gcc python3-dev, or train far more slowly with --set compile=false"
             )
         tell("blocks are not compiled, and training is slower: daybreak doctor says why")
         return False

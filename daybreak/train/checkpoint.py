@@ -122,7 +122,7 @@ def newest(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
         wrong = verify(checkpoint.folder)
         if wrong is None:
             return checkpoint
-        tell(f"{checkpoint.folder.name} is damaged and passed over: {wrong}")
+        tell(f"{checkpoint.folder.name} is damaged and skipped: {wrong}")
     return None
 
 
@@ -134,7 +134,7 @@ def required(run: Path, tell: Callable[[str], None]) -> Checkpoint:
         )
     checkpoint = newest(run, tell)
     if checkpoint is None:
-        raise NoCheckpoint(f"{run} holds no complete checkpoint: let its training go on first")
+        raise NoCheckpoint(f"{run} holds no complete checkpoint: continue its training first")
     return checkpoint
 
 
@@ -158,12 +158,12 @@ def to_continue(
                 for bad in refused:
                     reject(bad)
             return checkpoint
-        tell(f"{checkpoint.folder} is damaged and passed over: {wrong}")
+        tell(f"{checkpoint.folder} is damaged and skipped: {wrong}")
         refused.append(checkpoint)
     if refused:
         raise NoCheckpoint(
-            f"{run} holds no checkpoint that is whole: bring one back, or remove "
-            f"{', '.join(bad.folder.name for bad in refused)} to begin anew"
+            f"all checkpoints in {run} are damaged: restore one, or remove "
+            f"{', '.join(bad.folder.name for bad in refused)} to start from the beginning"
         )
     return None
 

@@ -116,7 +116,7 @@ def run(runs: Sequence[Run], arms: Sequence[Arm], tell: Callable[[str], None]) -
         name = arms[one.arm].name
         tell(f"[{number}/{len(runs)}] {name}, seed {one.recipe.seed}")
         if _has_diverged(one.folder):
-            tell(f"diverged before, and would again: remove {one.folder} to train it anew")
+            tell(f"skipped, as it diverged before: remove {one.folder} to train it again")
             continue
         torch._dynamo.reset()  # or the variants of all runs add up to the limit
         try:
@@ -151,8 +151,8 @@ def read(run: Run, question: Question) -> Outcome:
     done = bool(taken) and taken[-1]["step"] == run.recipe.steps
     if not done and not _has_diverged(run.folder):
         raise BadStorage(
-            f"{run.folder} lacks the evaluation of its last step, which was not written down: make "
-            "sure that there is room, and give the same command again"
+            f"{run.folder} has no evaluation after its last step, perhaps because the disk was "
+            "full: make room, and give the same command again"
         )
     return Outcome(
         run,

@@ -26,7 +26,8 @@ def asked(encoder: str, max_tokens: int | None, precision: str) -> tuple[text.Co
         recipe = config.load(encoder)
         if recipe.text.encoder is None:
             raise BadRecipe(
-                f"--cache-text {encoder}: this recipe trains its own text encoder: nothing to cache"
+                f"--cache-text {encoder}: this recipe trains its own text encoder, so no "
+                "caption can be encoded beforehand"
             )
         return recipe.text, recipe.precision
     if not max_tokens:
@@ -67,8 +68,9 @@ def known(
         tell(f"{len(reader.digests):,} captions are already encoded")
         for folder in reader.partial:
             tell(
-                f"not all captions of {folder} are, and a batch with one that is not is encoded "
-                f"whole: daybreak prepare {folder} --cache-text {recipe.out}/recipe.toml"
+                f"some captions of {folder} are not, and every batch with such a caption is "
+                f"encoded during training; to avoid that: daybreak prepare {folder} --cache-text "
+                f"{recipe.out}/recipe.toml"
             )
         return reader
     for folder in folders:
@@ -76,6 +78,6 @@ def known(
             tell(
                 f"{folder / 'text'} was made with another text.encoder, text.max_tokens, template "
                 f"or precision than this run has ({str(dtype).removeprefix('torch.')}): captions "
-                "are encoded as they come"
+                "are encoded during training"
             )
     return None

@@ -181,7 +181,7 @@ def keep(run: Path, step: int) -> None:
         shutil.copytree(run / f"checkpoint-{step}", staged, copy_function=link)
         shutil.rmtree(disk.swap(staged, run / "best"), ignore_errors=True)
     except OSError as error:
-        raise BadStorage(f"cannot keep {run / 'best'}: {error.strerror or error}") from error
+        raise BadStorage(f"cannot write {run / 'best'}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 
@@ -195,7 +195,7 @@ def best(run: Path) -> Checkpoint:
     folder = run / "best"
     if not (folder / "trainer.json").is_file():
         raise NoCheckpoint(
-            f"{run} has kept no best checkpoint: train with --set evaluate.best=METRIC, or leave "
+            f"{run} holds no best checkpoint: train with --set evaluate.best=METRIC, or leave "
             "--best out"
         )
     wrong = checkpoint.verify(folder)

@@ -21,7 +21,7 @@ def read(run: Path) -> dict[str, Any]:
         return {}
     except (ValueError, OSError) as error:
         raise BadStorage(
-            f"{run / 'run.json'} is damaged ({error}): bring it back, or remove it, and with it "
-            "what the run knows of its budget and its data"
+            f"{run / 'run.json'} is damaged ({error}): restore it, or remove it, and the run "
+            "forgets what it has spent and which data it used"
         ) from error
     return found

@@ -21,13 +21,13 @@ def check_memory(recipe: Recipe, made: budget.Plan) -> None:
         return
     device = made.cluster.device
     remedy = next(remedies(recipe, made.cluster), None) or (
-        f"no pass is small enough on {made.cluster}, nor on any GPU that is known here: "
-        + (narrower(recipe, made.cluster) or "make the networks that it asks smaller")
+        f"no micro is small enough on {made.cluster}, nor on any GPU in the table: "
+        + (narrower(recipe, made.cluster) or "use smaller teachers or a smaller text encoder")
     )
     wants, has = f"{made.needed / hardware.GB:.1f} GB", f"{made.room / hardware.GB:.1f} GB"
     raise BadRecipe(
-        f"a run of this recipe needs {wants} of memory on each {device.name}, which has {has} for "
-        f"it: {remedy}"
+        f"a run of this recipe needs {wants} of memory on each {device.name}, which offers {has}: "
+        f"{remedy}"
     )
 
 

@@ -120,12 +120,12 @@ class Guard:
         where = f"samples {samples[0]} to {samples[-1]}"
         what = f"loss {loss:.4g}, gradient norm {norm:.4g}"
         if finite:
-            what += f", median of late {usual:.4g}"
+            what += f", recent median {usual:.4g}"
         elif len(good) > 1:
             what += f" on rank {good.index(False)}"
         take = not self.refuses(rows)
         self._record(
-            f"step {step}: {what} ({where}); {'learned from all the same' if take else 'skipped'}",
+            f"step {step}: {what} ({where}); {'learned from anyway' if take else 'skipped'}",
             {"step": step, "loss": losses, "norm": norms, "usual": usual, "samples": list(samples)},
         )
         if take:
@@ -133,9 +133,9 @@ class Guard:
         self.bad += 1
         if self.bad >= self.config.bad_steps:
             raise NotFinite(
-                f"step {step}: {what} ({where}), {self.bad} steps in a row that cannot be learned "
-                "from: lower the stage's lr, or clip; the same command continues from the last "
-                "checkpoint, if there is one"
+                f"step {step}: {what} ({where}), {self.bad} steps in a row were unusable: lower "
+                "the stage's lr, or clip; the same command continues from the last checkpoint, if "
+                "there is one"
             )
         return Verdict(step=False, back=finite and self.config.spike == "rollback")
 
@@ -199,8 +199,8 @@ def compare(here: World, tensors: Mapping[str, Tensor]) -> None:
             usual, votes = Counter(by_rank[rank] for rank in equal).most_common(1)[0]
             odd = [rank for rank in equal if by_rank[rank] != usual or 2 * votes <= len(equal)]
             raise LostPeer(
-                f"{', '.join(f'rank {rank}' for rank in odd)} holds other bits of {name} than "
-                "the ranks that should hold the same: suspect its memory or its device; the "
+                f"{', '.join(f'rank {rank}' for rank in odd)} holds other bits of {name} than the "
+                "ranks that should have identical copies: suspect its memory or its device; the "
                 "same command continues from the last checkpoint",
                 odd[0],
             )
@@ -248,8 +248,8 @@ class Pace:
             return ""
         self.warned = True
         return (
-            f"the next pictures have been waited for {waited:.1f} s, and a step usually takes "
-            f"{usual:.2f} s: the disk is slow, or data.workers are too few"
+            f"waiting for the next pictures since {waited:.1f} s, while a step usually takes "
+            f"{usual:.2f} s: the disk is slow, or data.workers is too low"
         )
 
     def laggards(self, here: World) -> list[str]:

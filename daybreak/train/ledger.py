@@ -58,7 +58,7 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _says_how_much(self) -> "Config":
         if self.seconds is None and self.dollars is None and self.flops is None:
-            raise ValueError("say how much: seconds, dollars or flops")
+            raise ValueError("give an amount: seconds, dollars or flops")
         if self.dollars is not None and self.price is None:
             raise ValueError(
                 "dollars need a price, in dollars an hour for one device: for example "
@@ -182,8 +182,8 @@ class Ledger:
             enough = f"{math.ceil(100 * more) / 100:.2f}usd"
         before = f"with {self.seconds:.0f} s of earlier starts, " if self.seconds else ""
         raise BadRecipe(
-            f"a budget of {given} is spent before the first step, {before}by start-up and the time "
-            f"that a checkpoint takes: give at least --budget {enough}"
+            f"a budget of {given} is spent before the first step, {before}by start-up and saving a "
+            f"checkpoint: give at least --budget {enough}"
         )
 
     def step(

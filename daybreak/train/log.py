@@ -247,7 +247,9 @@ class Log:
             self._close()
             if not self.warned:
                 self.warned = True
-                self.note(f"{self.path} cannot be written ({error.strerror}); trying on.")
+                self.note(
+                    f"{self.path} cannot be written ({error.strerror}); it will be tried again."
+                )
 
     def _close(self) -> None:
         """Let go of the file; the next line opens it again."""

@@ -112,7 +112,7 @@ def train(
             tell(f"{folder} {why}")
             return Outcome(found.step, 0)
         for change in changes:
-            tell(f"goes on changed: {change}")
+            tell(f"continues with a change: {change}")
         entered = Entered(recipe, folder, sources, here, found, changes, tell)
         return _train(entered, status, stop, began, clock, trial, trace)
 
@@ -214,13 +214,13 @@ def _announce(entered: Entered, model: TextToImage, dtype: torch.dtype) -> None:
     )
     if here.size == 1 and here.device.type == "cuda" and torch.cuda.device_count() > 1:
         tell(
-            f"one of the {torch.cuda.device_count()} GPUs of this machine is used: torchrun "
+            f"only one of the {torch.cuda.device_count()} GPUs of this machine is used: torchrun "
             "--standalone --nproc-per-node gpu -m daybreak train ... uses all"
         )
     if found and (before := found.ranks) != here.size:
         tell(
-            f"checkpoint-{start} was saved by {before} processes and goes on with {here.size}: the "
-            "same batches, equal to rounding and not to the last bit"
+            f"checkpoint-{start} was saved by {before} processes and continues with {here.size}: "
+            "same batches, but results agree to rounding and not bit for bit"
         )
 
 
@@ -358,7 +358,7 @@ def _show(run: Run, step: int, side: int) -> None:
     try:
         place = grids.write(run.folder, pictures, run.recipe, step)
     except (OSError, BadStorage) as error:
-        run.log.note(f"the grid of step {step} is not written: {error}")
+        run.log.note(f"the grid of step {step} could not be written: {error}")
     else:
         run.log.note(f"grid: {place}")
 
@@ -438,10 +438,10 @@ def _is_over(
     if found.step >= recipe.steps:
         if _unevaluated(recipe, folder, here, found.step):
             return ""
-        more = f"more steps, as with --set stage.{len(recipe.stage) - 1}.steps=... --changed"
-        return f"is finished: {done}; to go on, give it {more}"
+        more = f"more steps with --set stage.{len(recipe.stage) - 1}.steps=... --changed"
+        return f"is finished: {done}; to continue, give it {more}"
     if spending.spent(recipe, folder, here, clock):
-        return f"has spent its budget: {done}; a larger one goes on"
+        return f"has spent its budget: {done}; to continue, give it a larger one"
     return ""
 
 

@@ -101,8 +101,8 @@ def named(source: str, key: str) -> Network:
     network = _sized(source, key, known)
     if bool(network.patch) == reads:
         raise BadRecipe(
-            f"{key} = {source!r} is a network of {'pictures' if reads else 'words'}: name one of "
-            f"{'words' if reads else 'pictures'}"
+            f"{key} = {source!r} is {'an image' if reads else 'a text'} encoder: name "
+            f"{'a text' if reads else 'an image'} encoder"
         )
     return network
 

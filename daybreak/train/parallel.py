@@ -325,8 +325,8 @@ def _shards(config: Config, size: int, batches: Sequence[int]) -> int:
             else " does not divide the number of processes, which is"
         )
         raise BadRecipe(
-            f"[parallel] {wanted} {size}: start another number with torchrun --nproc-per-node, or "
-            "change [parallel]"
+            f"[parallel] {wanted} {size}: change [parallel], or the number of processes with "
+            "torchrun --nproc-per-node"
         )
     check_shares(batches, size)
     return shards
@@ -339,7 +339,7 @@ def _device() -> torch.device:
     number, there = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
     if number >= there:
         raise BadRecipe(
-            f"this machine has {there} GPUs and too many processes: start torchrun with "
+            f"this machine has {there} GPUs and more processes than that: start torchrun with "
             f"--nproc-per-node {there}"
         )
     return accelerator.choose(number)

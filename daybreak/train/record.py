@@ -120,14 +120,14 @@ def sentences(found: Comparison, measured: bool) -> list[str]:
         )
     walls = [o.wall for row in found.rows for o in row.outcomes]
     said.append(
-        "seconds are of training: compilation, evaluation, grids and checkpoints are not in them; "
-        f"with these, a run took {min(walls):,.0f} to {max(walls):,.0f} s up to its last step"
+        "seconds are training time without compilation, evaluation, grids and checkpoints; with "
+        f"these, a run took {min(walls):,.0f} to {max(walls):,.0f} s up to its last step"
     )
     codes = sorted({str(_born(o)["revision"]) for row in found.rows for o in row.outcomes})
     if len(codes) > 1:
         said.append(
-            f"runs were made by {len(codes)} versions of the code ({', '.join(codes)}), so what "
-            "differs may be the code: give another --out to train all of them anew"
+            f"runs were made by {len(codes)} versions of the code ({', '.join(codes)}), which may "
+            "explain differences: give another --out to train all of them again"
         )
     return said
 
@@ -136,22 +136,22 @@ def _against(one: Versus, base: str, found: Comparison) -> list[str]:
     name, target = one.row.arm.name, found.question.target
     said = [f"{name} against {base}: {one.verdict.sentence}"]
     if one.row.arm.twin:
-        said.append(f"{name} is an earlier arm with other seeds: a test of the instrument")
+        said.append(f"{name} is an earlier arm with other seeds: an A/A test of the method")
     if one.mcnemar:
         gained, lost = (sum(test[side] for test in one.mcnemar) for side in (0, 1))
         ps = ", ".join(f"{test.p:.2g}" for test in one.mcnemar)
         said.append(
-            f"{name}: of the questions both were asked it passes {gained} that {base} fails, and "
-            f"fails {lost} that it passes (McNemar seed by seed: p = {ps})"
+            f"{name}: on the same prompts it passes {gained} that {base} fails, and fails {lost} "
+            f"that {base} passes (McNemar seed by seed: p = {ps})"
         )
     if one.race is not None and target is not None:
         race, n = one.race, len(one.row.outcomes)
         if not any(race.met):
-            return [*said, f"no run of {name} or {base} reached {target:g}: there is no race"]
+            return [*said, f"no run of {name} or {base} reached {target:g}: nothing to compare"]
         if race.early:
             early = (
                 f"{race.early} of {2 * n} runs reached {target:g} by their first evaluation, so "
-                "nobody knows when: ask for a harder target, or more --evaluations"
+                "when is not known: set a harder target, or more --evaluations"
             )
             return [*said, early]
         horizon = ""
@@ -176,9 +176,9 @@ def objections(found: Comparison) -> list[str]:
         why = [*_of_runs(found, row), *_of_recipe(found, row.arm.recipe)]
         why += _of_results(row, versus.get(row.arm.name))
         said.append(
-            f"{row.arm.name} is no record because {'; '.join(why)}"
+            f"{row.arm.name} is not a record because {'; '.join(why)}"
             if why
-            else f"{row.arm.name} keeps the rules of a record that a program can check; the others "
+            else f"{row.arm.name} meets the rules of a record that a program can check; the others "
             "are in docs/speedrun.md"
         )
     return said
@@ -191,17 +191,17 @@ def _of_runs(found: Comparison, row: Row) -> list[str]:
     seeds = sorted(outcome.run.recipe.seed for outcome in row.outcomes)
     why = []
     if len(seeds) < SEEDS:
-        why.append(f"of the {SEEDS} seeds of a record it has {len(seeds)}")
+        why.append(f"it has {len(seeds)} of the {SEEDS} seeds that a record needs")
     if seeds != list(range(seeds[0], seeds[0] + len(seeds))):
         why.append("its seeds are not consecutive")
     codes = {one["revision"] for one in born}
     if len(codes) > 1:
-        why.append("its runs are of several versions of the code")
+        why.append("its runs were made by several versions of the code")
     if any(code is None or code.endswith("-dirty") for code in codes):
-        why.append("its code is no commit: the version ends in -dirty, or is not known")
+        why.append("its code is not a commit: the version ends in -dirty, or is not known")
     machines = _distinct([one["machine"] for one in born])
     if len(machines) > 1:
-        why.append("its runs are of several machines, or of several numbers of threads")
+        why.append("its runs were made on several machines, or with several numbers of threads")
     scenes = row.arm.recipe.drawn
     track = TRACKS.get(scenes.canvas) if scenes else None
     for machine in machines:
@@ -243,11 +243,11 @@ def _of_results(row: Row, against: Versus | None) -> list[str]:
     if not all(one.met for one in row.reached):
         why.append("not every run meets the target")
     if row.meets is None or not row.meets < SURE:
-        why.append(f"that its mean score meets the target is not sure to p < {SURE:g}")
+        why.append(f"its mean score does not meet the target with p < {SURE:g}")
     race = against and against.race
     if against and not (race and not race.early and race.high < 1 and race.logs.p_better < SURE):
         why.append(
-            f"that it gets there sooner than the standing record is not sure to p < {SURE:g}"
+            f"it does not reach the target sooner than the standing record with p < {SURE:g}"
         )
     return why
 
@@ -429,7 +429,7 @@ def check(folder: Path) -> None:
     """Make a record's place before the runs. Errors: BadRecipe; BadStorage."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadRecipe(
-            f"--record {folder} is there already: records are not changed, name another"
+            f"--record {folder} exists already, and records are not overwritten: name another"
         )
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -66,10 +66,10 @@ def meet(rank: int, size: int, seconds: float) -> Store:
     except (OSError, dist.DistError) as error:
         missing = _missing(store, names) if store else []
         raise LostPeer(
-            f"{', '.join(missing)} of {size} did not come within {seconds:.0f} s: see why in their "
-            "logs, and start all of them again"
+            f"{', '.join(missing)} of {size} did not connect within {seconds:.0f} s: see why in "
+            "their logs, and start all processes again"
             if missing
-            else f"{names[rank]} cannot meet the others at {host}:{port} "
+            else f"{names[rank]} cannot connect to the others at {host}:{port} "
             f"({told(error)}): check MASTER_ADDR and MASTER_PORT"
         ) from error
     return store
@@ -103,7 +103,7 @@ def _connected(host: str, port: int, size: int, opens: bool, until: float) -> St
     try:
         return found.result(left)
     except TimeoutError as error:
-        raise TimeoutError("whoever listens there does not answer") from error
+        raise TimeoutError("something listens there, but does not answer") from error
 
 
 def _missing(store: Store, names: Sequence[str]) -> list[str]:
@@ -131,7 +131,7 @@ def broken(device: torch.device, rank: int, error: Exception) -> LostPeer:
     """What this rank says of its device, and leaves as its note."""
     return LostPeer(
         f"{device} on {socket.gethostname()} failed ({told(error)}): the same "
-        "command continues from the last checkpoint; if it fails again, without it",
+        "command continues from the last checkpoint; if it fails again, leave that device out",
         rank,
     )
 
@@ -173,7 +173,7 @@ def miss(store: Store, neighbours: Mapping[int, int]) -> None:
     for rank, process in neighbours.items():
         with suppress(dist.DistError):
             if not is_there(process) and not store.check([f"rank {rank} is done"]):
-                leave_note(store, rank, LostPeer("its process has ended unheard"))
+                leave_note(store, rank, LostPeer("its process ended without a message"))
 
 
 def note(store: Store) -> Note | None:

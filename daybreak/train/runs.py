@@ -61,7 +61,7 @@ def enter(recipe: config.Recipe) -> Path:
     begun = (run / "recipe.toml").is_file()
     others = [] if begun or not run.is_dir() else [path.name for path in run.iterdir()]
     if any(name not in OURS and not name.startswith(".tmp-") for name in others):
-        raise BadRecipe(f"{run} is not empty and holds no run: choose another folder with --out")
+        raise BadRecipe(f"{run} is not empty and is not a run: choose another folder with --out")
     return run
 
 
@@ -84,14 +84,14 @@ def changes(
     if any(not key.startswith(FREE + ROUNDED) for key in keys) and not allowed:
         raise BadRecipe(
             f"{run} holds a run of another recipe ({'; '.join(keys)}): choose another folder with "
-            "--out, give the same values to continue, or continue all the same with --changed"
+            "--out, give the same values to continue, or continue anyway with --changed"
         )
     had = facts.read(run).get("data") or files  # nothing is known where run.json was removed
     data = [name for name in sorted(had.keys() | files.keys()) if had.get(name) != files.get(name)]
     if data and not allowed:
         raise BadRecipe(
-            f"{run} was begun with other data: {_few(data)} differ from their sha256 in run.json; "
-            "bring the data back, choose another folder with --out, or continue all the same with "
+            f"{run} was started with other data: {_few(data)} differ from their sha256 in "
+            "run.json; restore the data, choose another folder with --out, or continue anyway with "
             "--changed"
         )
     return keys + ([f"data: {_few(data)}"] if data else [])
@@ -157,9 +157,9 @@ def check_pairs(recipe: config.Recipe, devices: int) -> None:
     for number, stage in enumerate(recipe.stage):
         if recipe.contrastive is not None and stage.batch % (2 * devices):
             raise BadRecipe(
-                f"[contrastive] sets pictures against each other in pairs, and {devices} devices "
-                f"cannot have an even share each of stage.{number}.batch = {stage.batch}: take "
-                f"another number of them, or set a batch that {2 * devices} divides"
+                f"[contrastive] compares pictures in pairs, and {devices} devices cannot each have "
+                f"an even share of stage.{number}.batch = {stage.batch}: use another number of "
+                f"devices, or set a batch that {2 * devices} divides"
             )
 
 
@@ -210,8 +210,8 @@ def trained(
         if found.folder.is_dir():
             raise
         raise NoCheckpoint(
-            f"{found.folder} was removed while it was read, as a run does that goes on: give the "
-            "same command again"
+            f"{found.folder} was removed while it was being read, because its run is still "
+            "training: give the same command again"
         ) from error
     return recipe, found, model.to(accelerator.choose()).eval().requires_grad_(False)
 

@@ -71,7 +71,7 @@ def sample(run: Path, wanted: Wanted, tell: Callable[[str], None]) -> Iterator[P
     for words in wanted.prompts:
         if (length := model.text.length(words)) > recipe.text.max_tokens:
             tell(
-                f"{_file_name(words)}: of {length} tokens {recipe.text.max_tokens} are read "
+                f"{_file_name(words)}: only {recipe.text.max_tokens} of {length} tokens are read "
                 "(text.max_tokens)"
             )
     pictures = draw.draw(
@@ -107,15 +107,15 @@ def _checked(size: Size | None, recipe: config.Recipe, tell: Callable[[str], Non
     if any(side % patch for side in size):
         near = Size(*(max(1, round(side / patch)) * patch for side in size))
         raise BadRecipe(
-            f"--size {size}: this model draws patches of {patch} px, so sides are multiples of "
-            f"that: take {near}"
+            f"--size {size}: this model has patches of {patch} px, so both sides must be multiples "
+            f"of that: take {near}"
         )
     side, square = math.sqrt(size.width * size.height), size.width == size.height
     alike = any(one / ALIKE <= side <= one * ALIKE for one in sides)
     if not alike or (recipe.drawn and not square):  # scenes are squares
         other = "shape" if alike else "size"
         was = " and ".join(f"{one}x{one}" for one in dict.fromkeys(sides))
-        tell(f"{size} px is another {other} than that of training ({was}): expect less of it")
+        tell(f"{size} px is another {other} than in training ({was}): expect worse pictures")
     return size
 
 

@@ -217,7 +217,7 @@ class Saver:
         with self._writing(target, {}):
             for name, entry in files.items():
                 if wrong := disk.complaint(staged, name, entry, hashed=False):
-                    raise OSError(errno.ESTALE, f"to the first rank {wrong}")
+                    raise OSError(errno.ESTALE, f"as the first rank sees it, {wrong}")
             manifest = {"schema": SCHEMA, "step": step, "ranks": self.here.size, **self.facts}
             manifest |= {"files": files}
             manifest |= {"sha256": checkpoint.digest(manifest)}
@@ -253,7 +253,7 @@ class Saver:
             if wrong is None:
                 good += 1
             elif self.here.first:
-                self.tell(f"{old.folder} is damaged and does not count: {wrong}")
+                self.tell(f"{old.folder} is damaged and not counted: {wrong}")
                 checkpoint.reject(old)
 
     @contextmanager

@@ -137,8 +137,8 @@ def score(
     for key in asked_otherwise(wanted):
         if wanted.suite not in (suites := ONLY.get(key, SUITES)):
             raise BadRecipe(
-                f"--{NAMES.get(key, key)} is for --suite {' or '.join(suites)}, and this is "
-                f"{wanted.suite}: leave it out, or give the suite that is meant"
+                f"--{NAMES.get(key, key)} is for --suite {' or '.join(suites)}, not for "
+                f"{wanted.suite}: leave it out, or change --suite"
             )
     with parallel.world(parallel.Config()) as here:
         if here.first:  # a failure ends the others too, and so does the result
@@ -264,7 +264,7 @@ def trained_on(recipe: config.Recipe | None, data: Path | None) -> list[str]:
     this = _known(data)
     if recipe is None or this is None or this not in map(_known, recipe.paths):
         return []
-    return [f"{data} is what this model was trained on: whoever knows it by heart does best"]
+    return [f"this model was trained on {data}: the score rewards what it has memorised"]
 
 
 def chosen_by(recipe: config.Recipe | None, wanted: Wanted, seed: int) -> list[str]:
@@ -282,10 +282,10 @@ def chosen_by(recipe: config.Recipe | None, wanted: Wanted, seed: int) -> list[s
         same, remedy = seed == recipe.seed, "another --seed"
     else:
         ours = _known(Path(asked.data)) if asked.data else None
-        same, remedy = ours is not None and ours == _known(wanted.data), "other --data"
+        same, remedy = ours is not None and ours == _known(wanted.data), "another --data"
     said = (
-        f"this checkpoint was chosen by {asked.best}, asked some of the same: it does better than "
-        f"it should; give {remedy}, or leave --best out"
+        f"this checkpoint was chosen by {asked.best} on some of the same questions, which makes "
+        f"its score too good: give {remedy}, or leave --best out"
     )
     return [said] if same else []
 
@@ -312,7 +312,8 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
     if chosen is None:
         if wanted.sets or wanted.best:
             raise BadRecipe(
-                f"{folder} is a pipeline of diffusers: --set and --best are for run folders"
+                f"{folder} is a diffusers pipeline, and --set and --best are for run folders: "
+                "leave them out"
             )
         device = accelerator.choose()
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
@@ -320,8 +321,8 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
         return Model(artist.pipeline(folder, side, wanted.steps, wanted.guidance, device, dtype))
     if wanted.resolution is not None and wanted.suite != "coco30k":  # there it is the list's
         raise BadRecipe(
-            f"{folder} is a run, which draws the resolution of its last stage: leave --resolution "
-            "out, it is for pipelines"
+            f"{folder} is a run, which draws at the resolution of its last stage: leave "
+            "--resolution out, it is for pipelines"
         )
     recipe, found, network = runs.trained(folder, chosen=chosen)
     recipe = config.resampled(recipe, wanted.sets, wanted.steps, wanted.guidance)
@@ -351,7 +352,9 @@ def _asked(wanted: Wanted) -> prompts.Prompts:
     if wanted.prompts is None:
         raise BadRecipe(f"the suite {wanted.suite} needs a list of prompts: give it with --prompts")
     if wanted.suite == "coco30k" and wanted.reference is None:
-        raise BadRecipe("the suite coco30k needs a folder of true pictures: give --reference")
+        raise BadRecipe(
+            "the suite coco30k needs a folder of real pictures: give it with --reference"
+        )
     return prompts.read(wanted.prompts)
 
 
@@ -366,7 +369,7 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
     elif recipe is None or recipe.drawn is None:
         raise BadRecipe(
             "this model was not trained on scenes, so there is no exact score: take --suite "
-            "validation, distribution or prompts, or give --canvas if it draws scenes all the same"
+            "validation, distribution or prompts, or give --canvas if it draws scenes nevertheless"
         )
     else:
         wanted_scenes = recipe.drawn
@@ -377,7 +380,9 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
             f"{model.artist.side} px: leave --canvas out, or choose one of that size"
         )
     if recipe is None and wanted.controls:
-        raise BadRecipe("--controls look for training pictures, so they are for run folders")
+        raise BadRecipe(
+            "--controls compares with training pictures, so it is for run folders: leave it out"
+        )
     result = suite.scenes(model.artist, wanted_scenes, seed, wanted.per_task, tell)
     if recipe is None or not wanted.controls:
         return result
@@ -387,7 +392,10 @@ def _scenes(model: Model, wanted: Wanted, seed: int, tell: Progress) -> Result:
 
 def _validation(folder: Path, model: Model, wanted: Wanted, seed: int) -> Result:
     if model.recipe is None or model.network is None:
-        raise BadRecipe(f"{folder} is a pipeline of diffusers, whose loss is not known")
+        raise BadRecipe(
+            f"{folder} is a diffusers pipeline, and the suite validation measures the loss of a "
+            "run: give a run folder, or another --suite"
+        )
     found = _examples(model, wanted, seed)
     return suite.validate(model.network, found, model.recipe.flow.noise_scale, seed)
 
@@ -409,7 +417,7 @@ def _examples(model: Model, wanted: Wanted, seed: int) -> examples.Examples:
         return examples.of_scenes(recipe.drawn, seed, wanted.number)
     raise BadRecipe(
         f"the suite {wanted.suite} needs pictures to compare with: give a prepared dataset, "
-        "best one that was not trained on, with --data"
+        "ideally one that it was not trained on, with --data"
     )
 
 
@@ -418,7 +426,8 @@ def _judges(model: Model, wanted: Wanted) -> list[features.Extractor]:
     names = [Path(name).name for name in wanted.features]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise BadRecipe(
-            f"--features: two networks are called {double!r}, and so would their values"
+            f"--features: two networks are called {double!r}, and their values would be too: "
+            "rename one folder"
         )
     usual = "clip" if "dino" in model.artist.taught else "dinov2"
     if wanted.data is None:

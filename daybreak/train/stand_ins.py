@@ -30,14 +30,17 @@ def replaced(recipe: Recipe, folder: Path, tell: Callable[[str], None]) -> Recip
     changes: dict[str, Any] = {}
     for key, source in named(recipe):
         if source in NETWORKS and hub.described(source) is None:
-            tell(f"{key} = {source!r} is not on this machine: random weights of its size stand in")
+            tell(
+                f"{key} = {source!r} is not on this machine: random weights of its "
+                "size are used instead"
+            )
             place = folder / source.replace("/", "--")
             if not place.exists():
                 write(source, place)
             section, field = key.split(".")
             changes[section] = getattr(recipe, section).model_copy(update={field: str(place)})
     if recipe.lpips is not None and not all(map(_is_file, lpips.files(recipe.lpips))):
-        tell("lpips: VGG-16 or its heads are not on this machine: random weights stand in")
+        tell("lpips: VGG-16 or its heads are not on this machine: random weights are used instead")
         vgg, heads = toy_teachers.perceptual(folder, flops.VGG)
         files = {"vgg": str(vgg), "heads": str(heads)}
         changes["lpips"] = recipe.lpips.model_copy(update=files)

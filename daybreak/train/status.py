@@ -106,10 +106,13 @@ class Status:
                     f"{self.lock.parent} is in use by {before or 'another process'}: wait for it, "
                     "stop it, or choose another folder with --out"
                 ) from None
-            self.tell(f"{self.lock} cannot be locked here ({error.strerror}): start no second run")
+            self.tell(
+                f"{self.lock} cannot be locked here ({error.strerror}): start no second "
+                "run in this folder"
+            )
             return
         if before:
-            self.tell(f"took over the lock of {before}, which has ended without leaving")
+            self.tell(f"took over the lock of {before}, which ended without releasing it")
         held.truncate(0)
         held.write(f"process {os.getpid()} on {socket.gethostname()}")
         held.flush()

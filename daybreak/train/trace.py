@@ -33,7 +33,7 @@ def parse(text: str) -> Trace:
     """Read `STEP:COUNT`. Errors: BadRecipe."""
     found = re.fullmatch(r"([1-9]\d{0,8})(?::([1-9]\d{0,2}))?", text.strip())
     if not found:
-        raise BadRecipe(f"--trace {text}: write STEP:COUNT, as in 200:3")
+        raise BadRecipe(f"--trace {text}: write STEP:COUNT, for example 200:3")
     return Trace(int(found[1]), int(found[2] or 1))
 
 
@@ -64,5 +64,5 @@ def traced(
                 seen.export_chrome_trace(str(file))
                 tell(f"trace: {file}")
             except (OSError, RuntimeError) as error:  # no reason to end a run
-                tell(f"the trace is not written: {error}")
+                tell(f"the trace could not be written: {error}")
     yield from steps

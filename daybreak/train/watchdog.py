@@ -167,11 +167,14 @@ class Watchdog:
         """Print the stacks, wait for the others to do so, and leave."""
         rank = self.here.rank
         with suppress(OSError, ValueError):  # nobody has to listen
-            print(f"rank {rank}: no step for {waited:.0f} s; its threads:", file=sys.stderr)
+            print(
+                f"rank {rank}: no step for {waited:.0f} s; the stacks of its threads:",
+                file=sys.stderr,
+            )
             sys.stderr.flush()
             faulthandler.dump_traceback(sys.stderr)
-        after = "the first step" if self.step is None else f"a step after {self.step}"
-        sentence = f"rank {rank} of {self.here.size} waited {waited:.0f} s for {after} to be done"
+        after = "the first step" if self.step is None else f"the step after {self.step}"
+        sentence = f"rank {rank} of {self.here.size} waited {waited:.0f} s for {after} to finish"
         silent = rendezvous.silent(self.store, rank, self.here.size, "hangs", ANSWER)
         if silent:
             sentence += f"; {', '.join(f'rank {other}' for other in silent)} does not answer"

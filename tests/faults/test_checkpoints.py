@@ -108,7 +108,7 @@ def test_C2_a_damaged_file_is_found_whichever_it_is(
         assert step == 35, name
         if name.name != "manifest.json":
             assert len(said) == 1
-            assert f"checkpoint-40 is damaged and passed over: {name}" in said[0]
+            assert f"checkpoint-40 is damaged and skipped: {name}" in said[0]
             assert "missing" in said[0] or f"not {size:,}" in said[0]
         shutil.rmtree(copy)
 
@@ -132,7 +132,7 @@ def test_C2_a_run_goes_on_from_the_one_before_or_says_that_there_is_none(
     dice = random.Random(1)
     flip(tensors(place.run / "checkpoint-40")[0], dice)
     ended = place.finish(ranks=RANKS)
-    assert "checkpoint-40 is damaged and passed over" in ended.said
+    assert "checkpoint-40 is damaged and skipped" in ended.said
     assert "sha256" in ended.said
     assert begun(ended.said) == 35
     assert place.bits() == unbroken(ranks=RANKS).bits()

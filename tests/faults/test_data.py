@@ -246,7 +246,7 @@ def test_D8_a_slow_read_is_told_while_it_lasts_and_changes_nothing(
 ) -> None:
     slow = Calling("daybreak.data.scenes", "renders", Sleep(25, 5))
     ended = place.finish(f"data.workers={workers}", ranks=RANKS, fault=slow, faulty=RANKS - 1)
-    assert ended.said.count("the next pictures have been waited for") == 1, ended.said
+    assert ended.said.count("waiting for the next pictures") == 1, ended.said
     assert place.bits()["losses"] == unbroken(ranks=RANKS).bits()["losses"]
     assert place.bits()["state"] == unbroken(ranks=RANKS).bits()["state"]
 

@@ -257,8 +257,8 @@ def test_P6_ranks_that_do_not_meet_say_who_is_missing(place: Place, how: str) ->
     assert set(ended.codes) == {LostPeer.code}, ended.said
     assert {
         "port taken": "address already in use",
-        "a rank is missing": "rank 2 of 3 did not come",
-        "wrong address": "cannot meet the others at 192.0.2.1",
+        "a rank is missing": "rank 2 of 3 did not connect",
+        "wrong address": "cannot connect to the others at 192.0.2.1",
     }[how] in ended.said
 
 
