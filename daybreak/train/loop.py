@@ -1,13 +1,13 @@
 """The training loop.
 
-For each stage and step: a batch, the loss of its micro-batches, clipped gradients, a verdict on
-them, Muon and AdamW, the average. A step counts from 1 over the whole run. Checkpoints, grids and
-log lines happen between steps and change nothing that the next step computes. Only a [budget] in
-seconds looks at the clock: it brings the rate down as the time runs out (train/ledger), so such a
-run cannot be repeated bit for bit.
+For each stage and step: a batch, the loss of its micro-batches, clipped gradients, the guard's
+verdict, Muon and AdamW, the average. Steps are numbered from 1 over the whole run. Checkpoints,
+grids and log lines happen between steps and do not change what the next step computes. Only a
+[budget] in seconds depends on the clock: it lowers the learning rate as time runs out
+(train/ledger), so such a run cannot be repeated bit for bit.
 
-Under torchrun every rank walks this loop with its share of each batch. What they have to agree on
-travels with the loss, once a step; the first rank speaks and writes for all.
+Under torchrun every rank runs this loop with its share of each batch. What the ranks must agree on
+is exchanged together with the loss, once a step; the first rank prints and writes for all.
 """
 
 import time
@@ -58,14 +58,14 @@ class Outcome(NamedTuple):
 
 
 class Entered(NamedTuple):
-    """A run whose data and ranks are there, and of which nothing is built yet."""
+    """A run whose data and ranks have been found, before any network is built."""
 
     recipe: config.Recipe
     folder: Path
     sources: Sequence[batches.Pictures]  # by stage
     here: World
-    found: Checkpoint | None  # to go on from
-    changes: Sequence[str]  # since the run was begun
+    found: Checkpoint | None  # to continue from
+    changes: Sequence[str]  # to the recipe or data since the run began
     tell: Callable[[str], None]
 
     @property
@@ -82,11 +82,11 @@ def train(
     trial: bool = False,
     trace: Trace | None = None,
 ) -> Outcome:
-    """Train a recipe in its run folder, from the newest good checkpoint there or from nothing.
+    """Train a recipe in its run folder, from the newest good checkpoint there or from the start.
 
-    `changed` allows a run to go on with another recipe or other data than it was begun with. Of a
-    budget of time `gone` seconds are spent already, on starting this process. A `trial` leaves no
-    checkpoint. Steps of `trace` are traced.
+    `changed` allows a run to continue with a recipe or data other than those it began with. `gone`
+    is how many seconds of a time budget were already spent on starting this process. A `trial`
+    saves no checkpoint. `trace` says which steps to trace.
 
     Errors  BadRecipe, BadData and BadStorage before anything is written; NotFinite, BadStorage and
             LostPeer during the run, whose checkpoints stay.
@@ -126,7 +126,7 @@ def _train(
     trial: bool,
     trace: Trace | None,
 ) -> Outcome:
-    """Build everything, put it back as it was, and take the steps that are left."""
+    """Build everything, load the checkpoint if there is one, and take the remaining steps."""
     recipe, folder, sources, here, found, _, tell = entered
     dtype, start = runs.precision(recipe), entered.start
     known = encoded.known(recipe, dtype, tell)
@@ -196,7 +196,7 @@ def _train(
 
 
 def _announce(entered: Entered, model: TextToImage, dtype: torch.dtype) -> None:
-    """Say what is about to be trained, where, from what, and what about it may surprise."""
+    """Print what is about to be trained, where, from which start, and what may be unexpected."""
     recipe, folder, _, here, found, _, tell = entered
     start, threads = entered.start, torch.get_num_threads()
     shared = f" on each of {here.size} processes" if here.size > 1 else ""
@@ -225,7 +225,7 @@ def _announce(entered: Entered, model: TextToImage, dtype: torch.dtype) -> None:
 
 
 def _open(entered: Entered, dtype: torch.dtype) -> None:
-    """Make the run folder, or clear it of what a killed run has left."""
+    """Create the run folder, or remove what a killed run has left in it."""
     recipe, folder, changes = entered.recipe, entered.folder, entered.changes
     if not entered.here.first:
         return
@@ -237,7 +237,7 @@ def _open(entered: Entered, dtype: torch.dtype) -> None:
 
 
 def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
-    """Take the steps that are left, with what lies between them."""
+    """Take the remaining steps, with the grids, evaluations and checkpoints between them."""
     recipe, here, log, stop = run.recipe, run.here, run.log, run.stop
     if start and _unevaluated(recipe, run.folder, here, start) and _evaluate(run, start):
         _keep(run, start)
@@ -256,7 +256,7 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
         if now == 1:
             run.guard.new_stage()
             if number and stage.resolution != recipe.stage[number - 1].resolution:
-                torch.compiler.reset()  # its variants come in the place of those before
+                torch.compiler.reset()  # the new stage's variants replace the old ones
                 run.watchdog.listen()
         rate = stage.lr * groups.schedule(now, stage.count, stage.warmup, stage.cooldown)
         try:
@@ -293,7 +293,7 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
             _save(run, done, wait=bool(last or code or best))
             may = spending.allowed(run, done)
         if may.over:
-            run.saver.finish()  # there is no time to save again what is being written
+            run.saver.finish()  # there is no time to retry this save if it fails
         if best:
             _keep(run, done)
         run.status.at(done, run.saver.newest)
@@ -306,7 +306,7 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
 
 
 def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
-    """Yield the batches that are left: number of the stage, step in it, this rank's share."""
+    """Yield the remaining batches: number of the stage, step within it, this rank's share."""
     recipe = run.recipe
     for number, (stage, before) in enumerate(zip(recipe.stage, recipe.starts, strict=True)):
         had = min(stage.count, max(0, start - before))
@@ -331,7 +331,7 @@ def _batches(run: Run, start: int) -> Iterator[tuple[int, int, batches.Batch]]:
 
 
 def _save(run: Run, step: int, wait: bool) -> None:
-    """Compare what the ranks hold, and save it; `wait` until it is on the disk."""
+    """Check that the ranks hold equal weights, then save; `wait` until it is on the disk."""
     if run.trial:
         return
     began = time.monotonic()
@@ -340,12 +340,12 @@ def _save(run: Run, step: int, wait: bool) -> None:
         run.saver.save(step, run.state, run.guard.state)
         if wait:
             run.saver.finish()
-    run.ledger.saved(max(time.monotonic() - began, run.saver.took))  # the last one is waited for
+    run.ledger.saved(max(time.monotonic() - began, run.saver.took))  # a run waits for its last save
     run.ledger.write()
 
 
 def _show(run: Run, step: int, side: int) -> None:
-    """Draw the recipe's prompts, on all ranks; one writes them down, if the disk lets it."""
+    """Draw the recipe's prompts on all ranks; the first writes the grid, if the disk allows."""
     if spending.allowed(run, step, first=run.ledger.drawing).late:
         run.log.note(f"no grid at step {step}: the budget leaves no time for one")
         return
@@ -364,14 +364,14 @@ def _show(run: Run, step: int, side: int) -> None:
 
 
 def _evaluate(run: Run, step: int) -> bool:
-    """Evaluate the average; returns whether nothing before was better.
+    """Evaluate the average; returns whether this is the best evaluation so far.
 
-    It is broken off where the run is asked to stop, or out of time, and made when the run goes on.
+    It is broken off if the run is asked to stop or runs out of time, and repeated on resuming.
     """
 
     def heed() -> None:
         run.ledger.tick()
-        late = run.here.first and run.ledger.late()  # by the clock that decides about steps, too
+        late = run.here.first and run.ledger.late()  # the first rank's clock also decides on steps
         if _heard(run.here, run.stop.code or int(late)):
             raise BrokenOff
 
@@ -389,7 +389,7 @@ def _evaluate(run: Run, step: int) -> bool:
 
 
 def _keep(run: Run, step: int) -> None:
-    """Make a checkpoint the best one, if it is on the disk."""
+    """Mark a checkpoint as the best one, if it is on the disk."""
     if run.here.first and run.saver.newest == step:
         try:
             evaluations.keep(run.folder, step)
@@ -398,7 +398,7 @@ def _keep(run: Run, step: int) -> None:
 
 
 def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
-    """Say that a run was asked to stop."""
+    """Report that a run was asked to stop."""
     run.log.note(f"{what}; the same command continues")
     run.ledger.end()
     run.status.end(code, "preempted" if code == PREEMPTED else "interrupted")
@@ -406,7 +406,7 @@ def _leave(run: Run, step: int, code: int, what: str) -> Outcome:
 
 
 def _spent(run: Run, step: int) -> Outcome:
-    """Say that no more steps can be paid for."""
+    """Report that the budget pays for no further step."""
     run.log.note(
         f"the budget is spent: {run.ledger.spent:.0f} s, {run.ledger.flops:.3g} FLOP, {step:,} of "
         f"{run.recipe.steps:,} steps{spending.unreached(run.recipe, step)}"
@@ -417,12 +417,12 @@ def _spent(run: Run, step: int) -> Outcome:
 
 
 def _heard(here: World, code: int) -> int:
-    """Return the exit code with which some rank was asked to stop, or 0; on all ranks alike."""
+    """Return the exit code if any rank was asked to stop, else 0; the same on all ranks."""
     return int(parallel.gather(here, torch.tensor([code])).max())
 
 
 def _listen(run: Run, done: int, code: int) -> tuple[int, Allowance]:
-    """Ask again, after something long, whether a rank was asked to stop, and what may be spent."""
+    """After a long task, check again whether a rank was asked to stop and what may be spent."""
     return max(code, _heard(run.here, run.stop.code)), spending.allowed(run, done)
 
 
@@ -433,7 +433,7 @@ def _is_over(
     here: World,
     clock: Callable[[], float],
 ) -> str:
-    """Say why there is nothing left to do, if there is nothing."""
+    """Say why there is nothing left to do; empty if there is something."""
     done = f"{found.step} steps of {recipe.steps}"
     if found.step >= recipe.steps:
         if _unevaluated(recipe, folder, here, found.step):
@@ -446,9 +446,9 @@ def _is_over(
 
 
 def _unevaluated(recipe: config.Recipe, folder: Path, here: World, step: int) -> bool:
-    """Whether an evaluation after this step is still to be made, as the first rank sees it."""
+    """Whether the evaluation after this step is still missing, as the first rank sees it."""
     return parallel.together(here, lambda: evaluations.missing(recipe, folder, step))[0]
 
 
 def _silent(_: object) -> None:
-    """Do nothing: stands in for `tell` on all ranks but the first, and for a cache's `expect`."""
+    """Do nothing: replaces `tell` on all ranks but the first, and `expect` without a cache."""

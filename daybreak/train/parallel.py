@@ -1,19 +1,19 @@
 """One run on many processes.
 
-One process, started plainly or by torchrun, is alone: nothing here changes what it computes. Of
-several each is a rank of a mesh, dp_replicate x dp_shard: weights, average and optimiser state are
-cut into rows over `dp_shard` and repeated over `dp_replicate` (FSDP2; both above one: HSDP). A
-global batch is shared out evenly, so the steps are the same for any number of ranks, to rounding.
+For a single process, started plainly or by torchrun, nothing here changes what it computes. Several
+processes are the ranks of a mesh, dp_replicate x dp_shard: weights, average and optimiser state are
+sharded by rows over `dp_shard` and replicated over `dp_replicate` (FSDP2; both above one: HSDP). A
+global batch is divided evenly, so the steps are the same for any number of ranks, up to rounding.
 
     with world(config, batches) as here:
-        prepare(model.dit, model.dit.blocks, here, config, compute)      in place; average alike
+        prepare(model.dit, model.dit.blocks, here, config, compute)      in place; average too
         first, count = share(here, batch)                                this rank's samples
         accumulate((model.dit,), config, last)                           before each micro-batch
         norm = clip(here, parameters, limit)                             of the whole gradient
-        rows = gather(here, row)                                         everybody's numbers
-        found = together(here, work)                                     beside the steps
+        rows = gather(here, row)                                         every rank's numbers
+        found = together(here, work)                                     outside the steps
 
-What is frozen is not prepared: every rank keeps a copy.
+Frozen networks are not prepared: every rank keeps a full copy.
 
 Letters  r ranks.
 Source   FSDP2: docs.pytorch.org, torch.distributed.fsdp.fully_shard; HSDP: arXiv 2304.11277.
@@ -44,23 +44,23 @@ from daybreak import host
 from daybreak.failure import BadRecipe, Failure, told
 from daybreak.train import accelerator, rendezvous
 
-# Sharded tensors take a second to import, and a recipe names only Config: they are imported where
-# they are used.
+# Sharded tensors take a second to import, and a recipe needs only Config, so they are imported
+# where they are used.
 
-# A product and the sum after it are one instruction, rounded once: a tenth off a step on a CPU.
+# Fused multiply-add, rounded once: a step on a CPU takes a tenth less.
 KERNELS = {"cpp.enable_floating_point_contract_flag": "fast"}
-COLLECTIVE = timedelta(hours=1)  # the watchdog (train/watchdog) speaks long before
-TOGETHER = 2  # blocks whose weights travel at once: one by one takes a seventh more of the host
+COLLECTIVE = timedelta(hours=1)  # the watchdog (train/watchdog) ends a hang long before
+TOGETHER = 2  # blocks gathered at once: one by one takes a seventh more host time
 Found = TypeVar("Found")
 
 
 class Config(BaseModel):
-    """How weights and work are spread over the ranks.
+    """How weights and work are distributed over the ranks.
 
-    `dp_shard = 0` takes all ranks that `dp_replicate` leaves. `reshard_after_forward` frees a
-    block's weights between forward and backward pass: less memory, one more gathering.
-    `recompute` forgets what is inside a block and computes it again. `start_timeout`, in seconds,
-    is how long ranks wait for one another at the start.
+    `dp_shard = 0` means all ranks divided by `dp_replicate`. `reshard_after_forward` frees a
+    block's weights between forward and backward pass: less memory, one more all-gather.
+    `recompute` drops the activations inside a block and computes them again. `start_timeout`, in
+    seconds, is how long ranks wait for one another at the start.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -73,23 +73,23 @@ class Config(BaseModel):
 
 
 class World(NamedTuple):
-    """A process among its peers. Without a mesh it is alone."""
+    """A process and the others of its run. Without a mesh it is the only one."""
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None
     store: Store  # where ranks leave each other notes, without a collective
-    group: dist.ProcessGroup | None = None  # for what one thread does beside the steps
+    group: dist.ProcessGroup | None = None  # for the work of one thread outside the steps
 
     @property
     def first(self) -> bool:
-        """Whether this is the one that speaks and writes for all."""
+        """Whether this is the rank that prints and writes for all."""
         return self.rank == 0
 
     @property
     def replicas(self) -> int:
-        """How many times over the weights are held, each time by several ranks or by one."""
+        """How many copies of the weights there are, each held by one or several ranks."""
         return self.mesh.size(0) if self.mesh is not None and self.mesh.ndim > 1 else 1
 
 
@@ -97,15 +97,15 @@ class World(NamedTuple):
 def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
     """Join the other ranks, if torchrun has started any, and leave them at the end.
 
-    `batches` are the global batches of the run, so that one that cannot be shared is refused here.
+    `batches` are the run's global batch sizes; one that cannot be divided evenly is refused here.
 
-    Errors  BadRecipe before any rank meets another, if mesh or batches do not fit their number;
-            LostPeer if they do not all meet, or if one is lost later.
+    Errors  BadRecipe before ranks connect, if mesh or batches do not fit the number of ranks;
+            LostPeer if not all ranks connect, or if one is lost later.
     """
     size = host.processes()
     shards = _shards(config, size, batches)
     device = _device()
-    if size == 1:  # nothing to cut: FSDP would copy, and change nothing
+    if size == 1:  # nothing to shard: FSDP would only make copies
         try:
             yield World(0, 1, device, None, HashStore())
         except torch.AcceleratorError as error:
@@ -116,7 +116,7 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
 
     rank = int(os.environ["RANK"])
     store = rendezvous.meet(rank, size, config.start_timeout)
-    # torchrun asks torch to abort this process when NCCL tells of a lost node: nobody would learn
+    # torchrun makes torch abort this process when NCCL reports a lost node: then nothing would say
     # why.
     os.environ["TORCH_NCCL_ASYNC_ERROR_HANDLING"] = "0"
     try:
@@ -149,15 +149,15 @@ def world(config: Config, batches: Sequence[int] = ()) -> Iterator[World]:
         first = gone[0] if gone else None
         raise rendezvous.lost(rank, known, silent or told(error), first) from error
     rendezvous.farewell(store, rank, size)
-    leave()  # only where nobody is lost: it may wait for them
+    leave()  # only if no rank is lost: it may wait for the others
 
 
 def leave() -> None:
-    """Leave the other ranks, and forget them.
+    """Leave the process group, and clear torch's references to it.
 
-    torch remembers, for each thread, how that has worked with sharded tensors, and with it the
-    group. A worker that another thread forks drops that memory at once: were nothing else to hold
-    the group, the worker would wait for ever for the group's threads, which no fork has.
+    torch caches per thread how sharded tensors were handled, and the cache refers to the group. A
+    worker forked from another thread drops that cache at once. If it held the last reference to the
+    group, the worker would wait for ever for the group's threads, which a fork does not have.
     """
     dist.destroy_process_group()
     with suppress(ImportError):  # a name that torch may change
@@ -179,7 +179,7 @@ def check_shares(batches: Sequence[int], count: int) -> None:
 
 
 def share(here: World, batch: int) -> tuple[int, int]:
-    """Return where this rank's samples begin in a global batch, and how many they are."""
+    """Return the index of this rank's first sample in a global batch, and how many it has."""
     count = batch // here.size
     return here.rank * count, count
 
@@ -192,24 +192,24 @@ def prepare(
     compute: torch.dtype = torch.float32,
     compiled: bool = False,
 ) -> None:
-    """Make a module and its blocks ready to learn, in place: names and call stay as they are.
+    """Prepare a module and its blocks for training, in place: names and calls stay the same.
 
-    Blocks are gathered two at a time, in the precision they compute in, and the rest of the module
-    in its own, float32; gradients are averaged in float32. Arguments are never cast: 1000 t in
-    bfloat16 would be another time. Weights must be equal on all ranks before. Afterwards all ranks
-    must call the module equally often, and one that learns only where a backward pass follows.
+    Blocks are gathered two at a time in the precision they compute in, the rest of the module in
+    float32; gradients are averaged in float32. Arguments are never cast: 1000 t in bfloat16 would
+    be a different time. Weights must be equal on all ranks beforehand. Afterwards all ranks must
+    call the module equally often, and a module that learns only where a backward pass follows.
 
     An average is prepared like its model, with `reshard_after_forward`, so that after a forward
-    pass its parameters are the rows again that it has to move.
+    pass its parameters are again the sharded rows, which the update needs.
     """
     if compiled:
         from torch._functorch import config as functorch
 
-        # What a product needs on the way back may be worked out again: half as much is kept, for no
-        # time (docs/performance.md).
+        # Inputs of matrix products may be recomputed in the backward pass: this halves what is kept
+        # and costs no time (docs/performance.md).
         functorch.ban_recompute_materialized_backward = False
     blocks = list(blocks)
-    for block in blocks:  # in the order that torch asks for
+    for block in blocks:  # checkpoint, compile, shard: the order that torch requires
         if config.recompute:
             from torch.distributed._composable import checkpoint  # type: ignore[attr-defined]
 
@@ -232,17 +232,17 @@ def prepare(
             reshard_after_forward=config.reshard_after_forward,
             mp_policy=precision,
         )
-    if not config.reshard_after_forward:  # the next unit's weights travel before its host is there
+    if not config.reshard_after_forward:  # gather the next unit before the host reaches it
         for (block, *_), (following, *_) in itertools.pairwise(units):
             if isinstance(block, FSDPModule) and isinstance(following, FSDPModule):
                 block.set_modules_to_forward_prefetch([following])
 
 
 def accumulate(modules: Iterable[nn.Module], config: Config, last: bool) -> None:
-    """Say before a micro-batch whether it is the last of its step.
+    """Announce, before each micro-batch, whether it is the last of its step.
 
-    Until then gradients add up on their rank, and gathered weights stay, so that a step moves as
-    much as with one micro-batch (unless `reshard_after_forward` trades that for memory).
+    Until the last, gradients add up on their rank and gathered weights stay, so that a step sends
+    no more than with one micro-batch (unless `reshard_after_forward` trades that for memory).
     """
     from torch.distributed.fsdp import FSDPModule
 
@@ -254,11 +254,10 @@ def accumulate(modules: Iterable[nn.Module], config: Config, last: bool) -> None
 
 
 def clip(here: World, parameters: Iterable[nn.Parameter], limit: float) -> Float[Tensor, ""]:
-    """Shorten the gradient to `limit`, if it is longer; return its norm, equal on all ranks.
+    """Scale the gradient down to norm `limit`, if larger; return its norm, equal on all ranks.
 
-    Each rank adds up the rows that it holds, and all of them what each has found: one sum for all,
-    since replicas that add up by themselves could differ in the last bit, and then all weights
-    would.
+    Each rank sums over its own rows, then one all-reduce sums over all ranks. If each replica
+    computed the sum by itself, they could differ in the last bit, and then so would all weights.
     """
     rows = [local(parameter.grad) for parameter in parameters if parameter.grad is not None]
     norm = get_total_norm(rows)
@@ -266,25 +265,25 @@ def clip(here: World, parameters: Iterable[nn.Parameter], limit: float) -> Float
         squares = norm.square()
         dist.all_reduce(squares)
         norm = (squares / here.replicas).sqrt()
-    # Times one changes nothing; but only where no device has to be waited for is it known before.
+    # A factor of one changes nothing, so it is skipped on a CPU; a GPU would have to be waited for.
     if norm.device.type != "cpu" or not norm + 1e-6 <= limit:
         torch._foreach_mul_(rows, (limit / (norm + 1e-6)).clamp(max=1.0))
     return norm
 
 
 def local(tensor: Tensor) -> Tensor:
-    """Return the rows of a tensor that this rank holds; all of one that is not cut up."""
+    """Return the rows of a tensor that this rank holds, or all of it if it is not sharded."""
     from torch.distributed.tensor import DTensor
 
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def gather(here: World, row: Shaped[Tensor, "..."]) -> Shaped[Tensor, "r ..."]:
-    """Return the row of numbers, or table, that every rank has given, in the order of the ranks.
+    """Return the rows of numbers, or tables, of all ranks, in the order of the ranks.
 
-    Means, maxima and "any of them" follow from it, the same on all ranks to the last bit: a loss,
-    whether it is finite, whether somebody was asked to stop. A row in the processor's memory
-    travels from there, and no rank waits for its device.
+    Means, maxima and "any of them" computed from it are the same on all ranks to the last bit: a
+    loss, whether it is finite, whether a rank was asked to stop. A row in CPU memory is sent from
+    there, without waiting for the device.
     """
     if here.mesh is None:
         return row[None]
@@ -294,11 +293,11 @@ def gather(here: World, row: Shaped[Tensor, "..."]) -> Shaped[Tensor, "r ..."]:
 
 
 def together(here: World, work: Callable[[], Found]) -> list[Found]:
-    """Do something on every rank; return what each has found, in their order.
+    """Call `work` on every rank; return the results of all, in the order of the ranks.
 
-    For what happens beside the steps, in one thread at a time.
+    For work outside the steps, in one thread at a time.
 
-    Errors  the failure of the first rank that met one, on all ranks.
+    Errors  the failure of the lowest rank that had one, on all ranks.
     """
     mine: tuple[Found | None, Failure | None]
     try:
@@ -316,7 +315,7 @@ def together(here: World, work: Callable[[], Found]) -> list[Found]:
 
 
 def _shards(config: Config, size: int, batches: Sequence[int]) -> int:
-    """Return the ranks that share one copy of the weights. Errors: BadRecipe."""
+    """Return how many ranks share one copy of the weights. Errors: BadRecipe."""
     replicate, shards = config.dp_replicate, config.dp_shard or size // config.dp_replicate
     if replicate * shards != size:
         wanted = f"dp_replicate = {replicate}" + (

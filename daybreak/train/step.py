@@ -1,14 +1,14 @@
-"""One step of a run: forth, back, a verdict, the optimisers, the average, a line of the log.
+"""One step of a run: forward, backward, the guard's verdict, optimisers, average, a log line.
 
     for each micro-batch    loss(model, image, words, dice)  and its gradient
     over all ranks          loss, norm and "asked to stop" of each, in one exchange
-    if the guard lets it    theta <- Muon or AdamW
+    if the guard allows it  theta <- Muon or AdamW
     always                  average <- average + (1 - decay) (theta - average)
 
-All this is on its way before the host looks at a number: it waits once, for what was exchanged,
-while the device has the optimisers left to do, and then for nothing until the next step's end.
+All of this is queued on the device before the host reads any number. The host waits once a step,
+for the exchanged numbers, while the device still has the optimisers to run.
 
-`Run` is what the steps of a run have in common; train/loop puts it together and takes the steps.
+`Run` holds what the steps of a run have in common; train/loop creates it and takes the steps.
 """
 
 import time
@@ -54,9 +54,9 @@ class Run(NamedTuple):
     guard: health.Guard
     pace: health.Pace
     ledger: Ledger
-    flops: list[float]  # of a step with the longest captions, by stage; 0 if of unknown size
-    worked: Callable[[int, int], float]  # those of a step, by stage and words
-    expect: Callable[[list[str]], object]  # hears which captions come next
+    flops: list[float]  # of a step with the longest captions, by stage; 0 if unknown
+    worked: Callable[[int, int], float]  # FLOPs of a step, by stage and words
+    expect: Callable[[list[str]], object]  # is told which captions come next
     saver: Saver
     status: Status
     stop: Stop
@@ -66,22 +66,22 @@ class Run(NamedTuple):
 
 
 def networks(model: TextToImage, objective: Objective) -> list[nn.Module]:
-    """Return what learns, each as it is prepared as a whole (train/parallel)."""
+    """Return the modules that learn, in the units in which train/parallel prepares them."""
     words = [model.text] if model.text.trained else []
     return [model.dit, *words, *objective.learned.children()]
 
 
 def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) -> int:
-    """Take one step, or pass it over; returns the exit code of a rank that was asked to stop.
+    """Take one step, or skip it; returns the exit code if a rank was asked to stop, else 0.
 
-    Errors  BrokenOff if it was asked to stop while this step was being compiled.
+    Errors  BrokenOff if the run was asked to stop while this step was being compiled.
     """
     began, here, stage = time.monotonic(), run.here, run.recipe.stage[number]
     run.watchdog.begin(*batch.image.shape[-2:])
     try:
         sums = _gradient(run, stage, batch, step)
     except Exception as error:
-        # Ctrl-C goes to the compiler too, which then fails.
+        # Ctrl-C also reaches the compiler's processes, which makes the compilation fail.
         compiling = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
         if compiling and run.stop.code and here.mesh is None:
             raise BrokenOff from error
@@ -93,7 +93,7 @@ def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) ->
     arrived = accelerator.fetch(table)
     groups.set_rate(run.state.optimizers, rate)
     groups.step(run.state.optimizers, run.guard.refuses(table[:, :2]))
-    run.ema.update(run.state.model, step)  # also towards weights that have not moved
+    run.ema.update(run.state.model, step)  # even if the weights have not moved
     for optimizer, _ in run.state.optimizers.values():
         optimizer.zero_grad()
 
@@ -129,7 +129,7 @@ def take(run: Run, number: int, batch: batches.Batch, step: int, rate: float) ->
 def _gradient(
     run: Run, stage: config.Stage, batch: batches.Batch, step: int
 ) -> dict[str, Float[Tensor, ""]]:
-    """Add up the gradient of this rank's share of a batch; returns its loss and the parts of it."""
+    """Accumulate the gradient of this rank's share of a batch; returns the loss and its parts."""
     recipe, count = run.recipe, len(batch.image)
     size, resting = recipe.micro or count, recipe.resting(stage, step)
     learning = networks(run.state.model, run.objective)
@@ -149,7 +149,7 @@ def _gradient(
 
 
 def to_go(recipe: config.Recipe, flops: Sequence[float], step: int) -> float:
-    """Return how much work is left after a step, counted in steps of its stage."""
+    """Return how much work is left after a step, in units of a step of its stage."""
     each, left = flops[recipe.stage_at(step)], 0.0
     for stage, before, one in zip(recipe.stage, recipe.starts, flops, strict=True):
         steps = min(stage.count, max(0, before + stage.count - step))
@@ -158,10 +158,10 @@ def to_go(recipe: config.Recipe, flops: Sequence[float], step: int) -> float:
 
 
 def _return(run: Run, step: int) -> None:
-    """Take the weights of the newest checkpoint instead of these.
+    """Return to the weights of the newest checkpoint.
 
-    Only those count that every run of the recipe has, at multiples of `save_every`: one that was
-    stopped and continued has others too, and is to take the same steps as one that was not.
+    Only checkpoints at multiples of `save_every` count, because every run of the recipe has them. A
+    run that was stopped has others too, but must take the same steps as one that was not.
     """
     recipe = run.recipe
     with run.watchdog.patience(SAVE):
@@ -179,7 +179,7 @@ def _return(run: Run, step: int) -> None:
 
 
 def compare(run: Run) -> None:
-    """Compare what several ranks hold, and name those that are slow. Errors: LostPeer."""
+    """Check that the ranks hold equal weights, and name slow ranks. Errors: LostPeer."""
     state = run.state
     learned = dict(run.objective.learned.named_parameters())
     held = {"model": state.model.weights(), "average": state.average.weights()}
@@ -189,7 +189,7 @@ def compare(run: Run) -> None:
 
 
 def note(run: Run, line: str) -> None:
-    """Say what this rank alone has seen, if anything."""
+    """Report something that only this rank has seen; an empty line is ignored."""
     if not line:
         return
     if run.here.first:
