@@ -1,8 +1,9 @@
 """A recipe: one TOML file is one whole run.
 
-A section bears the name of its ingredient's file; no section, no ingredient. Nothing is inherited
-and nothing is interpolated. `--set stage.0.steps=500` changes one value (TOML on the right) and
-`--without muon` removes a section. A wrong key is an error that names the nearest right one.
+A section is named after the file of its ingredient; without the section, the ingredient is not
+used. Nothing is inherited or interpolated. `--set stage.0.steps=500` changes one value (TOML on the
+right) and `--without muon` removes a section. An unknown key is an error that names the nearest
+known one.
 """
 
 import difflib
@@ -41,7 +42,7 @@ from daybreak.train.health import Config as Health
 from daybreak.train.ledger import Config as Budget
 from daybreak.train.parallel import Config as Parallel
 
-FOREIGN = {  # words that users of other trainers bring
+FOREIGN = {  # names of options in other trainers
     "output_dir": "out",
     "train_batch_size": "micro",
     "batch_size": "stage.0.batch",
@@ -74,11 +75,11 @@ LENGTHS = {"steps": "samples", "samples": "steps"}  # of a stage: one or the oth
 class Stage(BaseModel):
     """One stretch of training at one resolution; `batch` is the global batch, `lr` the peak rate.
 
-    It is as long as its `steps`, or as it takes to see so many `samples`. The rate rises over
-    `warmup` steps and falls to zero over the last `cooldown` share of them all. `shift` stands in
-    for that of [flow] where noise levels are drawn: a side twice as long wants it doubled, for the
-    same noise hides half as much. `source` stands in for that of [data]: a last stage on few and
-    chosen pictures. `without` names sections that rest: terms of the loss, or tread.
+    Its length is given in `steps` or in `samples`. The rate rises over `warmup` steps and falls to
+    zero over the last part of the stage, a share `cooldown` of its steps. `shift` replaces that of
+    [flow] when noise levels are drawn: double it when the side doubles, because the same noise then
+    hides half as much. `source` replaces that of [data], for example for a last stage on a few
+    selected pictures. `without` names the sections not used in this stage: loss terms, or tread.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -109,10 +110,10 @@ class Stage(BaseModel):
 
 
 class Recipe(BaseModel):
-    """A whole run. `micro` caps the pictures of one pass (0: the whole batch at once).
+    """A whole run. `micro` is the most pictures in one pass (0: the whole batch at once).
 
-    Of the checkpoints the newest `keep` stay, and those of every `keep_every`-th step. With
-    `save_async` they are written while training goes on: it takes as much memory again as they do.
+    The newest `keep` checkpoints are kept, and those of every `keep_every`-th step. With
+    `save_async` they are written while training continues, which needs memory for a copy of them.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -229,16 +230,16 @@ class Recipe(BaseModel):
         return self
 
     def resting(self, stage: Stage, step: int) -> set[str]:
-        """Name the sections that have no part in a step, counted from 1 over the whole run."""
+        """Name the sections that are not used in a step, counted from 1 over the whole run."""
         over = self.repa is not None and self.repa.until is not None and step > self.repa.until
         return {*stage.without, *(("repa",) if over else ())}
 
     def stage_at(self, step: int) -> int:
-        """Index (from 0) of the stage of a step (from 1, over all); past the end, of the last."""
+        """Index (from 0) of the stage of a step (from 1, over the run); after the end, the last."""
         return max(0, bisect_left(self.starts, step) - 1)
 
     def data_of(self, stage: Stage) -> Data:
-        """[data] as a stage has it; `caption_columns` are those of its own source alone."""
+        """[data] for a stage; with a source of its own it does not inherit `caption_columns`."""
         if stage.source is None:
             return self.data
         return self.data.model_copy(update={"source": stage.source, "caption_columns": ()})
@@ -250,18 +251,18 @@ class Recipe(BaseModel):
 
     @property
     def drawn(self) -> Scenes | None:
-        """The scenes that a run trains on, if it does."""
+        """The scenes that a run trains on, or None if it trains on other data."""
         return (self.scenes or Scenes()) if self.data.source == "scenes" else None
 
     @property
     def taught(self) -> frozenset[str]:
-        """Families of networks that a run learns from, and that must not judge its pictures."""
+        """Families of networks that a run learns from, which must therefore not score it."""
         aligned = self.repa is not None and self.repa.network is not None
         return frozenset({"dino"} if aligned or self.dino is not None else ())
 
     @property
     def starts(self) -> list[int]:
-        """Steps of the run that are done when each stage begins."""
+        """How many steps of the run precede each stage."""
         return [0, *accumulate(stage.count for stage in self.stage[:-1])]
 
     @property
@@ -313,7 +314,7 @@ def parse(table: dict[str, Any], where: str) -> Recipe:
 
 
 def _otherwise(given: Any, taken: Any) -> str | None:
-    """Say what is wanted where a value was only converted to it: "1" to 1, or 1 to true."""
+    """Say what to give if a value had to be converted: "1" to 1, or 1 to true; else None."""
     if isinstance(taken, bool):
         return None if isinstance(given, bool) else "true or false"
     if isinstance(taken, int | float) and isinstance(given, bool | str):
@@ -322,7 +323,7 @@ def _otherwise(given: Any, taken: Any) -> str | None:
 
 
 def find(source: str | Path) -> Path:
-    """Return the file of a recipe: a path, or `quickstart` for the one that comes with daybreak."""
+    """Return a recipe's file, given its path or the name of one that comes with daybreak."""
     path = Path(source)
     if path.is_file():
         return path
@@ -340,9 +341,9 @@ def find(source: str | Path) -> Path:
 
 
 def dump(recipe: Recipe) -> str:
-    """Write a recipe with every value in it, as TOML that `load` reads back to an equal one.
+    """Write a recipe with every value in it, as TOML that `load` reads back as an equal recipe.
 
-    Stages come last and as tables, so that another can be written behind them.
+    Stages come last and as tables, so that another can be appended.
     """
     table = _without_none(recipe.model_dump(mode="json"))
     stages = [f"\n[[stage]]\n{tomli_w.dumps(row)}" for row in table.pop("stage")]
@@ -350,7 +351,7 @@ def dump(recipe: Recipe) -> str:
 
 
 def assigned(given: Mapping[str, str | Path | None]) -> list[str]:
-    """Write texts as `--set` has them, `data.source="pictures"`; those that are given."""
+    """Write texts as `--set` takes them, `data.source="pictures"`; None is left out."""
     written = {
         key: tomli_w.dumps({"value": str(text)}) for key, text in given.items() if text is not None
     }
@@ -377,7 +378,7 @@ def _shown(value: Any) -> str:
 
 
 def assignments(old: Recipe, new: Recipe) -> list[str]:
-    """List what `--set` needs to make one recipe of another, as `key=value`."""
+    """List the `key=value` that `--set` needs to turn recipe `old` into `new`."""
     before, after = (_flat(recipe.model_dump(mode="json"), whole=True) for recipe in (old, new))
     return [f"{key}={value}" for key, value in after.items() if before.get(key) != value]
 
@@ -441,7 +442,7 @@ def _assign(table: dict[str, Any], assignment: str) -> None:
 
 
 def _first(error: ValidationError) -> str:
-    """Say what is wrong first, in one sentence."""
+    """Describe the first error in one sentence."""
     problem = error.errors()[0]
     path = ".".join(str(part) for part in problem["loc"])
     kind, message = problem["type"], problem["msg"].removeprefix("Value error, ")
@@ -479,7 +480,7 @@ def _nearest(key: str, known: list[str]) -> str:
 
 
 def _without_none(value: Any) -> Any:
-    """Leave out what is None: TOML has no word for it, and absence means the same."""
+    """Leave out what is None: TOML cannot express it, and an absent key means the same."""
     if isinstance(value, dict):
         return {key: _without_none(entry) for key, entry in value.items() if entry is not None}
     if isinstance(value, list):

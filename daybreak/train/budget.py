@@ -1,13 +1,13 @@
-"""What a run will take, before its first step: hours, dollars, memory; and what a budget buys.
+"""A run's hours, dollars and memory, estimated before its first step; and what a budget buys.
 
     seconds of a step = max(arithmetic, communication)
     arithmetic        = FLOPs / (peak x share)           share: assumed, given, or measured
     communication     = bytes in a node / link + bytes between nodes / network
 
-The two go on at the same time, so the slower one is the step. Arithmetic and memory are counted
-(`train/flops`, `train/memory`), peaks and prices looked up (`train/hardware`). What remains is the
-share of its peak that a device reaches: `train/measure` finds it, with real steps. Pictures are
-taken to be there in time; how many workers that needs is said, not counted.
+The two overlap, so the slower one sets the time. Arithmetic and memory are counted (`train/flops`,
+`train/memory`), peaks and prices looked up (`train/hardware`). The remaining unknown is the share
+of its peak that a device reaches: `train/measure` finds it with real steps. Pictures are assumed to
+arrive in time; the number of workers this needs is printed, but not part of the estimate.
 
 Units   seconds, dollars, FLOP, bytes; energy in kWh, of devices at full power.
 """
@@ -28,7 +28,7 @@ from daybreak.train.hardware import Cluster
 from daybreak.train.ledger import MOST
 from daybreak.train.memory import Mesh
 
-FILL = 0.95  # of a datasheet's memory: allocators leave gaps, and the driver wants some too
+FILL = 0.95  # of a datasheet's memory: allocators leave gaps, and the driver needs some too
 # Shares of the peak where nothing was measured. torchtitan gives 33 to 39 % without and with
 # compilation in benchmarks/llama3_h100_202412_torchtitan.md; this is the middle.
 GPU_SHARE = 0.36
@@ -55,14 +55,14 @@ SPELT |= {"days": "d", "dollars": "usd", "flops": "flop"}
 
 
 class Budget(NamedTuple):
-    """What may be spent: so many seconds, dollars, FLOPs or pictures."""
+    """What may be spent: an amount of seconds, dollars, FLOPs or pictures."""
 
     kind: Kind
     amount: float
 
 
 class StagePlan(NamedTuple):
-    """One stage: its size, FLOPs by part over all its steps, and what sets the pace of a step."""
+    """One stage: its size, FLOPs by part over all its steps, and what limits its speed."""
 
     resolution: int
     steps: int
@@ -70,7 +70,7 @@ class StagePlan(NamedTuple):
     flops: dict[str, float]
     seconds: dict[str, float]
     memory: dict[str, float]
-    start: float  # seconds before steps are so fast, while blocks compile; 0 if not measured
+    start: float  # seconds until steps are at full speed, after compilation; 0 if not measured
 
     @property
     def step(self) -> float:
@@ -79,7 +79,7 @@ class StagePlan(NamedTuple):
 
     @property
     def limit(self) -> str:
-        """What a step waits for."""
+        """What limits a step: arithmetic or communication."""
         return max(self.seconds, key=self.seconds.__getitem__)
 
     @property
@@ -89,7 +89,7 @@ class StagePlan(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A run on paper. `share` is the part of the peak assumed, and `source` says by whom."""
+    """The estimate of a run. `share` is the share of the peak, and `source` says where from."""
 
     cluster: Cluster
     mesh: Mesh
@@ -102,70 +102,70 @@ class Plan(NamedTuple):
 
     @property
     def seconds(self) -> float:
-        """From the start to the last step, without grids and checkpoints."""
+        """Seconds from the start to the last step, without grids and checkpoints."""
         return sum(stage.whole for stage in self.stages)
 
     @property
     def reached(self) -> float:
-        """Share of the peak in a step: less than `share` where communication takes longer."""
+        """Share of the peak over a step: below `share` if communication is the limit."""
         steps = sum(stage.steps * stage.step for stage in self.stages)
         return self.flops / (steps * self.cluster.number * self.cluster.device.flops)
 
     @property
     def start(self) -> float:
-        """Seconds of them in which networks are built and blocks compiled, if that was measured."""
+        """The part of `seconds` for building networks and compiling blocks; 0 if not measured."""
         return sum(stage.start for stage in self.stages)
 
     @property
     def flops(self) -> float:
-        """All of them."""
+        """FLOPs of all stages."""
         return sum(sum(stage.flops.values()) for stage in self.stages)
 
     @property
     def pictures(self) -> int:
-        """Pictures seen, the same one again and again included."""
+        """Pictures seen, repeats included."""
         return sum(stage.steps * stage.batch for stage in self.stages)
 
     @property
     def dollars(self) -> float | None:
-        """Price of all devices, if an hour has one."""
+        """Price of the run on all devices, or None without a price per hour."""
         return None if self.price is None else self.price * self.device_hours
 
     @property
     def device_hours(self) -> float:
-        """Hours of all devices, one after the other."""
+        """Hours, summed over all devices."""
         return self.cluster.number * self.seconds / 3600
 
     @property
     def energy(self) -> float | None:
-        """Of all devices, in kWh, if they are known to draw so much."""
+        """Energy of all devices in kWh, or None if their power is unknown."""
         power = self.cluster.device.power
         return None if power is None else self.device_hours * power / 1000
 
     @property
     def fullest(self) -> dict[str, float]:
-        """Memory by part, in the stage that needs most."""
+        """Memory by part, in the stage that needs the most."""
         return max((stage.memory for stage in self.stages), key=lambda parts: sum(parts.values()))
 
     @property
     def needed(self) -> float:
-        """Bytes of all of it."""
+        """Bytes of all these parts."""
         return sum(self.fullest.values())
 
     @property
     def fits(self) -> bool:
-        """Whether there is so much."""
+        """Whether a device has that much."""
         return self.needed <= self.room
 
     @property
     def room(self) -> float:
-        """Bytes that a device has for a run."""
+        """Bytes of a device that a run can use."""
         return FILL * self.cluster.device.memory
 
 
 def parse(text: str) -> Budget:
     """Read `1500usd`, `$1500`, `24h`, `90s`, `4e20flop` or `200k-images`. Errors: BadRecipe."""
-    # A comma or underscore parts thousands, and nothing else: 1,5h would be ten times 1.5h.
+    # Commas and underscores only separate thousands: dropped from 1,5h they would make it 15h.
     plain = re.sub(r"(?<=[0-9])[,_](?=[0-9]{3}(?![0-9]))", "", text.strip().lower())
     plain = f"{plain[1:]}usd" if plain.startswith("$") else plain
     found = re.fullmatch(r"([0-9]+\.?[0-9]*(?:e[+-]?[0-9]+)?)\s*-?([a-z-]+)", plain)
@@ -181,7 +181,7 @@ def parse(text: str) -> Budget:
 
 
 def assigned(text: str) -> str:
-    """Write a budget as `--set` has it, for a run. Errors: BadRecipe, also for one of pictures."""
+    """Write a run's budget as `--set` takes it. Errors: BadRecipe, also if it is in pictures."""
     asked = parse(text)
     if asked.kind == "pictures":
         raise BadRecipe(
@@ -205,7 +205,7 @@ def granted(recipe: Recipe) -> tuple[Budget, ...]:
 
 
 def cluster(recipe: Recipe, gpus: str | None) -> Cluster:
-    """The devices that are asked for, or those of this machine. Errors: BadRecipe."""
+    """The devices that `gpus` names, or those of this machine. Errors: BadRecipe."""
     dtype = runs.precision(recipe)
     if gpus is None:
         return hardware.here(dtype)
@@ -221,12 +221,12 @@ def plan(
     measured: bool = False,
     cached: bool = False,
 ) -> Plan:
-    """Put a run on paper; `measured` takes real steps on this machine for it.
+    """Estimate a run; with `measured`, real steps are taken on this machine.
 
-    `cached` says that captions are encoded already; a dataset that is here says so itself.
+    `cached` says that captions are encoded already; if the dataset is here, this is found out.
 
-    Errors  BadRecipe if the devices cannot share a batch evenly, or are not those of this machine
-            where something is to be measured.
+    Errors  BadRecipe if the devices cannot divide a batch evenly, or if something is to be measured
+            and they are not those of this machine.
     """
     number, device = cluster
     if price is None and recipe.budget is not None:
@@ -282,7 +282,7 @@ def stage_plan(
     cached: bool,
     taken: measure.Pace | None,
 ) -> StagePlan:
-    """Put a stage on paper: at this share of the peak, or at the pace of real steps, if any."""
+    """Estimate a stage, from measured steps if there are any, else from this share of the peak."""
     number, device = cluster
     dtype = precision(recipe, cluster)
     work = flops.work(recipe, stage, cached)
@@ -307,16 +307,16 @@ def stage_plan(
 
 
 def dealt(step: float, pictures: float, once: float, shard: int) -> float:
-    """Seconds that a measured step takes where `shard` devices deal out what is done once.
+    """Seconds that a measured step takes if `shard` devices divide the work done once a step.
 
-    `step` was measured on one device, which had all matrices of Muon to itself. `pictures` is the
-    FLOPs of its share of the batch, `once` those of a step that do not depend on the batch.
+    `step` was measured on one device, which handled all of Muon's matrices. `pictures` is the FLOPs
+    of its share of the batch, `once` those of a step that do not depend on the batch.
     """
     return step * (pictures + once / shard) / (pictures + once)
 
 
 def check_here(recipe: Recipe, cluster: Cluster) -> None:
-    """Refuse to measure what is not on this machine. Errors: BadRecipe."""
+    """Refuse to measure devices that are not in this machine. Errors: BadRecipe."""
     local = hardware.here(runs.precision(recipe))
     if local.device.name != cluster.device.name:
         raise BadRecipe(
@@ -326,24 +326,24 @@ def check_here(recipe: Recipe, cluster: Cluster) -> None:
 
 
 def has_words(recipe: Recipe, dtype: torch.dtype) -> bool:
-    """Whether the datasets are here and hold their captions, encoded as the run wants them."""
+    """Whether the datasets are here and hold their captions, encoded as the run needs them."""
     try:
         return recipe.text.encoder is not None and not text_cache.partial(
             recipe.paths, recipe.text, dtype
         )
-    except BadRecipe:  # the encoder is not here, so it is not known which one of that name it was
+    except BadRecipe:  # without the encoder it is unknown which version of it encoded the captions
         return False
 
 
 def stored(data: Data) -> int | None:
-    """How many pictures the datasets hold, if they are prepared and here. Errors: BadData."""
+    """How many pictures the datasets hold; None unless prepared and here. Errors: BadData."""
     if not all((folder / "manifest.json").is_file() for folder in data.paths):
         return None
     return sum(len(prepared.open_dataset(folder).numbers) for folder in data.paths)
 
 
 def precision(recipe: Recipe, cluster: Cluster) -> torch.dtype:
-    """Precision of the blocks there; every GPU of the table is fast in bfloat16."""
+    """Precision of the blocks on a cluster; every GPU in the table is fast in bfloat16."""
     if recipe.precision == "auto" and cluster.device.name != "cpu":
         return torch.bfloat16
     return runs.precision(recipe)
@@ -352,16 +352,16 @@ def precision(recipe: Recipe, cluster: Cluster) -> torch.dtype:
 def check_shares(recipe: Recipe, count: int) -> None:
     """Refuse a number of devices that does not divide every batch. Errors: BadRecipe.
 
-    Where pictures are set against each other in pairs, a share is even.
+    If the loss compares pictures in pairs, each device's share must be even.
     """
     runs.check_pairs(recipe, count)
     parallel.check_shares([stage.batch for stage in recipe.stage], count)
 
 
 def mesh_of(recipe: Recipe, count: int) -> Mesh:
-    """The mesh that a run on so many devices would have, by its [parallel].
+    """The mesh that [parallel] makes of `count` devices.
 
-    Errors  BadRecipe if they do not make one.
+    Errors  BadRecipe if it does not fit that number.
     """
     replicate = recipe.parallel.dp_replicate
     shard = recipe.parallel.dp_shard or count // replicate
@@ -376,20 +376,20 @@ def mesh_of(recipe: Recipe, count: int) -> Mesh:
 
 
 def at_once(recipe: Recipe, stage: Stage, count: int) -> int:
-    """Pictures of a pass: those that one device takes at once."""
+    """Pictures in one pass of one device."""
     mine = stage.batch // count
     return min(recipe.micro or mine, mine)
 
 
 def passes(recipe: Recipe, stage: Stage, count: int) -> int:
-    """Passes that one device takes in a step."""
+    """Passes of one device in a step."""
     return math.ceil(stage.batch // count / at_once(recipe, stage, count))
 
 
 def held(
     recipe: Recipe, stage: Stage, mesh: Mesh, pictures: int, dtype: torch.dtype, device: str
 ) -> dict[str, float]:
-    """Memory by part; on a processor the program itself lies in it too."""
+    """Memory by part; on a CPU that of the program itself counts too."""
     parts = memory.parts(recipe, stage, mesh, pictures, dtype, "cpu" if device == "cpu" else "cuda")
     return parts | ({"program": float(log.memory())} if device == "cpu" else {})
 
@@ -401,7 +401,7 @@ def communication(
     passes: int = 1,
     dtype: torch.dtype = torch.bfloat16,
 ) -> float:
-    """Seconds in which one device exchanges weights and gradients for one step."""
+    """Seconds that one device needs to exchange weights and gradients in a step."""
     inside, across = traffic(recipe, mesh, passes, dtype)
     return inside / link + across / min(link, hardware.NETWORK)
 
@@ -411,10 +411,10 @@ def traffic(
 ) -> tuple[float, float]:
     """Bytes that one device sends in a step: to devices of its node, and to other nodes.
 
-    Weights are gathered in the precision of the blocks, once or with `reshard_after_forward` twice
-    for each of the `passes`, and those of an average that teaches once for each; gradients are
-    summed in float32, and each matrix travels to the device that makes its momentum orthogonal and
-    back, in that precision, too.
+    Weights are gathered in the precision of the blocks: once a step, or with
+    `reshard_after_forward` twice a pass; those of an average used as teacher, once a pass.
+    Gradients are summed in float32. Each matrix is sent to the device that makes its momentum
+    orthogonal and back, in the precision of the blocks.
     """
     learned = [(shape.numel(), learner) for shape, learner in flops.learned(recipe)]
     weights = sum(count for count, _ in learned)
@@ -431,7 +431,7 @@ def traffic(
 
 
 def bought(made: Plan, budget: Budget) -> float:
-    """How many times the run a budget pays for. Errors: BadRecipe if not a step of each stage."""
+    """How many times the run fits into a budget. Errors: BadRecipe if not one step per stage."""
     rate = (made.dollars or 0) / made.seconds
     seconds = sum(stage.step for stage in made.stages)
     flops = sum(sum(stage.flops.values()) / stage.steps for stage in made.stages)
@@ -456,6 +456,6 @@ def bought(made: Plan, budget: Budget) -> float:
 
 
 def times_as_long(recipe: Recipe, times: float) -> Recipe:
-    """The recipe with so many times its steps, and one of every stage at least."""
+    """The recipe with `times` its steps, at least one in every stage."""
     steps = [max(1, int(times * stage.count * (1 + 1e-12))) for stage in recipe.stage]
     return length.lasting(recipe, steps, "--budget")

@@ -1,17 +1,17 @@
-"""Checkpoints: a step of a run, whole or not there.
+"""Checkpoints: the state of a run after a step, either complete or absent.
 
     RUN/checkpoint-1000/    model, ema, optimizer .safetensors (objective, if a term learns
                             something), or state/shard-....safetensors: each rank's rows, in pieces
                             tokenizer/; recipe.toml; trainer.json
-                            manifest.json (bytes and sha256 of every other file, and its own)
+                            manifest.json (bytes and sha256 of each other file; its own sha256)
     RUN/latest -> checkpoint-1000
 
-One process writes whole tensors under the names that they have, for any program that reads
-safetensors; many write what each of them holds (torch.distributed.checkpoint), for nobody has room
-for more. Either is read by any number of processes. How they come to the disk: train/saving.
+One process writes whole tensors under their own names, for any program that reads safetensors.
+Several processes each write the rows they hold (torch.distributed.checkpoint), as none has room for
+more. Any number of processes can read either form. How checkpoints are written: train/saving.
 
-Loading verifies every hash before the model is touched, newest first. There is no random state to
-save: there is none (train/dice). No pickle is written to a file or read from one.
+Before a checkpoint is loaded all its hashes are verified; the newest is tried first. No random
+state is saved, because there is none (train/dice). No file is written or read as a pickle.
 """
 
 import contextlib
@@ -36,9 +36,9 @@ from daybreak.model.text_to_image import TextToImage
 from daybreak.train.parallel import World, together
 
 SCHEMA = 2
-WEIGHTS = {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}  # of one process
+WEIGHTS = {"model.safetensors", "ema.safetensors", "optimizer.safetensors"}  # by one process
 PARTS = WEIGHTS | {"objective.safetensors", "state", "tokenizer", "recipe.toml", "trainer.json"}
-HEADER = 16 * 2**20  # bytes that the names in one file may take
+HEADER = 16 * 2**20  # largest header of one safetensors file, in bytes
 
 
 class Checkpoint(NamedTuple):
@@ -49,14 +49,14 @@ class Checkpoint(NamedTuple):
 
     @property
     def digest(self) -> str:
-        """The sha256 of its manifest, which names every byte of it."""
+        """The sha256 of its manifest, which in turn holds the sha256 of every other file."""
         return disk.sha256(self.folder / "manifest.json")
 
     @property
     def weights(self) -> str:
-        """What identifies its averaged weights: the sha256 of `ema.safetensors`.
+        """A digest that identifies its averaged weights: the sha256 of `ema.safetensors`.
 
-        Where ranks wrote shards, of the manifest's entries for them, optimiser state included.
+        For shards, the sha256 of their entries in the manifest, optimiser state included.
         """
         listed = json.loads((self.folder / "manifest.json").read_text())["files"]
         if not self.sharded:
@@ -65,23 +65,23 @@ class Checkpoint(NamedTuple):
 
     @property
     def sharded(self) -> bool:
-        """Whether several ranks have written it, each its rows."""
+        """Whether several ranks wrote it, each its own rows."""
         return (self.folder / "state").is_dir()
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What it holds beside tensors."""
+        """What it holds besides tensors."""
         read: dict[str, Any] = json.loads((self.folder / "trainer.json").read_text())
         return read
 
     @property
     def ranks(self) -> int:
-        """How many processes have written it."""
+        """How many processes wrote it."""
         return int(json.loads((self.folder / "manifest.json").read_text())["ranks"])
 
 
 class State(NamedTuple):
-    """Everything that a run learns: the model, its average, their optimisers, and the terms."""
+    """What training changes: model, average, optimisers, and what the loss terms learn."""
 
     model: TextToImage
     average: TextToImage
@@ -90,7 +90,7 @@ class State(NamedTuple):
 
     @property
     def tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The live tensors, by file and by name in it: `optimizer`, `muon.3.momentum_buffer`."""
+        """The live tensors, by file and then name: `optimizer`, `muon.3.momentum_buffer`."""
         moments = {
             f"{name}.{index}.{key}": value
             for name, (optimizer, _) in self.optimizers.items()
@@ -117,7 +117,7 @@ def found(run: Path) -> list[Checkpoint]:
 
 
 def newest(run: Path, tell: Callable[[str], None]) -> Checkpoint | None:
-    """Return the newest checkpoint whose every hash is right; `tell` hears of each refused one."""
+    """Return the newest checkpoint whose hashes are all right; `tell` reports each refused one."""
     for checkpoint in found(run):
         wrong = verify(checkpoint.folder)
         if wrong is None:
@@ -141,12 +141,12 @@ def required(run: Path, tell: Callable[[str], None]) -> Checkpoint:
 def to_continue(
     run: Path, here: World, tell: Callable[[str], None], every: int = 1
 ) -> Checkpoint | None:
-    """Return the newest good checkpoint, the same on all ranks, which share the hashing.
+    """Return the newest good checkpoint, the same on all ranks; they divide the hashing.
 
-    Only steps that are multiples of `every` count. Damaged ones that are newer become
-    checkpoint-N.rejected, so that their steps can be written again. None: none was saved yet.
+    Only steps that are multiples of `every` count. Newer, damaged ones are renamed to
+    checkpoint-N.rejected, so that their steps can be written again. None if none was saved yet.
 
-    Errors  NoCheckpoint if there are some and none is good: the run would begin anew in silence.
+    Errors  NoCheckpoint if all of them are damaged: the run would silently start from scratch.
     """
     refused: list[Checkpoint] = []
     for checkpoint in agreed(run, here):
@@ -169,12 +169,12 @@ def to_continue(
 
 
 def agreed(run: Path, here: World) -> list[Checkpoint]:
-    """List what the first rank finds, for all of them: disks of several machines may differ."""
+    """List the checkpoints that the first rank finds, on all ranks: machines' disks may differ."""
     return together(here, lambda: found(run) if here.first else [])[0]
 
 
 def complaint(checkpoint: Checkpoint, here: World) -> str | None:
-    """Say what is wrong with a checkpoint, alike on all ranks, which share the hashing; or None."""
+    """Say what is wrong with a checkpoint, or None; the same on all ranks, which divide hashing."""
     said = together(here, partial(verify, checkpoint.folder, here.rank, here.size))
     return next((wrong for wrong in said if wrong), None)
 
@@ -182,7 +182,7 @@ def complaint(checkpoint: Checkpoint, here: World) -> str | None:
 def verify(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
     """Compare every file with the manifest; return what is wrong, or None.
 
-    Of several ranks each reads its share of the files.
+    Each of several ranks hashes its share of the files.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
@@ -221,16 +221,16 @@ def verify(folder: Path, rank: int = 0, ranks: int = 1) -> str | None:
 
 
 def digest(manifest: Mapping[str, Any]) -> str:
-    """The sha256 of what a manifest says, which stands in it as well."""
+    """The sha256 of a manifest's content, which is then entered in the manifest itself."""
     return hashlib.sha256(json.dumps(manifest, sort_keys=True).encode()).hexdigest()
 
 
 def load(checkpoint: Checkpoint, state: State, alone: bool = True) -> None:
-    """Put everything back as it was after that step, on any number of ranks.
+    """Restore everything as it was after that step, on any number of ranks.
 
-    Unless it is `alone`, every rank has to call it, and takes its rows.
+    Unless the process is `alone`, every rank must call this, and loads its own rows.
 
-    Errors  BadRecipe, before a weight is touched, if another model was saved.
+    Errors  BadRecipe, before any weight changes, if a different model was saved.
     """
     stored = _stored(checkpoint)
     _prime(state.optimizers, stored)
@@ -238,7 +238,7 @@ def load(checkpoint: Checkpoint, state: State, alone: bool = True) -> None:
 
 
 def load_average(checkpoint: Checkpoint, model: TextToImage) -> None:
-    """Load the averaged weights, the ones to sample from, whole, in this process alone.
+    """Load the whole averaged weights, the ones to sample from, in this process alone.
 
     Errors  BadRecipe if they do not fit.
     """
@@ -258,7 +258,7 @@ def clear_unfinished(run: Path) -> None:
 
 
 def remove(folder: Path) -> None:
-    """Take a checkpoint away: first its name, then its files."""
+    """Remove a checkpoint: first rename it, then delete its files."""
     hidden = folder.with_name(f".old-{folder.name}-{os.getpid()}")
     with contextlib.suppress(OSError):
         folder.rename(hidden)
@@ -266,7 +266,7 @@ def remove(folder: Path) -> None:
 
 
 def reject(checkpoint: Checkpoint) -> None:
-    """Take a damaged checkpoint's name away, and keep it for who wants to look."""
+    """Rename a damaged checkpoint to checkpoint-N.rejected, and keep it for inspection."""
     aside = checkpoint.folder.with_name(f"{checkpoint.folder.name}.rejected")
     remove(aside)
     with contextlib.suppress(OSError):
@@ -301,9 +301,9 @@ def _stored(checkpoint: Checkpoint) -> dict[str, torch.Size]:
 def _prime(
     optimizers: dict[str, tuple[Optimizer, float]], stored: Mapping[str, torch.Size]
 ) -> None:
-    """Give the optimisers zeros for every tensor that was saved, which `_fill` then fills.
+    """Give the optimisers a zero tensor for each saved one; `_fill` then fills them.
 
-    State that was not saved is dropped. Rates and all other settings come from the recipe.
+    State that was not saved is dropped. Learning rates and all other settings come from the recipe.
     """
     for name, (optimizer, _) in optimizers.items():
         optimizer.state.clear()
@@ -327,7 +327,7 @@ def _fill(
     wanted: dict[str, Tensor],
     alone: bool,
 ) -> None:
-    """Copy what is stored into live tensors, each rank its rows."""
+    """Copy the stored tensors into the live ones; each rank fills its own rows."""
     wrong = stored.keys() ^ wanted.keys() or {
         name for name, value in wanted.items() if value.shape != stored[name]
     }
@@ -340,7 +340,7 @@ def _fill(
         from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
         from torch.distributed.checkpoint.state_dict_loader import load as load_shards
 
-        with warnings.catch_warnings():  # alone it says that it is
+        with warnings.catch_warnings():  # torch warns if there is only one process
             warnings.simplefilter("ignore", UserWarning)
             reader = HuggingFaceStorageReader(str(checkpoint.folder / "state"))
             load_shards(wanted, storage_reader=reader, no_dist=alone)
@@ -353,7 +353,7 @@ def _fill(
 
 
 def _copy(whole: Tensor, mine: Tensor) -> None:
-    """Copy a whole tensor into one that may hold some rows of it."""
+    """Copy a whole tensor into one that may hold only some of its rows."""
     from torch.distributed.tensor import DTensor, distribute_tensor
 
     if isinstance(mine, DTensor):
@@ -363,6 +363,6 @@ def _copy(whole: Tensor, mine: Tensor) -> None:
 
 
 def _header(path: Path) -> int:
-    """Bytes that a safetensors file spends on names, as its first eight bytes say."""
+    """Size in bytes of a safetensors file's header, as its first eight bytes say."""
     with path.open("rb") as file:
         return int.from_bytes(file.read(8), "little")

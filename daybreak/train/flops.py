@@ -1,12 +1,12 @@
-"""How much arithmetic a step is: counted from shapes, as a profiler would count products.
+"""How much arithmetic a step takes: counted from shapes, as a profiler would count products.
 
     a block, forward    2 n (4 h^2 + 3 h m) + 4 l h^2 + 4 h n (n + l) + 12 h^2
                         image tokens, words, attention, modulation
-    training            3 times that: two products go back for each that goes forth
+    training            3 times that: each forward product has two in the backward pass
 
 Only products count; all else is memory traffic. A layer whose input needs no gradient costs one
-product less, and so does one that does not learn. A caption is taken to be as long as the recipe
-allows, a picture to be as large as its stage's square: real ones are a little smaller.
+product less, and so does one that does not learn. Captions are assumed to be as long as the recipe
+allows, and pictures as large as the stage's square: real ones are a little smaller.
 
 Letters  n image tokens, l words, h width, m width of the MLP.
 Units    FLOP; a multiplication and its addition are two.
@@ -30,14 +30,14 @@ VGG = ((64, 2), (128, 2), (256, 3), (512, 3), (512, 3))  # channels and convolut
 
 
 class Work(NamedTuple):
-    """FLOPs by part: for each picture of a stage, and for each step whatever its batch."""
+    """FLOPs by part: for each picture of a stage, and for each step, whatever its batch."""
 
     picture: dict[str, float]
     step: dict[str, float]
 
 
 def work(recipe: Recipe, stage: Stage, cached: bool = False) -> Work:
-    """Count what a recipe asks for in a stage; with `cached` words a frozen encoder rests.
+    """Count the FLOPs of a stage; with `cached` words a frozen encoder does not run.
 
     Errors  BadRecipe for a network of unknown size.
     """
@@ -56,7 +56,7 @@ def work(recipe: Recipe, stage: Stage, cached: bool = False) -> Work:
 
 
 def of_step(recipe: Recipe, stage: Stage, cached: bool = False, replicas: int = 1) -> float:
-    """Count a whole step: every picture of its batch, and the optimiser, of each of the replicas.
+    """Count a whole step: all pictures of its batch, and the optimiser once for each replica.
 
     Errors  as `work`.
     """
@@ -65,7 +65,7 @@ def of_step(recipe: Recipe, stage: Stage, cached: bool = False, replicas: int = 
 
 
 def as_read(recipe: Recipe, words: int) -> Recipe:
-    """The recipe with captions as long as those of a batch were, not as long as they may be."""
+    """The recipe with captions of `words` words, as in a batch, instead of the longest allowed."""
     return recipe.model_copy(update={"text": recipe.text.model_copy(update={"max_tokens": words})})
 
 
@@ -78,7 +78,7 @@ def denoiser(
     words_learn: bool = False,
     recompute: bool = False,
 ) -> float:
-    """FLOPs of the denoiser for one picture, there and back; with `recompute` blocks go twice."""
+    """FLOPs of the denoiser for one picture, forward (with `recompute` twice) and backward."""
     h, pixels, b = size.width, CHANNELS * size.patch**2, size.bottleneck
     routed = route.stop - route.start if route else 0
     walking = routed * block(size, visible(route, n), l)
@@ -98,12 +98,12 @@ def block(size: dit.Config, n: int, l: int) -> float:  # noqa: E741
 
 
 def linear(rows: int, inputs: int, outputs: int, back: int = 2) -> float:
-    """FLOPs of a linear map, and of `back` of its two gradients."""
+    """FLOPs of a linear map, forward, and of `back` of its two gradients."""
     return 2 * rows * inputs * outputs * (1 + back)
 
 
 def terms(recipe: Recipe, stage: Stage) -> dict[str, float]:
-    """FLOPs of the terms of the loss beside the flow, for one picture, there and back."""
+    """FLOPs of the loss terms other than the flow, for one picture, forward and backward."""
     n = tokens(recipe, stage)
     views, share = teachers(recipe, stage), 0.0
     found = {}
@@ -113,12 +113,12 @@ def terms(recipe: Recipe, stage: Stage) -> dict[str, float]:
         found["repa"] = share * (projectors(recipe, stage) + teacher)
     if recipe.lpips and active(recipe, stage, "lpips"):
         side = max(lpips.SMALLEST, round(stage.resolution * recipe.lpips.resize))
-        # The true picture forth, the guess forth and back.
+        # The true picture forward, the guess forward and backward.
         found["lpips"] = recipe.lpips.fraction * 3 * vgg(recipe.lpips, side)
     if "dino" in views:
         assert recipe.dino
         network, patches = views["dino"]
-        # Both terms look at the true picture once, for as long as REPA does.
+        # While REPA is active, both terms share one forward pass of the true picture.
         shared = share if views["dino"] == views.get("repa") else 0
         truth = (1 - shared) * network.forward(patches)
         guess = network.forward(patches) + network.back(patches)
@@ -134,7 +134,7 @@ class View(NamedTuple):
 
 
 def teachers(recipe: Recipe, stage: Stage) -> dict[str, View]:
-    """The frozen transformers of a stage, by the section that asks them."""
+    """The frozen transformers of a stage, by the section that uses them."""
     side = stage.resolution // recipe.dit.patch
     found = {}
     if recipe.repa and recipe.repa.network and active(recipe, stage, "repa"):
@@ -167,7 +167,7 @@ def target(recipe: Recipe) -> int:
 
 
 def elder(recipe: Recipe, n: int) -> float:
-    """FLOPs of the averaged model as a teacher: forth, with every token, words included."""
+    """FLOPs of the averaged model as a teacher: forward, with every token, words included."""
     words, encoder = recipe.text.max_tokens, text_encoder(recipe)
     learns = recipe.text.encoder is None
     whole = denoiser(recipe.dit, n, words, encoder.width, words_learn=True) / 3
@@ -187,7 +187,7 @@ def vgg(config: lpips.Config, side: int) -> float:
 
 @lru_cache
 def vgg_depths(config: lpips.Config) -> tuple[tuple[int, int], ...]:
-    """Channels and convolutions of each depth: VGG-16's, or those of the files that are named."""
+    """Channels and convolutions of each depth: VGG-16's, or those of the files in [lpips]."""
     if not all(file and Path(file).is_file() for file in (config.vgg, config.heads)):
         return VGG
     return tuple((len(depth[0][0]), len(depth)) for depth in lpips.load(config).depths)
@@ -196,8 +196,8 @@ def vgg_depths(config: lpips.Config) -> tuple[tuple[int, int], ...]:
 def orthogonalisation(matrices: Iterable[torch.Size], muon: groups.MuonConfig) -> float:
     """FLOPs to make matrices orthogonal once.
 
-    A round takes 4 r^2 c + 2 r^3, r the shorter side; where two are taken at once, both together
-    4 r^2 c + 10 r^3.
+    A round takes 4 r^2 c + 2 r^3, where r is the shorter side and c the longer; two rounds done at
+    once take 4 r^2 c + 10 r^3 together.
     """
     total, rounds = 0, len(polar_express.NAMED[muon.rounds])
     for shape in matrices:
@@ -209,7 +209,7 @@ def orthogonalisation(matrices: Iterable[torch.Size], muon: groups.MuonConfig) -
 
 @lru_cache
 def learned(recipe: Recipe) -> list[tuple[torch.Size, str]]:
-    """Shape of every weight that learns, and whether `muon` or `adamw` moves it."""
+    """Shape of every weight that learns, and whether `muon` or `adamw` updates it."""
     encoder = text_encoder(recipe)
     with torch.device("meta"):
         model = dit.DiT(recipe.dit, encoder.width, route=recipe.tread)
@@ -231,14 +231,14 @@ def learned(recipe: Recipe) -> list[tuple[torch.Size, str]]:
 
 
 def _layer(encoder: Network, number: int) -> list[torch.Size]:
-    """Matrices of a layer of the small LFM2: convolution or attention, then the MLP."""
+    """Matrices in a layer of the small LFM2: convolution or attention, then the MLP."""
     width, mlp = encoder.width, encoder.mlp
     mixing = [(width, width)] * 4 if number % 2 else [(3 * width, width), (width, width)]
     return [torch.Size(shape) for shape in [*mixing, (mlp, width), (mlp, width), (width, mlp)]]
 
 
 def text_encoder(recipe: Recipe) -> Network:
-    """The encoder that the recipe names, or the small LFM2 that trains from nothing."""
+    """The encoder that the recipe names, or the small LFM2 that is trained from scratch."""
     if recipe.text.encoder is not None:
         whole = networks.named(recipe.text.encoder, "text.encoder")
         return whole._replace(layers=whole.layers - recipe.text.skip)
@@ -276,12 +276,12 @@ def before(recipe: Recipe, stage: Stage, until: int | None) -> float:
 
 
 def walking(recipe: Recipe, stage: Stage, block: int) -> int:
-    """Image tokens that a block sees."""
+    """Image tokens that a block processes."""
     walk = route(recipe, stage)
     inside = walk is not None and walk.start <= block < walk.stop
     return visible(walk if inside else None, tokens(recipe, stage))
 
 
 def visible(route: tread.Config | None, n: int) -> int:
-    """Tokens that walk a route; all of them where there is none."""
+    """Image tokens that the blocks of a route process; without a route, all of them."""
     return max(1, n - round(n * route.carried)) if route else n

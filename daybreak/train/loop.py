@@ -293,7 +293,7 @@ def _steps(run: Run, start: int, began: float, trace: Trace | None) -> Outcome:
             _save(run, done, wait=bool(last or code or best))
             may = spending.allowed(run, done)
         if may.over:
-            run.saver.finish()  # there is no time to retry this save if it fails
+            run.saver.finish()  # too late for another save: wait for the one under way
         if best:
             _keep(run, done)
         run.status.at(done, run.saver.newest)

@@ -1,20 +1,20 @@
-"""What lies in the memory of one device when a step is at its fullest.
+"""What the memory of one device holds at the peak of a step.
 
-    weights, gradients, optimiser, average      float32, cut into as many parts as the mesh says
-    copies       of the weights in the precision of the blocks; the backward pass wants them again
-    activations  what else it wants again, for each picture of a pass
+    weights, gradients, optimiser, average      float32, sharded as the mesh says
+    copies       of the weights in the precision of the blocks, kept for the backward pass
+    activations  all else kept for the backward pass, for each picture of a pass
     pictures     image, noise, their mixture, the guess
-    teachers     networks that are frozen
-    workspace    of what is under way
+    teachers     frozen networks
+    workspace    temporary tensors
 
-That is one of two moments. Where the backward pass begins, activations are complete, and there are
-gradients if an earlier pass of the step has left them; the workspace is the gradients of one
-block's activations. As it goes back the first become fewer and the second more. Then, in the
+The peak is at one of two moments. When the backward pass begins, the activations are complete, and
+gradients exist if an earlier pass of the step has left them; the workspace is the gradients of one
+block's activations. During the backward pass activations are freed and gradients grow. In the
 optimisers' step, gradients are complete and nothing is left of the pass; the workspace is what
-makes matrices orthogonal.
+Muon needs to make matrices orthogonal.
 
-A compiled block keeps what goes into a product and what comes out of one, and computes the rest
-again: `compiled`. What an eager one keeps is asked of autograd itself: `eager`.
+A compiled block keeps the inputs and outputs of its matrix products and computes the rest again:
+`compiled`. For an eager block, autograd itself is asked what it keeps: `eager`.
 
 Letters  n image tokens, l words, h width, m width of the MLP, a heads, c bytes of a number.
 Units    bytes, on one device.
@@ -46,35 +46,35 @@ PICTURES = 4  # of a picture: itself, its noise, their mixture, the guess
 
 
 class Mesh(NamedTuple):
-    """How devices share weights: `shard` of them hold a weight together, `replicate` times over."""
+    """How devices hold the weights: `replicate` copies, each sharded over `shard` devices."""
 
     replicate: int
     shard: int
 
     @property
     def devices(self) -> int:
-        """How many they are."""
+        """The number of devices."""
         return self.replicate * self.shard
 
 
 class Saved(NamedTuple):
-    """What the backward pass wants again: for each picture of a pass, and once for all of them."""
+    """Bytes kept for the backward pass: for each picture of a pass, and once for all of them."""
 
     each: float
     once: float
 
     def __add__(self, other: object) -> "Saved":
-        """Both together."""
+        """Add both fields."""
         assert isinstance(other, Saved)
         return Saved(self.each + other.each, self.once + other.once)
 
     def times(self, count: int) -> "Saved":
-        """So many of them."""
+        """Multiply both fields."""
         return Saved(count * self.each, count * self.once)
 
 
 def mesh_for(count: int) -> Mesh:
-    """Cut weights among the devices of a node and copy them across nodes."""
+    """Shard weights over the devices of a node and replicate them across nodes."""
     shard = count if count <= PER_NODE else math.gcd(count, PER_NODE)
     return Mesh(count // shard, shard)
 
@@ -82,9 +82,9 @@ def mesh_for(count: int) -> Mesh:
 def parts(
     recipe: Recipe, stage: Stage, mesh: Mesh, pictures: int, dtype: torch.dtype, kind: str
 ) -> dict[str, float]:
-    """Bytes by part, for passes of so many pictures on a `cpu` or a `cuda` device.
+    """Bytes by part, for passes of `pictures` pictures on a device of `kind` cpu or cuda.
 
-    Of the two moments it is the one at which they are more.
+    They are those of the moment (of the two above) that needs more.
     """
     learned = flops.learned(recipe)
     weights = FULL * sum(shape.numel() for shape, _ in learned)
@@ -95,7 +95,7 @@ def parts(
     gathered = dtype.itemsize / FULL * weights
     if recipe.parallel.reshard_after_forward:
         gathered = min(gathered, parallel.TOGETHER * gathered / recipe.dit.depth)
-    several = stage.batch // mesh.devices > pictures  # passes of a step: the gradients wait whole
+    several = stage.batch // mesh.devices > pictures  # passes a step: gradients wait, not sharded
     always = {
         "weights": weights / mesh.shard,
         "optimiser": state / mesh.shard,
@@ -117,11 +117,11 @@ def parts(
 
 
 def orthogonalising(matrices: Iterable[torch.Size], mesh: Mesh, dtype: torch.dtype) -> float:
-    """What Muon's step needs beside its state.
+    """What Muon's step needs besides its state.
 
-    One device takes the matrices of one shape after those of another: where they point, brought to
-    length one, what a round makes of them, and two or three of their products with themselves.
-    Several have all of them on their way at once: as they go, as they come, and come home.
+    Matrices are handled shape by shape: their directions, these normalised, the result of a round,
+    and two or three of their products with themselves. Several devices exchange the matrices of all
+    shapes at once: as sent, as received, and as returned.
     """
     sizes, work = [0], [0]
     for shape, count in Counter(matrices).items():
@@ -133,7 +133,7 @@ def orthogonalising(matrices: Iterable[torch.Size], mesh: Mesh, dtype: torch.dty
 
 
 def frozen(recipe: Recipe) -> float:
-    """Weights of the frozen networks; they stay through stages that do not ask them."""
+    """Weights of the frozen networks; they stay loaded in stages that do not use them."""
     views = [view for stage in recipe.stage for view in flops.teachers(recipe, stage).values()]
     total = sum(network.weights for network in {view.network for view in views})
     if recipe.text.encoder is not None:
@@ -147,7 +147,7 @@ def frozen(recipe: Recipe) -> float:
 
 
 def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> Saved:
-    """What a pass through denoiser, text encoder and losses keeps for the way back."""
+    """What the forward pass of denoiser, text encoder and losses keeps for the backward pass."""
     size, l, c = recipe.dit, recipe.text.max_tokens, dtype.itemsize  # noqa: E741
     route, n = flops.route(recipe, stage), flops.tokens(recipe, stage)
     text = flops.text_encoder(recipe)
@@ -160,7 +160,7 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
                 whole = compiled(size, tokens, l, dtype, kind)
             else:
                 whole = eager(size, tokens, l, dtype)
-            if recipe.parallel.recompute:  # what goes into each, and all of the one at work
+            if recipe.parallel.recompute:  # the inputs of all, and everything of the current one
                 total += Saved(c * tokens * size.width, 0).times(count)
                 at_work = max(at_work, whole, key=lambda block: block.each)
             else:
@@ -181,24 +181,24 @@ def activations(recipe: Recipe, stage: Stage, dtype: torch.dtype, kind: str) -> 
     if recipe.dino and flops.active(recipe, stage, "dino"):
         view = flops.teachers(recipe, stage)["dino"]
         terms += Saved(recipe.dino.fraction * looked(view, c), 0)
-    # The way back has left the terms behind when it comes to a block that is computed again.
+    # The backward pass has freed the terms when it reaches a block that is computed again.
     return total + max(terms, at_work, key=lambda part: part.each)
 
 
 def outside(size: dit.Config, n: int, l: int, context: int, c: int) -> float:  # noqa: E741
     """What the denoiser keeps before its first block and after its last.
 
-    Inputs of products, and the last tokens in float32: as they come, normalised, and modulated.
+    Inputs of products, and the last tokens in float32: as they are, normalised, and modulated.
     """
     patches = n * (CHANNELS * size.patch**2 + size.bottleneck)
     return c * (patches + l * context) + 3 * FULL * n * size.width
 
 
 def perceived(depths: Iterable[tuple[int, int]], side: int, c: int, compiled: bool) -> float:
-    """What LPIPS keeps of a guess: each activation, and what a pooling chose.
+    """What LPIPS keeps of a guess: each activation, and the indices of each pooling.
 
-    Of the last of each depth also what it is compared with and both lengths of each place, or, not
-    `compiled`, the distance and, where the network computes in less than float32, a copy in that.
+    For the last activation of each depth also, if `compiled`, the one it is compared with and both
+    norms at each position; else the distance and, if computed in less than float32, a float32 copy.
     """
     total = float(c * CHANNELS * side**2)
     pooled = 0
@@ -213,10 +213,10 @@ def perceived(depths: Iterable[tuple[int, int]], side: int, c: int, compiled: bo
 
 
 def looked(view: flops.View, c: int) -> float:
-    """What a frozen teacher keeps of a guess. Its weights learn nothing, so products keep nothing.
+    """What a frozen teacher keeps of a guess; its products, with frozen weights, keep no inputs.
 
-    Of each patch, in each layer: the inputs of two norms, query, key, value, answer, and what the
-    MLP bends.
+    Per patch and layer: the inputs of two norms, query, key, value, the attention's output, and the
+    input of the MLP's nonlinearity.
     """
     network, patches = view
     width = 2 * network.width + 2 * network.queries + 2 * network.keys + network.mlp
@@ -225,13 +225,13 @@ def looked(view: flops.View, c: int) -> float:
 
 
 def compiled(size: dit.Config, n: int, l: int, dtype: torch.dtype, kind: str) -> Saved:  # noqa: E741
-    """What one compiled block keeps. Copies of weights in its precision are made anew.
+    """What one compiled block keeps. Copies of weights in its precision are made again.
 
-    Of each image token: its gate and its value (m each); query, key and value as they come out of
-    their product, the queries once turned, the answers, input and output of attention, and the
-    block's input (8 h). Keys of all tokens, turned and joined; of words also as they come and go
-    (3 h). Fused attention keeps the joined values and a number for each query, or, written out, its
-    scores and their shares. Four numbers for each row of a norm.
+    Per image token: the MLP's gate and value (m each); query, key and value as projected, the
+    rotated query, the attention result, input and output of the attention layer, and the block's
+    input (8 h). Keys of all tokens, rotated and concatenated (h); per word also the input and
+    output of its projection (3 h). Fused attention keeps the concatenated values and a number per
+    query; attention written out keeps scores and softmax. Each row of a norm keeps four numbers.
     """
     h, m, c = size.width, size.mlp_width, dtype.itemsize
     written_out = kind == "cpu" and n <= dit.SHORT and c < FULL
@@ -244,8 +244,8 @@ def compiled(size: dit.Config, n: int, l: int, dtype: torch.dtype, kind: str) ->
 def eager(size: dit.Config, n: int, l: int, dtype: torch.dtype) -> Saved:  # noqa: E741
     """Ask autograd what one block keeps when it is not compiled, on the CPU.
 
-    It gets tensors that have shapes and no contents: one picture, then two, with one block more and
-    one less. Nothing is computed.
+    It is given tensors without contents, for one and two pictures and one and two blocks; the
+    differences tell what is kept. Nothing is computed.
     """
     kept = {
         (depth, pictures): _kept(size.model_copy(update={"depth": depth}), n, l, dtype, pictures)
@@ -257,12 +257,12 @@ def eager(size: dit.Config, n: int, l: int, dtype: torch.dtype) -> Saved:  # noq
 
 
 def _kept(size: dit.Config, n: int, l: int, dtype: torch.dtype, pictures: int) -> int:  # noqa: E741
-    """Bytes that autograd keeps of a forward pass, but for the weights."""
+    """Bytes that autograd keeps from a forward pass, except the weights."""
     storages: dict[int, tuple[int, Tensor]] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        storages[storage._cdata] = storage.nbytes(), tensor  # held: a freed one's number comes back
+        storages[storage._cdata] = storage.nbytes(), tensor  # held, or its address would be reused
         return tensor
 
     with FakeTensorMode(), saved_tensors_hooks(note, lambda tensor: tensor):
@@ -276,14 +276,14 @@ def _kept(size: dit.Config, n: int, l: int, dtype: torch.dtype, pictures: int) -
 
 
 def scratch_encoder(text: Network, l: int, dtype: torch.dtype) -> Saved:  # noqa: E741
-    """What the small LFM2 keeps, as `transformers` writes it.
+    """What the small LFM2 keeps, as implemented in `transformers`.
 
-    Of each word, in each layer: four times the MLP's width, ten times its own, and in float32 twice
-    its own, or four times where words attend; outside the layers twice its width.
+    Per word and layer: four times the MLP's width, ten times the model's, and in float32 twice the
+    model's, or four times in attention layers; outside the layers twice the model's width.
     """
     c, attending = dtype.itemsize, text.layers // 2
     word = c * (4 * text.mlp + 10 * text.width) + 2 * FULL * text.width
-    # Weights stay float32; a product in another precision needs them in that one.
+    # Weights stay float32; a product in another precision needs a copy in that precision.
     copies = c * text.block if c < FULL else 0
     layers = Saved(l * word, copies).times(text.layers)
     return layers + Saved((2 * FULL * attending + c + FULL) * l * text.width, 0)

@@ -1,15 +1,15 @@
-"""How a checkpoint comes to the disk: whole, or not at all.
+"""How a checkpoint is written to disk: completely, or not at all.
 
 Files are written and synced in a hidden folder beside the target, the manifest last; then the
-folder is renamed, then `latest` moves, then old ones go. A kill at any moment leaves the previous
-checkpoint as it was. Every rank writes and hashes its own part; what goes wrong on one of them
-cancels the save on all.
+folder is renamed, then `latest` is moved, then old checkpoints are removed. A kill at any moment
+leaves the previous checkpoint intact. Every rank writes and hashes its own part; an error on one
+rank cancels the save on all.
 
-In the background the same happens in a thread, with a copy of the tensors: training waits for the
-copy, and for the save before, if that is not done yet.
+With `save_async` the same happens in a thread, from a copy of the tensors: training waits only for
+the copy, and for the previous save if that is not done yet.
 
-What cannot be written is tried again; a save that fails all the same is told of, and training goes
-on. The third in a row ends it.
+A failed write is tried again. If the save still fails this is reported and training continues; the
+third failed save in a row ends the run.
 """
 
 import contextlib
@@ -42,10 +42,10 @@ from daybreak.train.checkpoint import SCHEMA, State
 from daybreak.train.parallel import World, local, together
 from daybreak.train.rendezvous import fulfil
 
-PAUSES = (0.5, 2.0)  # seconds before what failed is tried again
-FAILURES = 3  # saves in a row
-PIECE = 2**28  # bytes of a file of a rank's rows: each is put together in memory, at one go
-GOODBYE = 20.0  # seconds that a run which has failed gives to a save under way
+PAUSES = (0.5, 2.0)  # seconds before each retry
+FAILURES = 3  # failed saves in a row that end a run
+PIECE = 2**28  # bytes of one shard file: each is assembled in memory as a whole
+GOODBYE = 20.0  # seconds that a failed run waits for a save under way
 HOPELESS = {errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG}
 LINKLESS = {errno.EPERM, errno.ENOTSUP, errno.ENOSYS}  # of a disk without symbolic links
 
@@ -54,17 +54,17 @@ Tensors = dict[str, dict[str, Tensor]]  # by file and name in it
 
 
 class Hopeless(BadStorage):
-    """What the next second will not mend: a full disk, a folder that may not be written."""
+    """An error that a retry will not solve: a full disk, a folder without write permission."""
 
 
 class Saver:
-    """Writes the checkpoints of a run, on all its ranks alike.
+    """Writes the checkpoints of a run; all ranks call it alike.
 
         with Saver(recipe, folder, here, model, tell) as saver:
             saver.save(step, state, guard)
             saver.finish()
 
-    `newest` is the step of the last one that is known to be on the disk.
+    `newest` is the step of the last checkpoint known to be on the disk.
     """
 
     def __init__(
@@ -84,23 +84,23 @@ class Saver:
         )
         self.pending: Future[None] | None = None
         self.step = 0  # of the save under way
-        self.failed: list[BadStorage] = []  # saves in a row
-        self.took = 0.0  # seconds that the last one was written for, in the background too
+        self.failed: list[BadStorage] = []  # failures of saves in a row
+        self.took = 0.0  # seconds that writing the last one took, even if in the background
 
     def __enter__(self) -> Self:
         """Be ready."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Let a save under way come to its end, if that is soon."""
+        """Wait up to GOODBYE seconds for a save under way."""
         if self.pending is not None:
             with contextlib.suppress(BaseException):
                 self.pending.result(GOODBYE)
 
     def save(self, step: int, state: State, guard: Mapping[str, Any]) -> None:
-        """Write checkpoint-STEP, move `latest` to it, and let old ones go.
+        """Write checkpoint-STEP, point `latest` to it, and remove old checkpoints.
 
-        Errors  those of `settle`, for the save before this one or for this one.
+        Errors  those of `settle`, for the previous save or for this one.
         """
         self.settle()
         tensors = state.tensors
@@ -115,10 +115,10 @@ class Saver:
             self.settle()
 
     def settle(self) -> None:
-        """Wait for the save under way, and hear how it went.
+        """Wait for the save under way, and handle its result.
 
-        Errors  NotFinite if what was to be saved is spoilt; BadStorage for the third failure in a
-                row, of which the first two are told.
+        Errors  NotFinite if a tensor to save was not finite; BadStorage for the third failure in a
+                row (the first two are only reported).
         """
         pending, self.pending = self.pending, None
         if pending is None:
@@ -140,7 +140,7 @@ class Saver:
             raise self.failed[-1]
 
     def _write(self, step: int, tensors: Tensors, guard: dict[str, Any]) -> None:
-        if self.here.device.type == "cuda":  # in a thread, else it is the first one
+        if self.here.device.type == "cuda":  # a new thread would use the first GPU
             torch.cuda.set_device(self.here.device)
         began = time.monotonic()
         for pause in (*PAUSES, None):
@@ -155,7 +155,7 @@ class Saver:
                 return
 
     def _commit(self, step: int, tensors: Tensors, guard: dict[str, Any]) -> None:
-        """Stage, seal and rename; each phase on all ranks or, if one fails, on none."""
+        """Write, seal and rename; if a phase fails on one rank, no rank starts the next."""
         target, staged = self.run / f"checkpoint-{step}", self.run / f".tmp-checkpoint-{step}"
         try:
             together(self.here, lambda: self._begin(target, staged, tensors, step, guard))
@@ -170,7 +170,7 @@ class Saver:
     def _begin(
         self, target: Path, staged: Path, tensors: Tensors, step: int, guard: dict[str, Any]
     ) -> None:
-        """Look for what is not finite; write what one rank can write for all."""
+        """Refuse numbers that are not finite; the first rank writes the small common files."""
         for file, some in tensors.items():
             for name, value in some.items():
                 if not bool(torch.isfinite(local(value)).all()):
@@ -191,7 +191,7 @@ class Saver:
             _write_json(staged / "trainer.json", facts)
 
     def _part(self, target: Path, staged: Path, tensors: Tensors) -> Files:
-        """Write this rank's tensors; return what it has written."""
+        """Write this rank's tensors; return size and hash of its files."""
         with self._writing(target, tensors):
             if self.here.group is not None:
                 _write_shards(self.here, staged / "state", tensors)
@@ -211,7 +211,7 @@ class Saver:
             }
 
     def _seal(self, target: Path, staged: Path, step: int, files: Files) -> None:
-        """Write the manifest that makes the folder a checkpoint, and give it its name."""
+        """Write the manifest that makes the folder a checkpoint, then rename the folder."""
         if not self.here.first:
             return
         with self._writing(target, {}):
@@ -225,17 +225,17 @@ class Saver:
             disk.sync(staged / "manifest.json")
             for folder in {(staged / name).parent for name in files} | {staged}:
                 disk.sync(folder)
-            if target.exists():  # a step is written anew only if what stands there was refused
+            if target.exists():  # a step is written again only if its old checkpoint was refused
                 checkpoint.remove(target)
             staged.rename(target)
             disk.sync(self.run)
             _point(self.run / "latest", target.name)
 
     def _prune(self, step: int) -> None:
-        """Let old checkpoints go: of those that are good the newest `keep` stay.
+        """Remove old checkpoints; the newest `keep` good ones stay.
 
-        A damaged one is no reason to remove a good one, and all ranks share the hashing. Milestones
-        stay for ever, and the one that a spike would return to until there is another.
+        Damaged ones do not count towards `keep`; all ranks divide the hashing. Each `keep_every`-th
+        stays for ever, and the one to return to after a spike stays until there is a newer one.
         """
         every, good = self.recipe.keep_every, 0
         saved = self.recipe.save_every if self.recipe.health.spike == "rollback" else 0
@@ -258,7 +258,7 @@ class Saver:
 
     @contextmanager
     def _writing(self, target: Path, tensors: Tensors) -> Iterator[None]:
-        """Turn what a disk can do into BadStorage, with what was needed and what is free."""
+        """Turn disk errors into BadStorage, with the space needed and the space free."""
         try:
             yield
         except (OSError, SafetensorError) as error:
@@ -273,7 +273,7 @@ class Saver:
 
 
 def _stager(device: torch.device) -> Callable[[Tensors], Tensors]:
-    """Return what copies tensors to memory of its own, which it uses again for the next copy."""
+    """Return a function that copies tensors into a buffer, which it reuses for the next copy."""
     from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
     fast = device.type == "cuda"
@@ -291,14 +291,14 @@ def _stager(device: torch.device) -> Callable[[Tensors], Tensors]:
 def _write_shards(here: World, folder: Path, tensors: Tensors) -> None:
     """Write the rows that this rank holds.
 
-    Errors  OSError, on all ranks if on one; MemoryError on the rank that has none left.
+    Errors  OSError on all ranks if one has it; MemoryError on the rank that is out of memory.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageWriter
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
     from torch.distributed.checkpoint.state_dict_saver import save
 
-    flat = dict(sorted(checkpoint.flat(tensors).items()))  # equal states are equal files
+    flat = dict(sorted(checkpoint.flat(tensors).items()))  # equal states give equal files
     pieces = _pieces(flat, here.replicas)
 
     class Writer(HuggingFaceStorageWriter):
@@ -312,16 +312,16 @@ def _write_shards(here: World, folder: Path, tensors: Tensors) -> None:
     except CheckpointException as error:
         rank, (cause, _) = next(iter(sorted(error.failures.items())))
         if isinstance(cause, MemoryError) and rank == here.rank:
-            raise cause from error  # its own end; the others hear of it
+            raise cause from error  # ends this rank; the others raise the OSError below
         number, reason = _reason(cause)
         raise OSError(number, f"rank {rank}: {reason}") from error
 
 
 @contextmanager
 def _memory() -> Iterator[None]:
-    """Turn a panic of safetensors, which is how it meets the end of memory, into MemoryError.
+    """Turn a panic of safetensors, which it raises when memory runs out, into MemoryError.
 
-    A panic is no Exception, and cannot be sent to another rank.
+    A panic is not an Exception, and cannot be sent to another rank.
     """
     try:
         yield
@@ -332,7 +332,7 @@ def _memory() -> Iterator[None]:
 
 
 def _pieces(flat: Mapping[str, Tensor], replicas: int) -> dict[str, int]:
-    """Return the number of the file that each tensor's rows go to, from 1; replicas share them."""
+    """Return which file (from 1) each tensor's rows go to; replicas divide the writing."""
     number, held, numbers = 1, 0.0, dict[str, int]()
     for name, value in flat.items():
         more = local(value).nbytes / replicas
@@ -343,7 +343,7 @@ def _pieces(flat: Mapping[str, Tensor], replicas: int) -> dict[str, int]:
 
 
 def _tokenizer(model: TextToImage) -> dict[str, bytes]:
-    """The files of the model's tokenizer, by name: nobody else uses it while they are written."""
+    """The files of the model's tokenizer, by name; read early, while no other thread uses it."""
     with tempfile.TemporaryDirectory() as folder:
         model.text.tokenizer.save_pretrained(Path(folder) / "tokenizer")
         return {
@@ -354,7 +354,7 @@ def _tokenizer(model: TextToImage) -> dict[str, bytes]:
 
 
 def _reason(error: BaseException) -> tuple[int, str]:
-    """Return the system's number for an error, and its words; safetensors has it in its words."""
+    """Return errno and text of an error; safetensors names its errno only in the message."""
     if isinstance(error, OSError) and error.errno:
         return error.errno, error.strerror or str(error)
     said = re.search(r"os error (\d+)", str(error))
@@ -367,7 +367,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _point(link: Path, name: str) -> None:
-    """Move a symbolic link in one step; no program reads it, so a disk may do without links."""
+    """Replace a symbolic link atomically; nothing here reads it, so the disk may lack links."""
     fresh = link.with_name(f".{link.name}-{os.getpid()}")
     fresh.unlink(missing_ok=True)
     try:
