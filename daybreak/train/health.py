@@ -1,9 +1,9 @@
-"""Is the run well? Asked after the backward pass, answered alike on all ranks.
+"""Is the run healthy? Checked after the backward pass, with the same answer on all ranks.
 
-    Guard       a loss or gradient that is not finite is never learned from; a loss that leaps is
-                logged, skipped, or answered with a return to the last checkpoint
-    compare     what several ranks hold twice must be equal to the last bit
-    Pace        which rank keeps the others waiting, and with what
+    Guard       a loss or gradient that is not finite is never learned from; after a spike in the
+                loss the step is logged, skipped, or the run returns to the last checkpoint
+    compare     what several ranks hold in copies must be equal to the last bit
+    Pace        which rank keeps the others waiting, and why
 
 Every verdict follows from numbers that all ranks have (parallel.gather), so none has to be sent.
 
@@ -29,21 +29,21 @@ from daybreak.data import disk
 from daybreak.failure import LostPeer, NotFinite
 from daybreak.train.parallel import World, gather, local
 
-RECENT, ENOUGH = 64, 16  # losses that the next is compared with, and how many there must be
-SLOW = 5  # times a usual step is a long wait: the median of LAST steps, if KNOWN are done
+RECENT, ENOUGH = 64, 16  # losses that the next is compared with, and the least number of them
+SLOW = 5  # a wait is long if it takes 5 usual steps: the median of LAST steps, once KNOWN are done
 KNOWN, LAST = 5, 20
 WORDS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 Thing = TypeVar("Thing")
 
 
 class Config(BaseModel):
-    """When to worry, and what to do.
+    """What counts as a problem, and what to do then.
 
-    A run ends after `bad_steps` in a row that could not be learned from. A spike is a loss that
-    lies `spike_ratio` times as high as the median of the last 64: "log" learns from it all the
-    same, "skip" does not, "rollback" returns to the weights of the last checkpoint and goes on with
-    the next batch. Ranks are compared every `check_every` steps. A step that takes `step_timeout`
-    seconds, and ten times as long as usual, is a hang.
+    A run ends after `bad_steps` steps in a row that could not be learned from. A spike is a loss
+    above `spike_ratio` times the median of the last 64: "log" still learns from it, "skip" does
+    not, "rollback" returns to the weights of the last checkpoint and continues with the next batch.
+    Ranks are compared every `check_every` steps. A step that takes more than `step_timeout` seconds
+    and more than ten times as long as usual is a hang.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -65,11 +65,11 @@ class Verdict(NamedTuple):
 class Guard:
     """Decides whether a step is taken, from every rank's loss and gradient norm.
 
-    `refuses` is the decision, on the device where those are; `judge` is told afterwards what they
-    were, and comes to the same one.
+    `refuses` decides on the device; `judge` later gets the same numbers on the host and reaches the
+    same decision.
 
-    Incidents go to RUN/incidents.jsonl, with the samples of the batch. A checkpoint has to hold
-    `state`, so that a replay judges alike.
+    Incidents go to RUN/incidents.jsonl, with the samples of the batch. Checkpoints must hold
+    `state`, so that a resumed run decides in the same way.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class Guard:
         start: int = 0,
         tell: Callable[[str], None] = print,
     ) -> None:
-        """Begin after step `start`. The rank that has a `file` writes; later lines in it go."""
+        """Begin after step `start`. The rank with a `file` writes; its later lines are removed."""
         self.config, self.file, self.tell = config, file, tell
         self.recent: deque[float] = deque(maxlen=RECENT)
         self.bad = 0  # steps in a row that were not taken
@@ -88,18 +88,18 @@ class Guard:
 
     @property
     def usual(self) -> float:
-        """The median of late losses, or infinity as long as there are few."""
+        """The median of recent losses, or infinity while there are too few."""
         return statistics.median(self.recent) if len(self.recent) >= ENOUGH else math.inf
 
     @property
     def limit(self) -> float:
-        """The loss above which one leaps."""
+        """A loss above this is a spike."""
         return self.usual + (self.config.spike_ratio - 1) * abs(self.usual)
 
     def refuses(self, rows: Float[Tensor, "r 2"]) -> Float[Tensor, ""]:
-        """Return 1 for a step that must not be taken, else 0; no host has to wait for it.
+        """Return 1 for a step that must not be taken, else 0; the host need not wait for it.
 
-        A mean of float32 in float64 is the same in any order.
+        The mean of float32 numbers in float64 does not depend on their order.
         """
         good = rows.isfinite().all()
         if self.config.spike != "log":
@@ -107,9 +107,9 @@ class Guard:
         return 1 - good.float()
 
     def judge(self, step: int, rows: Float[Tensor, "r 2"], samples: Sequence[int]) -> Verdict:
-        """Say what was decided, and remember the loss. A batch that is refused is used up.
+        """Return the decision, and remember the loss. A refused batch is not tried again.
 
-        Errors  NotFinite after `bad_steps` in a row that were not taken, on all ranks.
+        Errors  NotFinite on all ranks, after `bad_steps` steps in a row that were not taken.
         """
         losses, norms = rows.T.tolist()
         loss, norm = rows.double().mean(0).tolist()
@@ -140,20 +140,20 @@ class Guard:
         return Verdict(step=False, back=finite and self.config.spike == "rollback")
 
     def return_to(self, state: Mapping[str, Any]) -> None:
-        """Take the losses that a checkpoint holds; what was bad since then still counts."""
+        """Restore the losses of a checkpoint; bad steps since then still count."""
         self.recent = deque(state["recent"], maxlen=RECENT)
 
     def new_stage(self) -> None:
-        """Forget the losses so far: at another resolution they are of another size."""
+        """Forget the losses so far: at another resolution they have a different magnitude."""
         self.recent.clear()
 
     @property
     def state(self) -> dict[str, Any]:
-        """What a checkpoint has to hold, as JSON can."""
+        """What a checkpoint must hold, ready for JSON."""
         return {"recent": list(self.recent), "bad": self.bad}
 
     def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the guard that had this state."""
+        """Continue from the state of an earlier guard."""
         self.return_to(state)
         self.bad = state["bad"]
 
@@ -163,7 +163,7 @@ class Guard:
         return Verdict(step=True)
 
     def _record(self, sentence: str, facts: dict[str, Any]) -> None:
-        """Say it, and add a line to the file; a disk that is full does not matter now."""
+        """Print an incident and add it to the file; a full disk is ignored."""
         if self.file is None:
             return
         self.tell(sentence)
@@ -173,20 +173,20 @@ class Guard:
 
 
 def compare(here: World, tensors: Mapping[str, Tensor]) -> None:
-    """Check that ranks which hold the same rows hold the same bits of them.
+    """Check that all copies of the same rows are equal bit by bit.
 
-    Under HSDP those are the replicas of a row; what is no DTensor is the same on all ranks. A sum
-    over the bits is compared, so that little has to travel.
+    Under HSDP these are the replicas of a row; a tensor that is no DTensor has a copy on every
+    rank. A sum over the bits is compared, so that little has to be sent.
 
-    Errors  LostPeer on all ranks, with the tensor, and the rank that differs from most; of two
-            that differ from one another, both.
+    Errors  LostPeer on all ranks, naming the tensor and the rank that differs from the majority;
+            if two ranks differ from one another, both.
     """
     if here.mesh is None:
         return
 
     from torch.distributed.tensor import DTensor
 
-    if here.mesh.ndim == 1:  # of rows there is one copy
+    if here.mesh.ndim == 1:  # sharded rows exist only once
         tensors = {name: value for name, value in tensors.items() if not isinstance(value, DTensor)}
     if not tensors:
         return
@@ -207,21 +207,21 @@ def compare(here: World, tensors: Mapping[str, Tensor]) -> None:
 
 
 class Pace:
-    """Seconds that a rank spends by itself, before it meets the others.
+    """Measures the time that a rank spends on its own, outside collectives.
 
-    In the step itself all ranks are equally slow: each waits for the slowest. What tells them
-    apart is the wait for pictures, and how long a small fixed computation takes on its device.
+    Steps take equally long on all ranks, because each waits for the slowest. Ranks differ in how
+    long they wait for pictures, and in how long a small fixed computation takes on their device.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
-        self.durations: deque[float] = deque(maxlen=LAST)  # of steps, with their waiting
-        self.warned = False  # of the thing that is waited for now
+        self.durations: deque[float] = deque(maxlen=LAST)  # of steps, waiting included
+        self.warned = False  # about the thing waited for now
         self.waited, self.steps, self.since = 0.0, 0, time.monotonic()
-        self.last = 0.0  # seconds that the newest thing was waited for
+        self.last = 0.0  # seconds waited for the newest thing
 
     def timed(self, things: Iterable[Thing]) -> Iterator[Thing]:
-        """Pass things on, one a step, and measure how long each was waited for."""
+        """Yield the things, one a step, and measure the wait for each."""
         remaining, received = iter(things), 0.0
         while True:
             began = time.monotonic()
@@ -239,9 +239,9 @@ class Pace:
             yield thing
 
     def late(self, waited: float) -> str:
-        """Say, once for each thing, that it is waited for longer than five usual steps.
+        """Return a warning, once for each thing, if the wait exceeds five usual steps; else "".
 
-        `waited` is what it has taken so far, in seconds.
+        `waited` is the wait so far, in seconds.
         """
         usual = statistics.median(self.durations) if len(self.durations) >= KNOWN else math.inf
         if self.warned or waited <= SLOW * usual:
@@ -253,9 +253,10 @@ class Pace:
         )
 
     def laggards(self, here: World) -> list[str]:
-        """Name the ranks that the others have waited for since the last call, and with what.
+        """Name the ranks that held up the others since the last call, and why.
 
-        Waiting counts if it makes up a tenth of a step, computing if it takes half as long again.
+        A rank is named if it waits for pictures a tenth of a step longer than the median rank, or
+        if it computes 1.5 times as long.
         """
         steps, passed = max(1, self.steps), time.monotonic() - self.since
         self.steps, waited, self.waited = 0, self.waited / steps, 0.0
@@ -281,7 +282,7 @@ class Pace:
 
 
 def _probe(device: torch.device) -> float:
-    """Seconds of a product of two square matrices, the best of three."""
+    """Seconds for a product of two square matrices, the best of three."""
     side, dtype = (4096, torch.bfloat16) if device.type == "cuda" else (256, torch.float32)
     factor = torch.ones(side, side, device=device, dtype=dtype)
     times = []
@@ -295,19 +296,19 @@ def _probe(device: torch.device) -> float:
 def _bits(tensor: Tensor) -> Int[Tensor, ""]:
     """Add up the bits of this rank's part of a tensor, as integers that wrap around.
 
-    In words of eight bytes, if they come out even: a sum of narrower ones would copy them to wide
-    ones first, which for a frozen encoder's embedding takes gigabytes.
+    As 8-byte words, if the size is a multiple of 8 bytes: a sum of narrower words would first copy
+    them to 8-byte words, which takes gigabytes for the embedding of a frozen encoder.
     """
     mine = local(tensor.detach()).contiguous().flatten()
     if mine.nbytes % 8:
         return mine.view(WORDS[mine.element_size()]).sum(dtype=torch.int64)
     if mine.storage_offset() * mine.element_size() % 8:
-        mine = mine.clone()  # a view of wide words begins at one
+        mine = mine.clone()  # a view as 8-byte words must start at a multiple of 8 bytes
     return mine.view(torch.int64).sum()
 
 
 def _readable(value: Any) -> Any:
-    """Write what JSON has no number for as text."""
+    """Turn numbers that JSON cannot express (not finite) into text."""
     if isinstance(value, dict):
         return {key: _readable(entry) for key, entry in value.items()}
     if isinstance(value, list):

@@ -1,18 +1,17 @@
 """What a run may spend, what it has spent, and how it ends in time: the recipe's [budget].
 
-Seconds count from the birth of each process that works on the run and on nothing else, start-up
-and compilation included, because that is what is paid for; dollars as many as the devices of each
-process cost in its seconds. What is spent stands in RUN/run.json: it is written before the first
-step, every second while steps are taken or pictures evaluated, and with every checkpoint, so that
-it survives interruptions, and steps that were lost with one stay spent.
+Seconds count from the start of each process that works on the run (and on nothing else), start-up
+and compilation included, because they are paid for too. Dollars are what the devices of each
+process cost in its seconds. The amount spent is kept in RUN/run.json: it is written before the
+first step, every second during steps and evaluations, and with every checkpoint. So it survives
+interruptions, and steps lost in one still count as spent.
 
-The learning rate falls to zero over the last `cooldown` of the budget, whatever the schedule of
-the stage says. The run ends when another step, and the checkpoint, would not fit any more; or
-when its steps are done, if that is sooner. What a step takes that also compiles, where pictures
-change their size, and what a checkpoint and a grid take, is known when one was seen: before that
-a compilation and a grid count nothing, and a checkpoint what a disk needs for its bytes. A budget
-does not shorten one stage in favour of the next: `daybreak plan --budget` says with how many steps
-all of them fit.
+The learning rate falls to zero over the last share `cooldown` of the budget, in addition to the
+stage's schedule. The run ends when another step and a checkpoint would no longer fit, or when its
+steps are done, if that is sooner. How long a compiling step (when the resolution changes), a
+checkpoint or a grid takes is known only after one was seen: until then a compilation and a grid
+count as 0 s, and a checkpoint as its bytes at an assumed disk speed. A budget does not shorten one
+stage in favour of the next: `daybreak plan --budget` says how many steps make all stages fit.
 
 Units   seconds of a run, however many processes it has; dollars of all its devices together.
 """
@@ -33,18 +32,18 @@ from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage
 from daybreak.train import facts
 
-MOST = 1e30  # of anything that a budget may be: more than there is
+MOST = 1e30  # upper limit of any budget, larger than any real one
 EVERY, SHARE = 1.0, 0.005  # seconds between two entries, and the share of time they may take
-CLOSING = 1.0  # seconds for the last checkpoint at least
-ENDING = 1.5  # seconds that a process takes to end, when nothing can be entered any more
-DISK = 5e8  # bytes a second that are written, until a checkpoint was
-GRACE = 3.0  # seconds that compiling may make a run end late: else more time would stay unused
+CLOSING = 1.0  # least seconds for the last checkpoint
+ENDING = 1.5  # seconds that a process takes to end, after its last entry
+DISK = 5e8  # bytes written per second, assumed until the first checkpoint
+GRACE = 3.0  # seconds by which compiling may make a run end late, so that less time stays unused
 
 
 class Config(BaseModel):
-    """How much may be spent; where several are given, what is reached first ends the run.
+    """How much may be spent; if several limits are given, the first one reached ends the run.
 
-    `dollars` needs a `price`: dollars an hour for one device, as `daybreak plan --price`.
+    `dollars` needs a `price` in dollars an hour for one device, like `daybreak plan --price`.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -68,7 +67,7 @@ class Config(BaseModel):
 
 
 def age() -> float:
-    """Seconds since this process was born; since this module was loaded where that is not known."""
+    """Seconds since this process started, or since this module was loaded if that is unknown."""
     try:
         fields = Path("/proc/self/stat").read_text().rpartition(")")[2].split()
         born = int(fields[19]) / os.sysconf("SC_CLK_TCK")
@@ -81,15 +80,15 @@ LOADED = time.monotonic()
 
 
 def stopwatch(gone: float) -> Callable[[], float]:
-    """Return a clock that counts seconds from now on, and those that are gone already."""
+    """Return a clock that counts seconds from now on, starting at `gone`."""
     began = time.monotonic()
     return lambda: gone + time.monotonic() - began
 
 
 class Ledger:
-    """Keeps account in a run's run.json. Without a budget it only writes.
+    """Keeps account of the spending in a run's run.json. Without a budget it only records.
 
-    An hour of all devices costs `rate` dollars, where that is known; a checkpoint has `size` bytes.
+    An hour of all devices costs `rate` dollars, if known; a checkpoint has `size` bytes.
     """
 
     def __init__(
@@ -103,8 +102,8 @@ class Ledger:
     ) -> None:
         self.file, self.config, self.clock, self.writes = file, config, clock, writes
         self.rate = rate
-        # Others need not see the file yet, which the first rank has just written: over a network
-        # a folder that was not there stays so for a while.
+        # Only the writing rank reads the file: it may have just been written, and on a network disk
+        # other machines may not see a new folder for a while.
         before = facts.read(file.parent).get("ledger", {}) if writes else {}
         self.seconds, self.flops = before.get("seconds", 0.0), before.get("flops", 0.0)
         self.dollars = before.get("dollars", self.seconds * (rate or 0.0) / 3600)
@@ -112,27 +111,27 @@ class Ledger:
         self.saving = before.get("seconds_of_a_save", 0.0)
         self.guess = size / DISK
         self.drawing = 0.0
-        self.each = before.get("flops_of_a_step", 0.0)  # the next one's
-        self.compiling, self.compiles = 0.0, True  # seconds of it; whether the next step does
+        self.each = before.get("flops_of_a_step", 0.0)  # FLOPs of the next step
+        self.compiling, self.compiles = 0.0, True  # seconds of such a step; whether the next is one
         self.steps: deque[float] = deque(maxlen=16)
         self.written = self.last = clock()
         self.entering = 0.0  # seconds that the last entry took
 
     @property
     def spent(self) -> float:
-        """Seconds that this process and those before it have worked on the run."""
+        """Seconds that this process and earlier ones have worked on the run."""
         return self.seconds + self.clock()
 
     @property
     def paid(self) -> float | None:
-        """Dollars that they have cost, each with the devices it had, where those have a price."""
+        """Dollars that these processes have cost, each with its own devices; None if unknown."""
         if self.rate is None and not self.dollars:
             return None
         return self.dollars + (self.rate or 0.0) * self.clock() / 3600
 
     @property
     def limit(self) -> float | None:
-        """Seconds that may be spent in all, by the clock or by what an hour costs now."""
+        """Total seconds that may be spent, by `seconds` or by `dollars` at the current rate."""
         found = []
         if self.config and self.config.seconds is not None:
             found.append(self.config.seconds)
@@ -142,7 +141,7 @@ class Ledger:
 
     @property
     def left(self) -> float:
-        """Seconds that the budget pays for from now on, its FLOPs at today's pace."""
+        """Seconds that the budget still pays for; FLOPs are converted at the current speed."""
         found = [math.inf if self.limit is None else self.limit - self.spent]
         if self.config and self.config.flops is not None and self.each and self.steps:
             found.append((self.config.flops - self.flops) / self.each * self.usual)
@@ -150,18 +149,18 @@ class Ledger:
 
     @property
     def usual(self) -> float:
-        """Seconds of a step, the median of the last ones."""
+        """Seconds of a step: the median of the last steps."""
         return statistics.median(self.steps) if self.steps else 0.0
 
     @property
     def closing(self) -> float:
-        """Seconds that the last checkpoint will take, and the end of the process."""
+        """Seconds that the last checkpoint and the end of the process will take."""
         return ENDING + max(CLOSING, self.saving or self.guess)
 
     def check(self, step: float) -> None:
-        """Refuse a budget that does not pay for the first step, of so many FLOPs.
+        """Refuse a budget that does not pay for the first step, which takes `step` FLOPs.
 
-        Errors  BadRecipe, with one that does.
+        Errors  BadRecipe, naming a budget that does.
         """
         config, needed = self.config, self.spent + self.closing
         if config is None:
@@ -189,10 +188,10 @@ class Ledger:
     def step(
         self, flops: float, following: float, new: bool = False, compiles: bool = False
     ) -> None:
-        """Enter a step that was taken, of so many `flops`; the `following` one has so many.
+        """Enter a finished step and its `flops`; the next step has `following` FLOPs.
 
-        How long it took says nothing of others if it was `new`: the first of a stage or of this
-        process. `compiles` tells whether the following one has to compile.
+        If it was `new`, the first of a stage or of this process, its duration is not typical of
+        others. `compiles` says whether the next step has to compile.
         """
         now = self.clock()
         if not new:
@@ -205,12 +204,12 @@ class Ledger:
         self.tick()
 
     def saved(self, seconds: float) -> None:
-        """Hear how long a checkpoint took; time between steps is none of the next step's."""
+        """Note how long a checkpoint took; this time does not count towards the next step."""
         self.saving = max(self.saving, seconds)
         self.last = self.clock()
 
     def drew(self, seconds: float) -> None:
-        """Hear how long a grid took, or another thing between two steps."""
+        """Note how long a grid, or anything else between two steps, took."""
         self.drawing = max(self.drawing, seconds)
         self.last = self.clock()
 
@@ -235,9 +234,9 @@ class Ledger:
         return min(1.0, max(0.0, 1 - self.gone) / self.config.cooldown)
 
     def late(self, first: float = 0.0) -> bool:
-        """Whether there is no time for another step, and a checkpoint after it.
+        """Whether there is no time left for another step and a checkpoint after it.
 
-        `first` is how many seconds something else, a grid, takes before that step.
+        `first` is how many seconds something else, such as a grid, takes before that step.
         """
         if self.limit is None:
             return False
@@ -246,31 +245,31 @@ class Ledger:
 
     @property
     def full(self) -> bool:
-        """Whether another step would take more FLOPs than there are."""
+        """Whether another step would take more FLOPs than are left."""
         if self.config is None or self.config.flops is None:
             return False
         return self.flops + self.each > self.config.flops
 
     @property
     def over(self) -> bool:
-        """Whether another step would be one too many."""
+        """Whether another step would exceed the budget, in time or in FLOPs."""
         return self.late() or self.full
 
     def tick(self) -> None:
-        """Enter what is spent, if the last entry is a second old; where disks are slow, older."""
+        """Enter what is spent, if the last entry is a second old, or older on a slow disk."""
         if self.clock() - self.written >= max(EVERY, self.entering / SHARE):
             self.write()
 
     def end(self) -> None:
-        """Make the last entry of a process, whose end is paid for too."""
+        """Make the last entry of a process, which includes the time it takes to end."""
         self.seconds += ENDING
         self.dollars += ENDING * (self.rate or 0.0) / 3600
         self.write()
 
     def write(self) -> None:
-        """Enter what is spent; a full disk delays the entry, and does not end the run."""
+        """Enter what is spent; a full disk delays the entry but does not end the run."""
         self.written = self.clock()
-        if not self.writes:  # of several ranks one does
+        if not self.writes:  # only the first rank does
             return
         mine = {
             "seconds": round(self.spent, 3),

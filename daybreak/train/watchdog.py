@@ -1,17 +1,18 @@
 """A run that hangs says where, and ends.
 
-A rank that waits for another waits for ever and in silence. So a thread of each rank counts the
-seconds since the last step. When they are too many it prints what every thread of its process is
-doing, and all ranks do so at about the same time: the one whose stack is not in a collective is
-the one that the others wait for. A rank that does not even answer is named.
+A rank that waits for another waits for ever, and silently. So a thread of each rank counts the
+seconds since the last step. After too many it prints the stacks of all threads of its process. All
+ranks do so at about the same time: the one whose stack is not in a collective is the one that the
+others wait for. A rank that does not even answer is named.
 
-A rank that fails leaves a note; for one that was killed, a rank on the same machine leaves it. gloo
-tells the others at once, by an error; NCCL lets them wait. So a rank that has found a note, and for
-a while has taken no step, ends for the reason in the note. It has to be sooner than torchrun, which
-kills all ranks after 30 s, and then none could say why.
+A rank that fails leaves a note; for a rank that was killed, another on the same machine leaves it.
+With gloo the others get an error at once; with NCCL they keep waiting. So a rank that has found a
+note and then takes no step for a while ends, with the reason in the note. It must do so before
+torchrun kills all ranks, after 30 s: then none could say why.
 
-A shape of pictures that first comes in the middle of a run is compiled then, and all ranks wait for
-the one that compiles. Such a step may take as long as the first one, and the log says what for.
+When pictures of a new shape first appear in the middle of a run, blocks are compiled for it, and
+all ranks wait for the one that compiles. Such a step may take as long as the first one, and the log
+says which shape it is for.
 
 Limits  a hang that never lets go of Python's lock (in C code) stops this thread too; the other
         ranks then name that rank.
@@ -35,16 +36,16 @@ from daybreak.failure import LostPeer
 from daybreak.train import rendezvous
 from daybreak.train.parallel import World
 
-FIRST = 5  # times the limit for what happens seldom: compilation, first pictures
+FIRST = 5  # times the limit for what is rare and slow: compilation, first pictures
 USUAL = 10  # times the median of the last steps
-ANSWER = 5.0  # seconds in which the other ranks say that they noticed too
-HEARD = 10.0  # seconds in which a rank notices by itself that another has failed
+ANSWER = 5.0  # seconds for the other ranks to say that they noticed too
+HEARD = 10.0  # seconds for a rank to notice by itself that another has failed
 
 
 class Watchdog:
     """Ends the process with code 6 if no step is done for `limit` seconds and ten usual steps.
 
-    Also soon after another rank has failed, if this one has not noticed.
+    It also does so soon after another rank has failed, if this one has not noticed by itself.
 
         with Watchdog(here, config.step_timeout, leave) as watchdog:
             for ...:
@@ -52,8 +53,8 @@ class Watchdog:
                 watchdog.beat(step)
                 with watchdog.patience(600): save
 
-    `leave` hears of it last, from the thread: to write down why the run has ended.
-    `compiled` says that the run compiles parts of itself; `tell` then hears when, once a step.
+    `leave` is called last, from the thread, to record why the run has ended. `compiled` says that
+    the run uses compiled blocks; `tell` then reports each compilation, once a step.
     """
 
     def __init__(
@@ -73,13 +74,13 @@ class Watchdog:
         self.last = time.monotonic()
         self.allowed = FIRST * limit
         self.compiled, self.tell = compiled, tell
-        self.shape: tuple[int, int] | None = None  # of this step's pictures, until it is told
-        self.compiling, self.said = False, False  # in this step; whether the others can know
+        self.shape: tuple[int, int] | None = None  # of this step's pictures, until reported
+        self.compiling, self.said = False, False  # in this step; as the store says it
         self.done = threading.Event()
         self.thread = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        """Begin to count."""
+        """Start counting."""
         self.listen()
         self.last = time.monotonic()
         self.thread.start()
@@ -95,18 +96,18 @@ class Watchdog:
             callback_handler.remove_start_callback(self._compiles)
 
     def listen(self) -> None:
-        """Hear of what is compiled; again after torch.compiler.reset(), which forgets who hears."""
+        """Register for torch's compilations; torch.compiler.reset() forgets it, so then again."""
         if self.compiled:
             from torch._dynamo.callback import on_compile_start
 
             on_compile_start(self._compiles)
 
     def begin(self, height: int, width: int) -> None:
-        """Say of what size the pictures of the next step are."""
+        """Announce the size of the pictures of the next step."""
         self.shape = height, width
 
     def beat(self, step: int) -> None:
-        """Say that a step is done."""
+        """Announce that a step is done."""
         now = time.monotonic()
         if self.step is not None:
             self.durations.append(now - self.last)
@@ -115,7 +116,7 @@ class Watchdog:
 
     @contextmanager
     def patience(self, seconds: float) -> Iterator[None]:
-        """Allow what is inside so many seconds, if that is more; on all ranks or on none."""
+        """Allow at least `seconds` inside the block; to be used on all ranks or on none."""
         before, self.allowed = self.allowed, max(self.allowed, seconds)
         self.last = time.monotonic()
         try:
@@ -124,7 +125,7 @@ class Watchdog:
             self.allowed, self.last = before, time.monotonic()
 
     def _compiles(self, _: object) -> None:
-        """Hear that something is being compiled, and say what for before it takes its time."""
+        """Called when a compilation starts: say for which shape, before it takes its time."""
         if self.shape:
             self.tell("compiling for pictures of {1} x {0} px".format(*self.shape))
         self.compiling, self.shape = True, None
@@ -148,7 +149,7 @@ class Watchdog:
                 self._end(waited)
 
     def _say_compiling(self) -> None:
-        """Let the others know whether something is compiled in this step."""
+        """Let the other ranks know whether this one is compiling in this step."""
         if self.compiling != self.said:
             note = f"rank {self.here.rank} compiles"
             with suppress(dist.DistError):
@@ -166,7 +167,7 @@ class Watchdog:
     def _end(self, waited: float) -> NoReturn:
         """Print the stacks, wait for the others to do so, and leave."""
         rank = self.here.rank
-        with suppress(OSError, ValueError):  # nobody has to listen
+        with suppress(OSError, ValueError):  # stderr may be closed
             print(
                 f"rank {rank}: no step for {waited:.0f} s; the stacks of its threads:",
                 file=sys.stderr,
@@ -182,7 +183,7 @@ class Watchdog:
         self._leave(LostPeer(sentence, first), "; the stacks above say where")
 
     def _leave(self, error: LostPeer, more: str = "") -> NoReturn:
-        """Say why, write it down, and end the process."""
+        """Print the reason, record it, and end the process."""
         with suppress(OSError, ValueError):
             print(f"daybreak: {error}{more}", file=sys.stderr, flush=True)
         with suppress(Exception):
