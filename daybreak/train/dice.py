@@ -2,7 +2,7 @@
 
 Every number a training step draws for a picture comes from a generator that belongs to that
 picture at that step. A run therefore resumes bit for bit without saving any generator, and the
-same pictures meet the same noise on one process or on many, in one micro-batch or in ten.
+same pictures get the same noise on one process or on many, in one micro-batch or in ten.
 
     Dice(seed, step, first, count)      tensors for a slice of the global batch, on its device
     fraction(seed, "crop", epoch, 7)    one number in [0, 1), for choices made by loader workers
@@ -18,17 +18,17 @@ from torch import Tensor
 
 
 def key(*parts: int | str) -> int:
-    """Hash the parts to 64 bits, equal on every machine and in every process.
+    """Hash the parts to 64 bits, the same on every machine and in every process.
 
-    torch's generator on a CPU takes 32 of them: of a hundred thousand samples one pair may share
-    its noise.
+    torch's CPU generator uses only 32 of them, so among a hundred thousand samples about one pair
+    shares its noise.
     """
     text = "/".join(str(part) for part in parts)
     return int.from_bytes(hashlib.blake2b(text.encode(), digest_size=8).digest(), "little")
 
 
 def fraction(*parts: int | str) -> float:
-    """Return a number in [0, 1) that depends on the parts alone."""
+    """Return a number in [0, 1) that depends only on the parts."""
     return (key(*parts) >> 11) / 2**53
 
 
@@ -63,12 +63,13 @@ class Dice:
         return rows
 
     def share(self, fraction: float) -> Tensor | slice:
-        """Choose rows (k,) so that this share of all samples is chosen, however they are cut.
+        """Choose rows (k,) so that this share of all samples is chosen, however they are divided.
 
-        All of them are a slice: rows by number would be copied, forth and back.
+        If all are chosen the result is a slice, because indexing by numbers would copy, both in the
+        forward and in the backward pass.
 
-        Sample g is chosen if an integer lies between g fraction and (g + 1) fraction. No number is
-        drawn: which picture comes to which place is chance already.
+        Sample g is chosen if an integer lies between g fraction and (g + 1) fraction. No random
+        number is drawn, because pictures are in random order already.
         """
         if fraction == 1:
             return slice(None)

@@ -1,12 +1,12 @@
-"""How ranks find one another, miss one another, and say why they leave.
+"""How ranks find one another, notice that one is gone, and say why they leave.
 
-    store = meet(rank, size, seconds)       at MASTER_ADDR:MASTER_PORT, or who has not come in time
-    leave_note(store, rank, error)          the first is the cause, for everybody to repeat
-    miss(store, neighbours)                 the note of who was killed
-    farewell(store, rank, size)             nobody hangs up on a rank that still listens
+    store = meet(rank, size, seconds)       at MASTER_ADDR:MASTER_PORT; an error names the missing
+    leave_note(store, rank, error)          the first note is the cause, and all ranks report it
+    miss(store, neighbours)                 writes the note for a rank that was killed
+    farewell(store, rank, size)             waits, so that no rank loses the store too early
 
-Notes lie in a key-value store beside the collectives: a rank that waits in one for ever can still
-read and write them, from another thread.
+Notes are kept in a key-value store, apart from the collectives: while a rank waits in a collective
+for ever, another of its threads can still read and write them.
 """
 
 import os
@@ -32,26 +32,26 @@ from daybreak.failure import LostPeer, told
 from daybreak.host import is_there
 
 GOODBYE = timedelta(seconds=20)
-ROLL_CALL = 3.0  # seconds in which who is still there says so
+ROLL_CALL = 3.0  # seconds in which ranks that are still there must answer
 Found = TypeVar("Found")
 
 
 class Note(NamedTuple):
-    """What a rank that failed has left: which it was, and why."""
+    """The note of a rank that failed: which one it is, and why."""
 
     rank: int
     why: str
 
 
 def meet(rank: int, size: int, seconds: float) -> Store:
-    """Find the other ranks at MASTER_ADDR:MASTER_PORT; torchrun may have opened it for them.
+    """Find the other ranks at MASTER_ADDR:MASTER_PORT; torchrun may have opened that port.
 
-    Errors  LostPeer, after `seconds` at most, with the ranks that have not come.
+    Errors  LostPeer, after `seconds` at most, naming the ranks that have not arrived.
     """
     host, port = os.environ.get("MASTER_ADDR", "localhost"), int(os.environ.get("MASTER_PORT", "0"))
     until = time.monotonic() + seconds
     opens = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # one machine: nobody else need hear
+    if os.environ.get("LOCAL_WORLD_SIZE") == str(size):  # one machine: loopback is enough
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo0" if sys.platform == "darwin" else "lo")
     names = [f"rank {number}" for number in range(size)]
     store: Store | None = None
@@ -76,7 +76,7 @@ def meet(rank: int, size: int, seconds: float) -> Store:
 
 
 def _knock(host: str, port: int, until: float) -> None:
-    """Wait until somebody listens there. Errors: OSError when it is too late."""
+    """Wait until a process listens on that port. Errors: OSError when it is too late."""
     while True:
         try:
             socket.create_connection((host, port), timeout=1).close()
@@ -90,7 +90,7 @@ def _knock(host: str, port: int, until: float) -> None:
 def _connected(host: str, port: int, size: int, opens: bool, until: float) -> Store:
     """Open the store there, or connect to it. Errors: OSError or DistError.
 
-    In a thread, for torch waits for ever where somebody listens who is no store.
+    In a thread, because torch waits for ever if what listens there is not a store.
     """
     found: Future[Store] = Future()
     left = max(0.1, until - time.monotonic())
@@ -113,14 +113,14 @@ def _missing(store: Store, names: Sequence[str]) -> list[str]:
 
 
 def farewell(store: Store, rank: int, size: int) -> None:
-    """Wait until all are done, so that nobody hangs up on a rank that still listens."""
+    """Wait until all ranks are done, so that none closes a connection another still uses."""
     with suppress(dist.DistError):
         store.set(f"rank {rank} is done", "")
         store.wait([f"rank {number} is done" for number in range(size)], GOODBYE)
 
 
 def is_broken(error: Exception) -> bool:
-    """Whether this rank's device is to blame (ECC, Xid, NVLink), not code, memory or its age."""
+    """Whether this rank's device failed (ECC, Xid, NVLink), not code, lack of memory or its age."""
     others = ("device-side assert triggered", "out of memory", "no kernel image")
     return isinstance(error, torch.AcceleratorError) and not any(
         other in str(error) for other in others
@@ -128,7 +128,7 @@ def is_broken(error: Exception) -> bool:
 
 
 def broken(device: torch.device, rank: int, error: Exception) -> LostPeer:
-    """What this rank says of its device, and leaves as its note."""
+    """The error about this rank's device, which it also leaves as its note."""
     return LostPeer(
         f"{device} on {socket.gethostname()} failed ({told(error)}): the same "
         "command continues from the last checkpoint; if it fails again, leave that device out",
@@ -137,7 +137,7 @@ def broken(device: torch.device, rank: int, error: Exception) -> LostPeer:
 
 
 def is_loss(error: Exception) -> bool:
-    """Whether another rank is to blame. gloo has no error class; its messages name its source."""
+    """Whether another rank is to blame. gloo has no error class; its messages name its files."""
     signs = ("gloo/transport", "caused pair closure", "NCCL")
     return isinstance(error, dist.DistError) or (
         type(error) is RuntimeError and any(sign in str(error) for sign in signs)
@@ -145,22 +145,22 @@ def is_loss(error: Exception) -> bool:
 
 
 def leave_note(store: Store, rank: int, error: Exception) -> None:
-    """Tell the others why this rank goes; the first note is the cause."""
+    """Tell the others why this rank ends; the first note is the cause."""
     with suppress(dist.DistError):
         store.compare_set("note", "", f"rank {rank}: {error}"[:500])
 
 
 def answer(store: Store, rank: int) -> None:
-    """Say that this rank is there, if somebody asks; for a thread that is never in a collective."""
+    """If asked, answer that this rank is there; call it in a thread that runs no collectives."""
     with suppress(dist.DistError):
         if store.check(["who is there?"]):
             store.set(f"rank {rank} is there", "")
 
 
 def neighbours(store: Store, rank: int, size: int) -> dict[int, int]:
-    """Return the processes of the other ranks that the same torchrun has started, by rank.
+    """Return the process ids of the other ranks that the same torchrun has started, by rank.
 
-    Those that can be seen from here: a container of its own hides a rank, which then is not missed.
+    A rank in a container of its own cannot be seen from here, so it is left out.
     """
     first = rank - int(os.environ.get("LOCAL_RANK", "0"))
     beyond = min(size, first + int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
@@ -169,7 +169,7 @@ def neighbours(store: Store, rank: int, size: int) -> dict[int, int]:
 
 
 def miss(store: Store, neighbours: Mapping[int, int]) -> None:
-    """Leave a note for a neighbour that was killed: it could not, and NCCL waits for it."""
+    """Leave a note for a neighbour that was killed: it could not, and with NCCL all would wait."""
     for rank, process in neighbours.items():
         with suppress(dist.DistError):
             if not is_there(process) and not store.check([f"rank {rank} is done"]):
@@ -177,7 +177,7 @@ def miss(store: Store, neighbours: Mapping[int, int]) -> None:
 
 
 def note(store: Store) -> Note | None:
-    """Return what the first rank that failed has left, if one has and could."""
+    """Return the note of the first rank that failed; None without one, or without the store."""
     with suppress(dist.DistError):
         if store.check(["note"]):
             rank, _, why = store.get("note").decode().removeprefix("rank ").partition(": ")
@@ -186,23 +186,23 @@ def note(store: Store) -> Note | None:
 
 
 def lost(rank: int, note: Note | None, otherwise: str = "", blamed: int | None = None) -> LostPeer:
-    """What a rank says that cannot go on without the others: the note, or else something else."""
+    """The error of a rank that cannot go on alone: it quotes the note, or else `otherwise`."""
     again = "the same command continues from the last checkpoint"
     why, first = (f"rank {note.rank}: {note.why}", note.rank) if note else (otherwise, blamed)
     return LostPeer(f"rank {rank} lost the others ({why}): {again}", first)
 
 
 def absent(store: Store, rank: int, size: int) -> list[int]:
-    """Return the ranks that do not answer when they are asked whether they are there."""
+    """Ask all ranks whether they are there, and return those that do not answer."""
     with suppress(dist.DistError):
         store.set("who is there?", "")
     return silent(store, rank, size, "is there", ROLL_CALL)
 
 
 def silent(store: Store, rank: int, size: int, says: str, seconds: float) -> list[int]:
-    """Say something of this rank; return those that do not say it of themselves within `seconds`.
+    """Post `says` for this rank; return the ranks that do not post it within `seconds`.
 
-    None where nobody keeps notes any more: rank 0 does, and leaves when it has read all of them.
+    The list is empty if the store is gone: rank 0 keeps it, and leaves after reading all notes.
     """
     until = time.monotonic() + seconds
     with suppress(dist.DistError):
@@ -215,10 +215,10 @@ def silent(store: Store, rank: int, size: int, says: str, seconds: float) -> lis
 
 
 def fulfil(pending: Future[Found], work: Callable[[], Found]) -> None:
-    """Do some work and keep what comes of it, also where that is no Exception."""
+    """Do some work, and put its result or error (any BaseException) into `pending`."""
     try:
         found = work()
-    except BaseException as error:  # noqa: BLE001 - whoever asks for the result raises it again
+    except BaseException as error:  # noqa: BLE001 - raised again where the result is read
         pending.set_exception(error)
     else:
         pending.set_result(found)

@@ -1,7 +1,7 @@
-"""What steps of a run cost, and what its budget still allows, on all ranks alike.
+"""What steps of a run cost, and what its budget still allows; the same on all ranks.
 
-The first rank keeps account (train/ledger); the loop asks here, before each step and each thing
-between steps. Without a budget all is allowed, and what steps cost goes to the log.
+The first rank keeps account (train/ledger); the loop asks here before each step, and before each
+task between steps. Without a budget everything is allowed, and the cost of steps is only logged.
 
 Units   FLOPs of all devices together; dollars an hour of all of them.
 """
@@ -21,11 +21,11 @@ from daybreak.train.ledger import Ledger
 from daybreak.train.parallel import World
 from daybreak.train.step import Run
 
-FORECAST = 10  # steps after which it is said how far a budget will reach
+FORECAST = 10  # steps after which a run warns if its budget will not reach the last stage
 
 
 def of_steps(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
-    """FLOPs of a step of each stage. Errors: BadRecipe if a budget of them cannot be kept."""
+    """FLOPs of a step of each stage. Errors: BadRecipe if a budget in FLOPs cannot be kept."""
     try:
         return [flops.of_step(recipe, stage, cached, here.replicas) for stage in recipe.stage]
     except BadRecipe:
@@ -35,7 +35,7 @@ def of_steps(recipe: config.Recipe, cached: bool, here: World) -> list[float]:
 
 
 def of_words(recipe: config.Recipe, cached: bool, here: World) -> Callable[[int, int], float]:
-    """FLOPs of a step of a stage whose captions had so many words; 0 if of unknown size."""
+    """Return a function: FLOPs of a step, by stage and words of its captions; 0 if unknown."""
 
     @cache
     def worked(number: int, words: int) -> float:
@@ -45,7 +45,7 @@ def of_words(recipe: config.Recipe, cached: bool, here: World) -> Callable[[int,
 
 
 def rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float, float | None]:
-    """FLOP/s that all devices can do, and dollars an hour of them costs, if that is known."""
+    """Peak FLOP/s of all devices, and their dollars an hour, or None if not known."""
     device = hardware.here(dtype).device
     return device.flops * here.size, _rate(recipe, here, device.price)
 
@@ -53,7 +53,7 @@ def rates(recipe: config.Recipe, here: World, dtype: torch.dtype) -> tuple[float
 class Allowance(NamedTuple):
     """What a budget still allows: `factor` multiplies the learning rate of the next step.
 
-    It is `over` if no step fits any more, and `late` if that is for want of time.
+    `over`: no further step fits; `late`: that is for lack of time.
     """
 
     factor: float = 1.0
@@ -62,9 +62,9 @@ class Allowance(NamedTuple):
 
 
 def allowed(run: Run, done: int, first: float = 0.0) -> Allowance:
-    """Ask what the budget allows after `done` steps, if something else takes `first` seconds first.
+    """Return what the budget allows after `done` steps, if something first takes `first` seconds.
 
-    The first rank's clock decides: another rate on another rank would be another step.
+    The first rank's clock decides for all, because learning rates must be equal on all ranks.
     """
     if run.recipe.budget is None:
         return Allowance()
@@ -76,13 +76,13 @@ def allowed(run: Run, done: int, first: float = 0.0) -> Allowance:
 
 
 def spent(recipe: config.Recipe, folder: Path, here: World, clock: Callable[[], float]) -> bool:
-    """Whether a run that would go on has nothing left, by the first rank's clock."""
+    """Whether the budget of a run to be continued is spent, by the first rank's clock."""
     file, rate = folder / "run.json", _rate(recipe, here)
     return parallel.together(here, lambda: Ledger(file, recipe.budget, clock, rate=rate).over)[0]
 
 
 def forecast(run: Run, done: int) -> None:
-    """Say so if at this pace a budget ends before the last stage begins."""
+    """Warn if at this speed the budget ends before the last stage begins."""
     left, usual = run.ledger.left, run.ledger.usual
     if not math.isfinite(left) or not usual:
         return
@@ -95,7 +95,7 @@ def forecast(run: Run, done: int) -> None:
 
 
 def end(recipe: config.Recipe, flops: Sequence[float], done: int, left: float) -> int:
-    """Return the step with which a budget ends that pays for `left` more of the stage's steps."""
+    """Return the step at which a budget ends that pays for `left` more steps of this stage."""
     each, ahead = flops[recipe.stage_at(done)] or 1.0, done
     while ahead < recipe.steps and left > 0:
         ahead += 1
@@ -104,7 +104,7 @@ def end(recipe: config.Recipe, flops: Sequence[float], done: int, left: float) -
 
 
 def unreached(recipe: config.Recipe, step: int) -> str:
-    """Say which stages a run that ends at a step leaves out, if it does."""
+    """Say which stages a run that ends at this step does not reach, if any."""
     last, reached = len(recipe.stage) - 1, recipe.stage_at(step)
     if reached == last:
         return ""
@@ -116,6 +116,6 @@ def unreached(recipe: config.Recipe, step: int) -> str:
 
 
 def _rate(recipe: config.Recipe, here: World, usual: float | None = None) -> float | None:
-    """Dollars an hour of all devices costs, by the recipe's price or the usual one."""
+    """Dollars an hour for all devices, by the recipe's price or else the `usual` one."""
     price = recipe.budget.price if recipe.budget and recipe.budget.price else usual
     return price * here.size if price else None

@@ -1,13 +1,13 @@
-"""How a run stands, and whose it is.
+"""The state of a run, and which process trains it.
 
-    RUN/status.json     state, reason, code, step, checkpoint (the newest good one), rank (that
-                        failed first); replaced as a whole
-    RUN/lock            held by the process that trains in the folder; says which
+    RUN/status.json     state, reason, code, step, checkpoint (the newest good one), rank (the one
+                        that failed first); replaced as a whole
+    RUN/lock            held by the process that trains in the folder; names that process
 
-state is running, finished, stopped (code 75 or 130) or failed. A process that is killed cannot say
-so: its status stays "running", and the lock is free. Where several ranks fail, the first one's
-reason stands, because the others only miss it. torchrun returns 1 whatever a rank returned;
-the code in the file is the true one.
+state is running, finished, stopped (code 75 or 130) or failed. A process that is killed cannot
+record it: the status stays "running", and the lock is free. If several ranks fail, the reason of
+the first is kept, because the others only fail for lack of it. torchrun returns 1 whatever a rank
+returned; the code in the file is the true one.
 """
 
 import contextlib
@@ -28,13 +28,13 @@ from daybreak.data import disk
 from daybreak.failure import BadRecipe, BadStorage, Failure, LostPeer
 
 HELD = re.compile(r"process (?P<process>[1-9][0-9]*) on (?P<host>.+)")  # what a lock says
-EVERY = 5.0  # seconds between two entries of the step
+EVERY = 5.0  # seconds between two updates of the step
 
 
 def alive(run: Path) -> bool | None:
-    """Whether the process that holds the lock of a run is there.
+    """Whether the process that holds the lock of a run is alive.
 
-    None if it is on another machine, or the lock says nothing, as where none can be had.
+    None if it is on another machine, or if the lock names none, as on disks without locks.
     """
     try:
         held = HELD.fullmatch((run / "lock").read_text(encoding="utf-8").strip())
@@ -53,8 +53,8 @@ class Status:
             status.at(step, checkpoint)
             status.end(code, reason)
 
-    Until `begin` it touches nothing. An exception that passes is written down, by the rank that
-    raised it first.
+    Nothing is written before `begin`. An exception that leaves the block is recorded by the rank
+    that raised it first.
     """
 
     def __init__(self, run: Path, tell: Callable[[str], None]) -> None:
@@ -75,7 +75,7 @@ class Status:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        """Write down what went wrong, if something did, and give the folder back."""
+        """Record the error, if there is one, and release the lock."""
         if self.begun and error is not None:
             self.fail(error)
         if self.held is not None:
@@ -84,9 +84,9 @@ class Status:
             self.held.close()
 
     def take(self) -> None:
-        """Take the lock of the folder, or keep it.
+        """Take the lock of the folder, unless this process has it already.
 
-        Errors  BadRecipe if a living process holds it, which the sentence names.
+        Errors  BadRecipe if another living process holds it; the message names that process.
         """
         if self.held is not None:
             return
@@ -97,7 +97,7 @@ class Status:
         held.seek(0)
         before = held.read().strip()
         try:
-            # A lock of this process: a loader's worker, forked from it, does not keep it.
+            # The lock belongs to this process: a worker of the loader, forked from it, has none.
             fcntl.lockf(held, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
             held.close()
@@ -119,26 +119,26 @@ class Status:
         self.held = held
 
     def begin(self, first: bool, step: int, checkpoint: int | None) -> None:
-        """Enter that the run is under way; the first rank holds the lock."""
+        """Record that the run is under way; the first rank takes the lock."""
         self.begun, self.step, self.checkpoint = True, step, checkpoint
         if first:
             self.take()
             self._write("running", "", None)
 
     def at(self, step: int, checkpoint: int | None) -> None:
-        """Hear which step is done; enter it now and then, if this rank holds the lock."""
+        """Note which step is done; the rank with the lock records it every few seconds."""
         news = checkpoint != self.checkpoint or time.monotonic() - self.written > EVERY
         self.step, self.checkpoint = step, checkpoint
         if self.held is not None and news:
             self._write("running", "", None)
 
     def end(self, code: int, reason: str) -> None:
-        """Enter how the run has ended, if this rank holds the lock."""
+        """Record how the run has ended, if this rank holds the lock."""
         if self.held is not None:
             self._write("stopped" if code else "finished", reason, code)
 
     def fail(self, error: BaseException) -> None:
-        """Enter why the run has failed, unless another rank has done so."""
+        """Record why the run has failed, unless another rank has done so."""
         with contextlib.suppress(OSError, ValueError, KeyError):
             if json.loads(self.file.read_text())["state"] != "running":
                 return
@@ -147,7 +147,7 @@ class Status:
         self._write("failed", reason, error.code if isinstance(error, Failure) else 1, rank)
 
     def _write(self, state: str, reason: str, code: int | None, rank: int | None = None) -> None:
-        """Replace the file; a disk that is full is no reason to stop."""
+        """Replace the file; a full disk is ignored."""
         self.written = time.monotonic()
         facts: dict[str, Any] = {"state": state, "reason": reason, "code": code}
         facts |= {"step": self.step, "checkpoint": self.checkpoint, "rank": rank}
