@@ -1,7 +1,7 @@
-"""The device that a process computes on, and how: one way for training, drawing and measuring.
+"""The device that a process computes on; set up alike for training, drawing and measuring.
 
-On a GPU what is float32 is multiplied in TF32, which has more bits than bfloat16 and is ten times
-as fast as float32, and a convolution repeats another's bits.
+On a GPU, float32 matrices are multiplied in TF32, which has more bits than bfloat16 and is ten
+times as fast as float32; convolutions are deterministic.
 """
 
 from collections.abc import Callable
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 def choose(number: int | None = None) -> torch.device:
-    """Return the GPU of this number, or the usual one, set up; the CPU where there is none."""
+    """Set up and return the GPU of this number, or the current one; the CPU if there is no GPU."""
     if not torch.cuda.is_available():
         return torch.device("cpu")
     torch.backends.cudnn.deterministic = True
@@ -24,9 +24,9 @@ def choose(number: int | None = None) -> torch.device:
 
 
 def fetch(tensor: Tensor) -> Callable[[], Tensor]:
-    """Send a tensor to the processor's memory, behind what its device has to do now.
+    """Queue a copy of a tensor to CPU memory, behind the device's current work.
 
-    What is returned waits until it is there, and not for what the device was given to do since.
+    The returned function waits for that copy, but not for work queued on the device after it.
     """
     if tensor.device.type != "cuda":
         return lambda: tensor

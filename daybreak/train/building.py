@@ -1,7 +1,7 @@
 """Everything that a run learns, built from its recipe and shared by its ranks.
 
-Weights are random, a function of the seed, and equal on all ranks before they are cut up. What is
-frozen (a text encoder by name, teachers) stays whole on every rank.
+Initial weights are random, depend only on the seed, and are equal on all ranks before sharding.
+Frozen networks (a named text encoder, teachers) stay whole on every rank.
 """
 
 import time
@@ -23,16 +23,16 @@ from daybreak.train import accelerator, parallel
 from daybreak.train.checkpoint import Checkpoint, State
 from daybreak.train.parallel import World
 
-VARIANTS = 256  # of a block that may be compiled
-# What CPU kernels say when there is no memory: torch's own, and those of oneDNN.
+VARIANTS = 256  # most compiled variants of a block
+# Error messages of CPU kernels when memory runs out: torch's own, and oneDNN's.
 FULL = ("allocate", "could not create a primitive")
-WRITING = 5.0  # seconds in which a linker fills the file that it has made
+WRITING = 5.0  # seconds that a linker may need to fill the file it has created
 
 
 def sources(recipe: config.Recipe) -> tuple[batches.Pictures, ...]:
-    """Open the pictures of each stage. Errors: BadData, BadRecipe also for what no stage can have.
+    """Open the pictures of each stage. Errors: BadData; BadRecipe, also if a stage cannot use them.
 
-    Where stages share them, they are opened once.
+    Pictures that several stages share are opened once.
     """
     kinds = dict.fromkeys(recipe.data_of(stage) for stage in recipe.stage)
     opened = {
@@ -40,7 +40,7 @@ def sources(recipe: config.Recipe) -> tuple[batches.Pictures, ...]:
     }
     found = tuple(opened[recipe.data_of(stage)] for stage in recipe.stage)
     for stage, source in zip(recipe.stage, found, strict=True):
-        source.plan(stage.resolution, stage.batch, first=0)  # refused here, not when its turn comes
+        source.plan(stage.resolution, stage.batch, first=0)  # refuse now, not when the stage begins
     return found
 
 
@@ -69,9 +69,9 @@ def build(
     known: text.Known | None,
     tell: Callable[[str], None],
 ) -> tuple[Objective, State, Ema[TextToImage]]:
-    """Build the loss, what learns, and its average; a checkpoint `found` has the tokenizer.
+    """Build the loss, what learns, and its average; the tokenizer is that of `found`, if given.
 
-    Errors  BadRecipe if an encoder or a teacher cannot be had.
+    Errors  BadRecipe if an encoder or a teacher is not available.
     """
     objective = loss(recipe, dtype)
     tokenizer = None
@@ -88,7 +88,7 @@ def build(
     follows = parallel.Config(reshard_after_forward=True)
     compiled = compiles(recipe, here.device, tell)
     if compiled and here.device.type == "cuda":
-        # On a processor products are nearly all of it, and compiling saves less than it takes.
+        # On a CPU products take nearly all the time, and compiling costs more than it saves.
         objective.compile()
     parallel.prepare(model.dit, model.dit.blocks, here, recipe.parallel, dtype, compiled)
     parallel.prepare(twin.dit, twin.dit.blocks, here, follows, dtype)
@@ -103,7 +103,7 @@ def build(
 
 
 def _captions(sources: Sequence[batches.Pictures]) -> Iterator[str]:
-    """What is said of the pictures of all stages; of those that share their source, once."""
+    """The captions of the pictures of all stages; those of a shared source once."""
     for number, source in enumerate(sources):
         if source not in sources[:number]:
             yield from source.captions()
@@ -111,7 +111,7 @@ def _captions(sources: Sequence[batches.Pictures]) -> Iterator[str]:
 
 @contextmanager
 def room(recipe: config.Recipe) -> Iterator[None]:
-    """Say what to lower when memory runs out."""
+    """If memory runs out, say which setting to lower."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
@@ -127,9 +127,9 @@ def room(recipe: config.Recipe) -> Iterator[None]:
 
 
 def compiles(recipe: config.Recipe, device: torch.device, tell: Callable[[str], None]) -> bool:
-    """Whether blocks are compiled. A CPU without a compiler runs slower, and is told.
+    """Whether blocks are compiled. Without a compiler a CPU runs slower, and `tell` says so.
 
-    Errors  BadRecipe for a GPU without one, whose hours are paid for.
+    Errors  BadRecipe for a GPU without a compiler, because its hours are paid for.
     """
     if not recipe.compile:
         return False
@@ -142,17 +142,17 @@ def compiles(recipe: config.Recipe, device: torch.device, tell: Callable[[str], 
         tell("blocks are not compiled, and training is slower: daybreak doctor says why")
         return False
     _sweep()
-    # Each number of image tokens, and of words, is a variant; past the limit they run uncompiled.
-    # The other limit is on all blocks together, which share their code.
+    # Each number of image tokens, and of words, is a variant; beyond the limit blocks run
+    # uncompiled. The other limit is for all blocks together, which share their code.
     torch._dynamo.config.recompile_limit = VARIANTS
     torch._dynamo.config.accumulated_recompile_limit = VARIANTS * recipe.dit.depth
     return True
 
 
 def _sweep() -> None:
-    """Remove libraries that a killed compiler has left empty: whoever finds one fails, for ever.
+    """Remove libraries that a killed compiler has left empty: every later run would fail on them.
 
-    One that is being written now is left alone.
+    One that may be being written now is left alone.
     """
     from torch._inductor.runtime.cache_dir_utils import cache_dir
 

@@ -1,8 +1,8 @@
 """Captions of prepared datasets, encoded before the runs that train on them.
 
-What is stored, and why it cannot be out of date: daybreak/model/text_cache.py. Here its two ends
-meet the rest: `daybreak prepare --cache-text` fills the cache of a dataset, and a run with the same
-frozen encoder, in the same precision, reads from it what it would have computed.
+What is stored, and why it cannot be out of date: daybreak/model/text_cache.py. This module writes
+and reads the cache: `daybreak prepare --cache-text` fills that of a dataset, and a run with the
+same frozen encoder, in the same precision, reads from it what it would otherwise compute.
 """
 
 from collections.abc import Callable
@@ -18,9 +18,9 @@ from daybreak.train import accelerator, runs
 
 
 def asked(encoder: str, max_tokens: int | None, precision: str) -> tuple[text.Config, str]:
-    """Return how captions are encoded, and in what precision; as in a recipe, if that is given.
+    """Return how captions are to be encoded, and in what precision; `encoder` may be a recipe.
 
-    Errors  BadRecipe if it trains an encoder of its own, or for a `max_tokens` that cannot be had.
+    Errors  BadRecipe if that trains an encoder of its own, or if `max_tokens` is not possible.
     """
     if encoder.endswith(".toml"):
         recipe = config.load(encoder)
@@ -44,7 +44,7 @@ def fill(
     progress: Callable[[int, int], None],
     part: text_cache.Part,
 ) -> Path:
-    """Encode the captions of a dataset that are not yet; returns the folder of the embeddings.
+    """Encode a dataset's captions, unless done already; returns the folder of the embeddings.
 
     Errors  BadRecipe if there is no such encoder, BadData if there is no such dataset, BadStorage.
     """
@@ -59,7 +59,7 @@ def fill(
 def known(
     recipe: config.Recipe, dtype: torch.dtype, tell: Callable[[str], None]
 ) -> text_cache.Reader | None:
-    """What a run need not encode; None if nothing was encoded for its encoder."""
+    """The captions already encoded for a run; None if there are none for its encoder."""
     if recipe.text.encoder is None:
         return None
     folders = recipe.paths

@@ -3,11 +3,11 @@
     RUN/evaluation/steps.jsonl      step, images, resolution of the stage, sides of the pictures by
                                     suite, seconds it took, every value
     RUN/evaluation/interim/         the newest result of each suite in full
-    RUN/best/                       that checkpoint; hard links, so it takes room only once it is
-                                    no longer among the newest
+    RUN/best/                       that checkpoint; hard links, so it takes extra space only once
+                                    it is no longer among the newest
 
-Under torchrun every rank evaluates, because they draw together; the first one writes. What cannot
-be written is told and no more: the run does not depend on it.
+Under torchrun every rank evaluates, because they draw together; the first one writes. A failed
+write is only reported: the run does not depend on it.
 """
 
 import json
@@ -36,16 +36,16 @@ FILE = Path("evaluation/steps.jsonl")
 
 
 class Taken(NamedTuple):
-    """What an evaluation has found, in words, and whether nothing before was better."""
+    """The result of an evaluation in words, and whether it is the best so far."""
 
     note: str
     best: bool
 
 
 def check(recipe: Recipe, metric: str | None = None) -> None:
-    """Refuse a recipe whose evaluations could not be made, or not measure a metric.
+    """Refuse a recipe whose evaluations are not possible, or do not include a metric.
 
-    Without `metric` it is the one that the best checkpoint is kept by.
+    The default `metric` is the one that selects the best checkpoint.
 
     Errors  BadRecipe and BadData, before anything is written.
     """
@@ -63,13 +63,13 @@ def check(recipe: Recipe, metric: str | None = None) -> None:
 
 
 def due(recipe: Recipe, step: int, last: bool = False) -> bool:
-    """Whether the recipe wants the model evaluated after this step, which a budget may end with."""
+    """Whether the recipe has an evaluation after this step; `last` if a budget ends with it."""
     config = recipe.evaluate
     return config is not None and (step % config.every == 0 or step == recipe.steps or last)
 
 
 def missing(recipe: Recipe, run: Path, step: int) -> bool:
-    """Whether a run that goes on from this step was stopped before it could evaluate it."""
+    """Whether a run that continues from this step was stopped before evaluating it."""
     return due(recipe, step) and all(line["step"] != step for line in lines(run))
 
 
@@ -79,7 +79,7 @@ def lines(run: Path) -> list[dict[str, Any]]:
 
 
 def cut(run: Path, start: int) -> None:
-    """Drop evaluations of steps after `start`, which will be done again, and unfinished files."""
+    """Remove evaluations of steps after `start`, which will be repeated, and unfinished files."""
     for folder in (*run.glob(".tmp-best-*"), *run.glob(".old-best-*")):
         shutil.rmtree(folder, ignore_errors=True)
     disk.cut_lines(run / FILE, start)
@@ -93,11 +93,11 @@ def take(
     here: World,
     heed: Callable[[], object] = lambda: None,
 ) -> Taken:
-    """Evaluate averaged weights after a step, and write down what was found.
+    """Evaluate averaged weights after a step, and write down the result.
 
-    Whether they are the best the first rank says: the others may not see its file yet.
+    The first rank decides whether they are the best: the others may not see its file yet.
 
-    `heed` is called before each batch of pictures; what it raises breaks the evaluation off.
+    `heed` is called before each batch of pictures; if it raises, the evaluation is broken off.
 
     Errors  those of the suites.
     """
@@ -142,9 +142,9 @@ def take(
 
 
 def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
-    """Whether the last evaluation beats all before it whose pictures were as large.
+    """Whether the last evaluation is better than all earlier ones on pictures of the same size.
 
-    Where a stage is judged by pictures of another size, its first evaluation is always the best.
+    So when a stage is evaluated on pictures of a new size, its first evaluation is the best.
     """
     from daybreak.evaluate import suite
 
@@ -160,7 +160,7 @@ def is_best(taken: list[dict[str, Any]], metric: str) -> bool:
 def value(line: Mapping[str, Any], metric: str) -> float:
     """A value of one evaluation, NaN if it was not finite.
 
-    Errors  BadRecipe, naming what there is, for a metric that this run cannot be measured by.
+    Errors  BadRecipe, naming the metrics there are, for one that this run does not have.
     """
     if metric not in line["values"]:
         raise BadRecipe(f"{metric} was not measured: there are {', '.join(line['values'])}")
@@ -169,13 +169,13 @@ def value(line: Mapping[str, Any], metric: str) -> float:
 
 
 def side(line: Mapping[str, Any], metric: str) -> int:
-    """The side of the pictures that a value of one evaluation rests on."""
+    """The side of the pictures on which a value of one evaluation is based."""
     sides: Mapping[str, int] = line["sides"]
     return sides.get(metric.partition(".")[0], line["resolution"])
 
 
 def keep(run: Path, step: int) -> None:
-    """Make RUN/best the checkpoint of a step. Errors: BadStorage."""
+    """Make the checkpoint of a step RUN/best. Errors: BadStorage."""
     staged = run / f".tmp-best-{os.getpid()}"
     try:
         shutil.copytree(run / f"checkpoint-{step}", staged, copy_function=link)
@@ -189,7 +189,7 @@ def keep(run: Path, step: int) -> None:
 def best(run: Path) -> Checkpoint:
     """Return the best checkpoint of a run.
 
-    Errors  NoCheckpoint if it is no run, if none was kept, or if that is damaged.
+    Errors  NoCheckpoint if it is not a run, if none was kept, or if the kept one is damaged.
     """
     runs.recorded(run)  # is it a run at all?
     folder = run / "best"
@@ -205,7 +205,7 @@ def best(run: Path) -> Checkpoint:
 
 
 def link(source: str, target: str) -> None:
-    """Another name for a file; a copy where the disk knows no such thing."""
+    """Make a hard link to a file, or a copy if the disk has no hard links."""
     try:
         os.link(source, target)
     except OSError:
@@ -213,7 +213,7 @@ def link(source: str, target: str) -> None:
 
 
 def _heeding(draw: "Draw", heed: Callable[[], object]) -> "Draw":
-    """The same pictures, unless somebody wants to leave."""
+    """Return `draw` with a call of `heed` before it."""
 
     def heedful(
         prompts: Sequence[str], seeds: Sequence[int], height: int, width: int

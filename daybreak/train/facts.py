@@ -1,4 +1,4 @@
-"""What is known of a run besides its recipe: RUN/run.json.
+"""What is known about a run besides its recipe: RUN/run.json.
 
 Versions, precision, machine, arguments, code revision, sha256 of its data (train/runs writes them),
 and the ledger (train/ledger).
@@ -12,7 +12,7 @@ from daybreak.failure import BadStorage
 
 
 def read(run: Path) -> dict[str, Any]:
-    """Read it; nothing if it is not there. Errors: BadStorage if it is damaged."""
+    """Read RUN/run.json; empty if it does not exist. Errors: BadStorage if it is damaged."""
     try:
         found: dict[str, Any] = json.loads((run / "run.json").read_text(encoding="utf-8"))
         if not isinstance(found, dict):

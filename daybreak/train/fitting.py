@@ -1,6 +1,6 @@
-"""Does a run fit its devices, and what would make it fit: the smallest change that does.
+"""Whether a run fits its devices, and if not, the smallest change that makes it fit.
 
-In this order: fewer pictures in a pass, blocks that recompute what is inside them, devices with
+Tried in this order: fewer pictures in a pass, blocks that recompute their activations, devices with
 more memory, more devices, a narrower network.
 """
 
@@ -32,7 +32,7 @@ def check_memory(recipe: Recipe, made: budget.Plan) -> None:
 
 
 def check_data(recipe: Recipe) -> None:
-    """Refuse a prepared dataset, if it is here, too small for a stage. Errors: BadRecipe."""
+    """Refuse a prepared dataset (if it is here) too small for a stage. Errors: BadRecipe."""
     for stage in recipe.stage:
         for folder in recipe.data_of(stage).paths:
             if is_prepared(folder):
@@ -50,7 +50,7 @@ def remedies(recipe: Recipe, first: Cluster) -> Iterator[str]:
 
 
 def narrower(recipe: Recipe, cluster: Cluster) -> str | None:
-    """The largest width that fits, in heads as wide as now, where blocks are recomputed."""
+    """The largest width that fits, with heads as wide as now and blocks recomputed."""
     size, again = recipe.dit, recomputing(recipe)
 
     def pass_of(heads: int) -> int | None:
@@ -67,7 +67,7 @@ def narrower(recipe: Recipe, cluster: Cluster) -> str | None:
 
 
 def clusters(recipe: Recipe, first: Cluster) -> Iterator[Cluster]:
-    """These devices, as many larger ones, then more of the same: from the least change to most."""
+    """Yield these devices, then as many larger ones, then more of the same kind."""
     count, device = first
     yield first
     for other in sorted(hardware.DEVICES.values(), key=lambda device: device.memory):
@@ -88,9 +88,9 @@ def spread(recipe: Recipe, cluster: Cluster) -> Recipe:
 def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
     """The recipe with a mesh for these devices, and the largest passes that fit them.
 
-    Where none fits, blocks are recomputed, which costs a third of their time more.
+    If none fits, blocks are recomputed, which takes them a third more time.
 
-    Errors  BadRecipe if none does.
+    Errors  BadRecipe if none fits even then.
     """
     budget.check_shares(recipe, cluster.number)
     recipe = spread(recipe, cluster)
@@ -104,15 +104,15 @@ def fitted(recipe: Recipe, cluster: Cluster) -> Recipe:
 
 
 def recomputing(recipe: Recipe) -> Recipe:
-    """The recipe with blocks that forget what is inside them and compute it again."""
+    """The recipe with blocks that drop their activations and compute them again."""
     parallel = recipe.parallel.model_copy(update={"recompute": True})
     return recipe.model_copy(update={"parallel": parallel})
 
 
 def largest_pass(recipe: Recipe, cluster: Cluster) -> int | None:
-    """Pictures that a device can take at once: as many, or as few, in every pass of a stage.
+    """The most pictures that a device can take at once, the same in every pass of a stage.
 
-    Where they are set against each other in pairs, it is an even number.
+    If the loss compares pictures in pairs, it is an even number.
     """
     count, device = cluster
     mesh, dtype = budget.mesh_of(recipe, count), budget.precision(recipe, cluster)

@@ -1,8 +1,8 @@
-"""The recipe's prompts, drawn now and then while a run goes on.
+"""The recipe's prompts, drawn at intervals during a run.
 
     RUN/samples/step-0001000/    00.png, 01.png, ...; grid.png; prompts.json
 
-Noise is that of fixed seeds, so the same pictures grow clearer from grid to grid.
+The noise comes from fixed seeds, so the same pictures become clearer from grid to grid.
 """
 
 import json

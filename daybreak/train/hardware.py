@@ -1,10 +1,10 @@
-"""What a machine can do at most, and what an hour of it costs.
+"""The peak performance of a machine, and what an hour of it costs.
 
     32xH200, 8xL40S, RTX 4090, cpu
 
-Peaks are dense bfloat16 products that accumulate in float32: datasheets print twice as much, for
-matrices half of zeros. Those of float32 are products in TF32. `here` is the machine at hand; a
-processor has no datasheet worth the name, so its peak is measured.
+Peaks are for dense bfloat16 products that accumulate in float32: datasheets print twice as much,
+for matrices that are half zeros. Peaks in float32 are for products in TF32. `here` is this machine;
+a CPU's peak is measured, as no datasheet gives it.
 
 Units   FLOP/s, bytes (a datasheet's GB are 10^9), bytes/s in one direction, dollars an hour, watts.
 Source  peaks, memory, power and links: NVIDIA's datasheets of the SXM boards (A100, H100, H200,
@@ -29,14 +29,14 @@ from daybreak.failure import BadRecipe
 from daybreak.model.product import product
 
 GB = 10**9
-NETWORK = 50 * GB  # between nodes, per GPU: 400 Gb/s, what clusters of these boards are sold with
+NETWORK = 50 * GB  # between nodes, per GPU: 400 Gb/s, usual in clusters of these boards
 PER_NODE = 8  # devices that share a fast link
-MOST = 1_000_000  # devices: more than anybody has
-OTHERS = {"pcie", "nvl", "laptop", "max", "mig", "d"}  # of a board's name, for a slower one
+MOST = 1_000_000  # devices: above any real number
+OTHERS = {"pcie", "nvl", "laptop", "max", "mig", "d"}  # words in the names of slower boards
 
 
 class Device(NamedTuple):
-    """One GPU, or the processor of one machine."""
+    """One GPU, or the CPU of one machine."""
 
     name: str
     flops: float
@@ -115,7 +115,7 @@ def parse(text: str, dtype: torch.dtype) -> Cluster:
 
 
 def here(dtype: torch.dtype) -> Cluster:
-    """Return the GPUs of this machine, or its processor where there are none."""
+    """Return the GPUs of this machine, or its CPU if it has none."""
     if not torch.cuda.is_available():
         return Cluster(1, processor(dtype))
     title = torch.cuda.get_device_name(0)
@@ -127,9 +127,9 @@ def here(dtype: torch.dtype) -> Cluster:
 
 
 def known(title: str) -> Device | None:
-    """Return what the table knows of a GPU, by the name its driver gives it.
+    """Return the table's entry for a GPU, by the name that its driver gives it, or None.
 
-    A board of the same name that is slower is another one: H100 PCIe, RTX 4090 Laptop GPU.
+    Slower boards with a similar name do not match: H100 PCIe, RTX 4090 Laptop GPU.
     """
     words = re.split(r"[\s_-]", title.lower())
     if OTHERS & set(words):
@@ -138,7 +138,7 @@ def known(title: str) -> Device | None:
 
 
 def processor(dtype: torch.dtype) -> Device:
-    """Measure the processor of this machine, with the threads torch would use."""
+    """Measure the CPU of this machine, with as many threads as torch would use."""
     memory = float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
     allowed = host.memory_limit(host.CGROUP)
     memory = min(memory, allowed) if allowed else memory
@@ -147,9 +147,9 @@ def processor(dtype: torch.dtype) -> Device:
 
 @cache
 def speed(dtype: torch.dtype, kind: str) -> float:
-    """Measure the FLOP/s of one large product, the best of 0.2 seconds.
+    """Measure the FLOP/s of one large product: the fastest within 0.2 seconds.
 
-    Once for a process: what it finds first holds.
+    It is measured once per process and then remembered.
     """
     side = 1024 if kind == "cpu" else 8192
     left = torch.ones(side, side, dtype=dtype, device=kind)
@@ -159,12 +159,12 @@ def speed(dtype: torch.dtype, kind: str) -> float:
         if kind == "cuda":
             torch.cuda.synchronize()
 
-    multiply()  # the first one looks for its kernel
+    multiply()  # the first call selects a kernel
     return 2 * side**3 / fastest(multiply, 0.2)
 
 
 def fastest(deed: Callable[[], object], seconds: float) -> float:
-    """Do something again and again for so long; return the seconds that the fastest time took."""
+    """Repeat `deed` for that many seconds; return the seconds of the fastest repetition."""
     best, until = math.inf, time.perf_counter() + seconds
     while time.perf_counter() < until or best == math.inf:
         began = time.perf_counter()
@@ -174,7 +174,7 @@ def fastest(deed: Callable[[], object], seconds: float) -> float:
 
 
 def _within(some: list[str], words: list[str]) -> bool:
-    """Whether words stand in others, one behind the other."""
+    """Whether `some` occurs in `words` as a run of consecutive words."""
     return any(words[first : first + len(some)] == some for first in range(len(words)))
 
 

@@ -1,7 +1,7 @@
-"""A recipe made longer or shorter: other numbers of steps, and what goes with them.
+"""A recipe made longer or shorter: new numbers of steps, and settings that depend on them.
 
-Warm-up gets shorter with its stage and never longer. REPA's last step and the last scene whose
-caption is complete keep their place in the run.
+Warm-up is shortened with its stage but never lengthened. REPA's last step and the last scene whose
+caption is complete keep their relative place in the run.
 """
 
 from collections.abc import Sequence
@@ -12,7 +12,7 @@ from daybreak.config import Recipe
 
 
 def lasting(recipe: Recipe, steps: Sequence[int], where: str = "length") -> Recipe:
-    """The recipe with so many steps of each stage, checked as a whole. Errors: BadRecipe."""
+    """The recipe with these steps for each stage, checked as a whole. Errors: BadRecipe."""
     counts = [stage.count for stage in recipe.stage]
     stages = []
     for stage, count in zip(recipe.stage, steps, strict=True):
@@ -31,9 +31,9 @@ def lasting(recipe: Recipe, steps: Sequence[int], where: str = "length") -> Reci
 
 
 def _moved(place: int, batches: Sequence[int], before: Sequence[int], after: Sequence[int]) -> int:
-    """Where a picture of the run comes to lie when stages take other numbers of steps.
+    """The new index of a picture of the run when the stages get new numbers of steps.
 
-    The end of a stage stays one, and within each it moves in proportion.
+    Ends of stages map to ends of stages; between them the index scales in proportion.
     """
     left, start = place, 0
     for batch, old, new in zip(batches, before, after, strict=True):
@@ -41,4 +41,4 @@ def _moved(place: int, batches: Sequence[int], before: Sequence[int], after: Seq
             return start + round(left * new / old)
         left -= old * batch
         start += new * batch
-    return start + left  # beyond the last one
+    return start + left  # beyond the last stage
