@@ -2,20 +2,20 @@
 
     daybreak compare a.toml b.toml                              the first is the baseline
     daybreak compare a.toml --without tread --set dit.width=256     a.toml, and each change alone
-    daybreak compare a.toml a.toml                              a test of the instrument: A/A
+    daybreak compare a.toml a.toml                              an A/A test of the comparison itself
 
-Run k of every arm has seed s + k, so initial weights, data and evaluation noise are shared. Where
-two arms are the same recipe they would be the same numbers: the second gets other seeds, and is
-still compared pair by pair.
+Run k of every arm has seed s + k, so arms share initial weights, data and evaluation noise. Two
+arms with the same recipe would give the same numbers, so the second gets other seeds; it is still
+compared pair by pair.
 
-A budget shortens or lengthens the recipe's stages in proportion (train/length). Pictures and FLOPs
-are counted, and as many steps are taken as they pay for, exactly. Seconds are turned into steps by
-the speed of each arm, measured once with real steps on this machine and kept beside the runs, so
-that a slower arm sees less and an interruption changes nothing.
+A budget shortens or lengthens the recipe's stages in proportion (train/length). A budget in
+pictures or FLOPs is turned into steps by exact counting. One in seconds is turned into steps by the
+speed of each arm, measured once with real steps on this machine and kept beside the runs: a slower
+arm sees fewer pictures, and an interruption changes nothing.
 
-Runs are kept under a digest of their recipe and used again; the same command goes on where it was
-stopped. A run that has ended is known by what its steps depend on: asked or named otherwise it is
-taken over, and only evaluated anew.
+Runs are kept under a digest of their recipe and reused; the same command continues where it was
+stopped. A finished run is identified by what its steps depend on: under another name or evaluation
+it is taken over, and only evaluated again.
 
 Units   costs in the unit of the budget: pictures, FLOP or seconds of one step.
 """
@@ -40,16 +40,16 @@ from daybreak.train.runs import FREE, machine, precision
 
 Unit = Literal["pictures", "flops", "seconds"]
 LONGEST = 60  # bytes of an arm's name in that of its folder
-OTHER_SEEDS = 1000  # from one arm of the same recipe to the next
+OTHER_SEEDS = 1000  # distance between the seeds of arms with the same recipe
 
 
 class Arm(NamedTuple):
-    """A recipe with its budget and evaluation, before seed and folder are put in."""
+    """A recipe with its budget and evaluation, before seed and folder are set."""
 
     name: str
     recipe: Recipe
     first_seed: int
-    twin: bool  # of an arm before it
+    twin: bool  # same recipe as an earlier arm
 
 
 class Run(NamedTuple):
@@ -61,16 +61,16 @@ class Run(NamedTuple):
 
     @property
     def folder(self) -> Path:
-        """Where it is, or will be."""
+        """The folder where the run is, or will be."""
         return Path(self.recipe.out)
 
 
 def named(
     recipes: Sequence[str], sets: Sequence[str], without: Sequence[str]
 ) -> list[tuple[str, Recipe]]:
-    """Load the recipes, or one recipe and its changes, each an arm.
+    """Load the recipes, or one recipe and its changes; each is an arm.
 
-    Errors  BadRecipe for a bad recipe, or for several of them and changes.
+    Errors  BadRecipe for a bad recipe, or for changes to several recipes.
     """
     if len(recipes) > 1 and (sets or without):
         raise BadRecipe(
@@ -95,11 +95,11 @@ def arms(
     out: Path,
     metric: str | None = None,
 ) -> list[Arm]:
-    """Give every recipe its budget, and the same evaluation `points` times on its way.
+    """Give every recipe its budget, and the same evaluation `points` times during the run.
 
     Errors  BadRecipe for a budget in dollars or too small for a step, for recipes that cannot be
-            asked the same, or a metric that they cannot have; BadData for a dataset that cannot be
-            evaluated with. All of it before anything is written.
+            evaluated on the same questions, or a metric that they do not have; BadData for a
+            dataset unfit for evaluation. All of them before anything is written.
     """
     for name, recipe in loaded:
         for key, network in stand_ins.named(recipe):
@@ -142,7 +142,7 @@ def arms(
 
 
 def questions(recipe: Recipe, evaluation: Evaluate) -> dict[str, object]:
-    """What an evaluation asks a recipe, as far as the recipe decides it, by name.
+    """The settings, by name, with which a recipe influences the questions of its evaluation.
 
     Errors  BadData, as `examples.of_dataset`.
     """
@@ -152,7 +152,7 @@ def questions(recipe: Recipe, evaluation: Evaluate) -> dict[str, object]:
     if scenes is not None and (evaluation.data is None or "scenes" in evaluation.suites):
         found |= {f"scenes.{key}": getattr(scenes, key) for key in ("canvas", "objects")}
         found["scenes.held_out"] = frozenset(scenes.held_out)
-        if shown:  # their captions are those of training
+        if shown:  # evaluation uses captions as in training
             found["scenes.under_specified"] = scenes.under_specified
     if evaluation.data is not None and shown:
         side, patch = recipe.stage[-1].resolution, recipe.dit.patch
@@ -167,7 +167,7 @@ def questions(recipe: Recipe, evaluation: Evaluate) -> dict[str, object]:
 
 
 def _ask_alike(asked: Sequence[tuple[str, dict[str, object]]]) -> None:
-    """Refuse recipes whose values would answer other questions than the first's.
+    """Refuse recipes that would be evaluated on other questions than the first.
 
     Errors  BadRecipe.
     """
@@ -196,12 +196,12 @@ def runs(arms: Sequence[Arm], seeds: int, out: Path) -> Iterator[Run]:
 
 
 def reuse(runs: Sequence[Run], out: Path, whole: bool) -> list[Run]:
-    """Take over what is trained already, and return those runs.
+    """Take over runs that are trained already, and return them.
 
-    One that was evaluated as it is to be now is taken with its evaluations. Another one will be
-    evaluated after its last step alone, so it is of no use where the `whole` way there is asked.
+    A run that had the same evaluation is taken with its evaluations. Any other will be evaluated
+    only after its last step, so it cannot be used if the `whole` curve is needed.
 
-    Errors  BadStorage; BadRecipe for a run that was taken over without the way that is now asked.
+    Errors  BadStorage; BadRecipe for a run taken over earlier without the curve now needed.
     """
     taken = []
     for run in runs:
@@ -219,7 +219,7 @@ def reuse(runs: Sequence[Run], out: Path, whole: bool) -> list[Run]:
 
 
 def _same(run: Run, out: Path, whole: bool) -> tuple[Path, bool] | None:
-    """The folder of a run of the same steps that has ended, and whether it was asked the same."""
+    """The folder of a finished run with the same steps, and whether its evaluation is the same."""
     found = None
     for file in sorted(out.glob(f"*/seed-{run.recipe.seed}/recipe.toml")):
         try:
@@ -245,7 +245,7 @@ def alike(one: Recipe, other: Recipe) -> bool:
 
 
 def _ended(folder: Path, recipe: Recipe) -> int | None:
-    """The code of a run that took all its steps or diverged; else it may go on, and has none."""
+    """The exit code of a run that took all its steps or diverged; None if it may continue."""
     try:
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -255,7 +255,7 @@ def _ended(folder: Path, recipe: Recipe) -> int | None:
 
 
 def _watched(run: Run) -> bool:
-    """Whether a run was evaluated on its way, if its recipe says so."""
+    """Whether a run has the evaluations during training that its recipe asks for, if any."""
     recipe, taken = run.recipe, evaluations.lines(run.folder)
     once = recipe.evaluate is None or recipe.evaluate.every >= recipe.steps
     return once or any(line["step"] < recipe.steps for line in taken)
@@ -283,7 +283,7 @@ def _take_over(source: Path, asked_the_same: bool, run: Run) -> None:
 
 
 def pace(recipe: Recipe, given: Budget, out: Path) -> list[float]:
-    """What one step of each stage costs, in the unit of a budget. Errors: BadRecipe for dollars."""
+    """The cost of one step of each stage, in the budget's unit. Errors: BadRecipe for dollars."""
     if given.kind == "dollars":
         raise BadRecipe(
             "a budget in dollars depends on a price, and recipes are compared at equal cost: give "
@@ -300,8 +300,8 @@ def pace(recipe: Recipe, given: Budget, out: Path) -> list[float]:
 def fit(recipe: Recipe, given: Budget, costs: Sequence[float]) -> Recipe:
     """The recipe with as many steps as a budget pays for, stages in proportion.
 
-    What rounding down has left over goes to the last stage, so that less than the cost of one of
-    its steps is not used.
+    What remains after rounding down goes to the last stage, so that what stays unused is less than
+    the cost of one of its steps.
 
     Errors  BadRecipe if not every stage gets a step.
     """
@@ -320,14 +320,14 @@ def fit(recipe: Recipe, given: Budget, costs: Sequence[float]) -> Recipe:
 
 
 def unit(given: Budget | None, target: float | None) -> Unit:
-    """What costs are counted in: as the budget; without one, a target is met in seconds."""
+    """The unit of costs: that of the budget; without a budget, seconds if there is a target."""
     if given is not None and given.kind != "dollars":
         return given.kind
     return "pictures" if target is None else "seconds"
 
 
 def costs(recipe: Recipe, unit: Literal["pictures", "flops"]) -> list[float]:
-    """What all steps up to each step have cost, for pictures or FLOPs."""
+    """The total cost up to each step, in pictures or FLOPs."""
     total, found, given = 0.0, [], Budget(unit, 1.0)
     for stage, one in zip(recipe.stage, pace(recipe, given, Path()), strict=True):
         for _ in range(stage.count):
@@ -337,7 +337,7 @@ def costs(recipe: Recipe, unit: Literal["pictures", "flops"]) -> list[float]:
 
 
 def _measured(recipe: Recipe, file: Path) -> list[float]:
-    """Seconds of a step in each stage, measured the first time that this machine is asked."""
+    """Seconds of a step in each stage, measured once on each machine."""
     shape, here = _with(recipe, seed=0), machine()
     kept = json.loads(file.read_text()).get("speeds", []) if file.is_file() else []
     for one in kept:

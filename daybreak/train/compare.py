@@ -1,20 +1,20 @@
 """`daybreak compare`: train every arm with every seed, and say what follows from the results.
 
     value       the metric after the last step, on questions that arms of one seed share
-    gain        value less the baseline's of the same seed, signed so that more is better
-    verdict     by the exact p of the gains and their interval, corrected for several arms; what
-                is better must be so in three quarters of the seeds
-    reached     what was spent when a run first met the target; where it never did it is censored
+    gain        value minus the baseline's for the same seed, signed so that more is better
+    verdict     by the exact p of the gains and their interval, corrected for several arms; an arm
+                called better must be so in three quarters of the seeds
+    reached     the cost at which a run first met the target; censored if it never did
 
-Every run counts. One whose loss stops being finite has no value: its arm is called diverged, and no
-statistic pretends otherwise.
+Every run counts. A run whose loss stops being finite has no value: its arm is called diverged, and
+gets no statistics.
 
-Time is that of training alone: waiting for data and working, step by step. Evaluations, grids and
-checkpoints lie between the steps. Of the first WARM steps of a stage, and of those after a pause,
-the ones that last longer than SLOW times the stage's median are compiling, and count as the median.
-The clock on the wall is kept beside.
+Time is that of training only: waiting for data and computing, step by step. Evaluations, grids and
+checkpoints are between the steps and do not count. Among the first WARM steps of a stage, or after
+a pause, steps longer than SLOW times the stage's median are taken to be compiling, and count as the
+median. Wall-clock time is recorded too.
 
-Source  evaluate/statistics, where the tests are named; rules of the clock: docs/speedrun.md.
+Source  evaluate/statistics, where the tests are named; timing rules: docs/speedrun.md.
 """
 
 import json
@@ -40,7 +40,7 @@ WARM, SLOW = 50, 3.0  # steps that may compile, and how much longer than usual t
 
 
 class Question(NamedTuple):
-    """What a comparison wants to know, written down before the runs."""
+    """The question of a comparison, fixed before the runs."""
 
     metric: str
     unit: Unit = "pictures"  # in which costs are counted
@@ -54,13 +54,14 @@ class Question(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """One run: its value, its way there as (cost, value), and its seconds.
+    """One run: its value, its curve of (cost, value), and its seconds.
 
-    The way is that at the last resolution alone: values of smaller pictures are others. `wall` runs
-    from when the first step could begin to the end of the last one, compilation and all that lies
-    between steps in it; start-up, pauses between sessions and what follows the last step are not.
-    `passed` holds each question of scenes with its answer, for McNemar; `step` is the last one, and
-    `values` is every metric after it. A run that diverged has the value NaN, and no others.
+    The curve has only evaluations at the last resolution: others are not comparable. `wall` is the
+    time from when the first step could begin to the end of the last one. It includes compilation
+    and what happens between steps, but not start-up, pauses between sessions and what follows the
+    last step. `passed` holds each question of scenes with its answer, for McNemar's test; `step` is
+    the last step, and `values` holds every metric after it. A run that diverged has the value NaN,
+    and no others.
     """
 
     run: Run
@@ -86,7 +87,7 @@ class Row(NamedTuple):
 
 
 class Versus(NamedTuple):
-    """An arm against the baseline. Without statistics where a run of either diverged."""
+    """An arm against the baseline. Without statistics if a run of either diverged."""
 
     row: Row
     verdict: Verdict
@@ -118,7 +119,7 @@ def run(runs: Sequence[Run], arms: Sequence[Arm], tell: Callable[[str], None]) -
         if _has_diverged(one.folder):
             tell(f"skipped, as it diverged before: remove {one.folder} to train it again")
             continue
-        torch._dynamo.reset()  # or the variants of all runs add up to the limit
+        torch._dynamo.reset()  # else the variants of all runs together reach the limit
         try:
             outcome = loop.train(one.recipe, tell)
         except NotFinite as failure:
@@ -167,10 +168,10 @@ def read(run: Run, question: Question) -> Outcome:
 
 
 def _has_diverged(folder: Path) -> bool:
-    """Whether the last thing that a run says of itself is that its loss was not finite."""
+    """Whether a run's status says that it ended because its loss was not finite."""
     try:
         status = json.loads((folder / "status.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:  # the disk took nothing
+    except FileNotFoundError:  # the disk was full
         return False
     return bool(status["code"] == NotFinite.code)
 
@@ -182,7 +183,7 @@ def clock(recipe: Recipe, steps: Sequence[dict[str, Any]]) -> list[float]:
     for stage in recipe.stage:
         inside = took[first : first + stage.count]
         usual = averages.median(inside) if inside else 0.0
-        began = 0  # where compiled code was last forgotten
+        began = 0  # where compiled code was last discarded
         for place, seconds in enumerate(inside):
             if "resumed" in steps[first + place]:
                 began = place
@@ -193,9 +194,9 @@ def clock(recipe: Recipe, steps: Sequence[dict[str, Any]]) -> list[float]:
 
 
 def _passed(run: Run, metric: str) -> dict[str, bool]:
-    """The answers that a metric of scenes is made of, by question.
+    """The answers behind a metric of scenes, by question.
 
-    None for another metric, nor where the disk did not take those of the last step.
+    Empty for another metric, or if those of the last step could not be written.
     """
     name, _, value = metric.partition(".")
     file = run.folder / "evaluation/interim/scenes.json"
@@ -221,7 +222,7 @@ def _passed(run: Run, metric: str) -> dict[str, bool]:
 
 
 def compare(arms: Sequence[Arm], outcomes: Sequence[Outcome], question: Question) -> Comparison:
-    """Draw the conclusions. `outcomes` holds equally many runs of each arm."""
+    """Draw the conclusions. `outcomes` holds the same number of runs for each arm."""
     rows = [
         _row(arm, [o for o in outcomes if o.run.arm == place], question)
         for place, arm in enumerate(arms)
@@ -265,12 +266,12 @@ def _row(arm: Arm, outcomes: list[Outcome], question: Question) -> Row:
 
 
 def _crossed(row: Row, question: Question) -> list[Reached]:
-    """Costs of a target for a comparison, which may lie between two evaluations."""
+    """Costs of reaching the target, interpolated between two evaluations, for comparing arms."""
     return [_reached(outcome, question, interpolate=True) for outcome in row.outcomes]
 
 
 def _reached(outcome: Outcome, question: Question, interpolate: bool = False) -> Reached:
-    """What a run had spent when it met the target; all it has spent, if it never did."""
+    """The cost at which a run met the target; its whole cost if it never did."""
     assert question.target is not None
     if not outcome.curve:  # it diverged before it was ever evaluated
         return Reached(0.0, met=False)
@@ -279,7 +280,7 @@ def _reached(outcome: Outcome, question: Question, interpolate: bool = False) ->
 
 
 def _mcnemar(candidate: Outcome, baseline: Outcome) -> McNemar | None:
-    """The questions that one of two runs passes; none where they were not asked the same."""
+    """McNemar's test of two runs' answers; None if their questions differ."""
     asked = list(baseline.passed)
     if not asked or candidate.passed.keys() != baseline.passed.keys():
         return None

@@ -1,4 +1,4 @@
-"""What `daybreak plan` says: a run on paper as tables for people, and as JSON for programs."""
+"""The output of `daybreak plan`: a run's estimate as tables for people, as JSON for programs."""
 
 import math
 import os
@@ -17,15 +17,15 @@ from daybreak.train.budget import Plan
 
 TIMES = ((3600, "h"), (60, "min"), (1, "s"))
 UNITS = {1e18: "EFLOP", 1e15: "PFLOP", 1e12: "TFLOP"}
-BAR = 32  # signs
-# Times that a picture may be seen. The run of docs/records/emoji.md drew new combinations better
-# after 155 epochs (step 4,000) than at its end, after 282, when it knew its pictures by heart.
+BAR = 32  # characters
+# Epochs above which the plan warns. The run of docs/records/emoji.md drew new combinations better
+# after 155 epochs (step 4,000) than at its end, after 282, when it had memorised its pictures.
 BY_HEART = 200
 PRICES = "RunPod's Community Cloud, March 2026; --price changes it"
 
 
 def tables(recipe: Recipe, made: Plan, times: float | None = None) -> Iterator[Table]:
-    """Yield what is printed, in order; a budget buys the run so many times."""
+    """Yield what is printed, in order; `times` is how many times a budget buys the run."""
     yield verdict(made)
     yield stages(recipe, made)
     unit = next(size for size in UNITS if made.flops >= size or size == min(UNITS))
@@ -40,7 +40,7 @@ def tables(recipe: Recipe, made: Plan, times: float | None = None) -> Iterator[T
 
 
 def verdict(made: Plan) -> Table:
-    """How long, how much, and whether it fits: the line to read if only one is read."""
+    """Hours, price, and whether it fits: the line to read if you read only one."""
     table = Table.grid()
     paid = f", ${dollars(made, made.seconds)}" if made.price is not None else ""
     fits, sizes = _room(made)
@@ -79,7 +79,7 @@ def stages(recipe: Recipe, made: Plan) -> Table:
 
 
 def bars(title: str, parts: Mapping[str, float], unit: float, name: str) -> Table:
-    """Draw each part as long as its share of the whole."""
+    """Draw a bar for each part, as long as its share of the whole."""
     table = Table(box=None, pad_edge=False)
     whole = sum(parts.values())
     table.add_column(title)
@@ -97,7 +97,7 @@ def bars(title: str, parts: Mapping[str, float], unit: float, name: str) -> Tabl
 
 
 def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
-    """What the figures rest on, and what else is good to know."""
+    """What the figures are based on, and other useful remarks."""
     count, device = made.cluster
     fits, sizes = _room(made)
     inside, across = _traffic(recipe, made)
@@ -149,14 +149,14 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
 
 
 def _busy(made: Plan) -> str:
-    """Whether a processor was measured beside other work, which makes it slower than it is."""
+    """Whether other work was running while the CPU was measured, which makes it seem slower."""
     load = os.getloadavg()[0] / host.usable()
     busy = made.cluster.device.name == "cpu" and load > 0.5
     return f"; this machine was busy, load {load:.1f} a core: it may do more" if busy else ""
 
 
 def purchase(recipe: Recipe, made: Plan, times: float) -> str:
-    """What a budget buys: so many times the run, and the run it would be."""
+    """What a budget buys: how many times the run, and what that run would be."""
     bought, paper = _bought(recipe, made, times)
     sets = " ".join(f"--set {change}" for change in config.assignments(recipe, bought))
     cost = [_time(paper.seconds)]
@@ -171,7 +171,7 @@ def purchase(recipe: Recipe, made: Plan, times: float) -> str:
 
 
 def _bought(recipe: Recipe, made: Plan, times: float) -> tuple[Recipe, Plan]:
-    """The run that is so many times as long, and that on paper."""
+    """The run `times` as long, and its estimate."""
     bought = budget.times_as_long(recipe, times)
     pace = zip(made.stages, bought.stage, strict=True)
     stages = tuple(old._replace(steps=new.count) for old, new in pace)
@@ -228,7 +228,7 @@ def facts(recipe: Recipe, made: Plan, times: float | None = None) -> dict[str, A
 
 
 def dollars(made: Plan, seconds: float) -> str:
-    """Price of all devices for so long; in cents, too, where it is small."""
+    """Price of all devices for that many seconds; with cents if it is small."""
     if made.price is None:
         return "-"
     paid = made.price * made.cluster.number * seconds / 3600
@@ -236,14 +236,14 @@ def dollars(made: Plan, seconds: float) -> str:
 
 
 def _traffic(recipe: Recipe, made: Plan) -> tuple[float, float]:
-    """Bytes that a device sends in a step, in the stage whose steps take most passes."""
+    """Bytes that a device sends in a step, in the stage with the most passes per step."""
     count = made.cluster.number
     most = max(budget.passes(recipe, stage, count) for stage in recipe.stage)
     return budget.traffic(recipe, made.mesh, most, budget.precision(recipe, made.cluster))
 
 
 def _epochs(recipe: Recipe, made: Plan) -> str:
-    """How often the run sees the pictures it has, where that is known."""
+    """How often the run sees its pictures, if their number is known."""
     seen: dict[Data, int] = defaultdict(int)
     for stage, paper in zip(recipe.stage, made.stages, strict=True):
         seen[recipe.data_of(stage)] += paper.steps * paper.batch
@@ -255,11 +255,11 @@ def _epochs(recipe: Recipe, made: Plan) -> str:
 
 
 def _time(seconds: float) -> str:
-    """A stretch of time, with three digits that count."""
+    """A duration, with three significant digits."""
     size, unit = next((size, unit) for size, unit in TIMES if seconds >= size or size == 1)
     return f"{_three(seconds / size)} {unit}"
 
 
 def _three(amount: float) -> str:
-    """A number with three digits that count."""
+    """A number with three significant digits."""
     return f"{amount:,.0f}" if amount >= 100 else f"{amount:.3g}"

@@ -1,11 +1,11 @@
-"""The run folder: what a run is, before its first step and after its last.
+"""The run folder: the description of a run, before its first step and after its last.
 
-    recipe.toml     every value of the recipe, so that the run can be done again from it
+    recipe.toml     every value of the recipe, so that the run can be repeated from it
     run.json        versions, precision, machine, arguments, code revision, sha256 of prepared data
-    status.json     how it stands;  lock: whose it is (train/status)
+    status.json     state of the run;  lock: which process trains it (train/status)
     metrics.jsonl   one line per step;  samples/, checkpoint-N/, latest, evaluation/, pipeline/
 
-The same command in the same folder continues; another recipe in it is refused.
+The same command in the same folder continues the run; a different recipe is refused there.
 """
 
 import contextlib
@@ -27,16 +27,16 @@ from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model import text, text_to_image
 from daybreak.train import accelerator, checkpoint, facts
 
-# Files of a start that was broken off before its first step; and one that macOS puts everywhere.
+# Files of a start that was broken off before its first step; and one that macOS puts anywhere.
 OURS = {"lock", "status.json", "run.json", ".DS_Store"}
-# Keys that no step depends on; and keys that change a step by its rounding alone: `micro`, say, is
-# lowered when memory has run out.
+# Keys that no step depends on; and keys that change a step only by rounding, for example `micro`,
+# which one lowers after running out of memory.
 FREE = ("budget.", "sample.", "save_every:", "save_async:", "keep:", "keep_every:")
 ROUNDED = ("micro:", "compile:", "data.workers:")
 
 
 def precision(recipe: config.Recipe) -> torch.dtype:
-    """Return the precision of the blocks: as the recipe says, or what this machine is fast in."""
+    """Return the precision of the blocks: the recipe's, or one in which this machine is fast."""
     return dtype(recipe.precision)
 
 
@@ -48,9 +48,9 @@ def dtype(precision: str) -> torch.dtype:
 
 
 def enter(recipe: config.Recipe) -> Path:
-    """Look at the run folder of a recipe, new or begun, without touching it.
+    """Return the run folder of a recipe, new or existing, without changing it.
 
-    Errors  BadRecipe if something else lives there.
+    Errors  BadRecipe if the folder is used for something else.
     """
     run = Path(recipe.out)
     try:
@@ -68,11 +68,11 @@ def enter(recipe: config.Recipe) -> Path:
 def changes(
     run: Path, recipe: config.Recipe, files: Mapping[str, str], allowed: bool = False
 ) -> list[str]:
-    """List what is not as it was when a run was begun: keys of its recipe, files of its data.
+    """List what has changed since a run began: keys of its recipe, files of its data.
 
-    How it is spread over machines ([parallel]) may change from one start to the next, and so may
-    the place of the run folder, or the name it is called by. `files` are the sha256 of the data, by
-    name. What no step depends on but by rounding may change as well (FREE, ROUNDED), and is listed.
+    [parallel] may change from one start to the next, and so may the path of the run folder. `files`
+    are the sha256 of the data, by name. Keys that affect no step, or only by rounding (FREE,
+    ROUNDED), may change too, and are listed.
 
     Errors  BadRecipe that lists the changes, unless they are `allowed`.
     """
@@ -110,7 +110,7 @@ def begin(
     files: Mapping[str, str],
     changed: Sequence[str] = (),
 ) -> None:
-    """Create the folder of a new run, with recipe.toml and run.json; or say in them what changed.
+    """Create the folder of a new run, with recipe.toml and run.json; or record there what changed.
 
     Errors  BadStorage.
     """
@@ -136,12 +136,12 @@ def begin(
 
 
 def changed(run: Path) -> list[str]:
-    """List what a run was continued with that it was not begun with."""
+    """List the changes with which a run was continued."""
     return list(facts.read(run).get("changed", ()))
 
 
 def provenance(recipe: config.Recipe) -> dict[str, Any]:
-    """Say what made a run: recipe, code and libraries."""
+    """Return what a run was made with: recipe, code and libraries."""
     used = versions("daybreak", "torch", "transformers")
     return {"recipe": config.digest(recipe), "revision": revision(), "versions": used}
 
@@ -153,7 +153,7 @@ def versions(*packages: str) -> dict[str, str]:
 
 
 def check_pairs(recipe: config.Recipe, devices: int) -> None:
-    """Refuse shares that would tear pairs of pictures apart. Errors: BadRecipe."""
+    """Refuse shares of a batch that would split pairs of pictures. Errors: BadRecipe."""
     for number, stage in enumerate(recipe.stage):
         if recipe.contrastive is not None and stage.batch % (2 * devices):
             raise BadRecipe(
@@ -166,7 +166,7 @@ def check_pairs(recipe: config.Recipe, devices: int) -> None:
 def check_space(run: Path, bytes_per_checkpoint: int, keep: int) -> None:
     """Refuse to start a run whose checkpoints the disk cannot hold. Errors: BadStorage.
 
-    Those that are kept lie beside the one being written; some may be there already.
+    Room is needed for those kept and the one being written; some may be there already.
     """
     more = max(1, keep + 1 - len(checkpoint.found(run)))
     needed = int(1.1 * more * bytes_per_checkpoint)
@@ -191,8 +191,8 @@ def trained(
 ) -> tuple[config.Recipe, checkpoint.Checkpoint, text_to_image.TextToImage]:
     """Load the averaged weights of a run's newest good checkpoint, ready to sample from.
 
-    `chosen` is one to take instead, already verified. Errors: NoCheckpoint if there is none, or no
-    more: a run that goes on removes those that are old.
+    `chosen`, already verified, is used instead if given. Errors: NoCheckpoint if there is none, or
+    it is gone: a run in progress removes its old ones.
     """
     recipe = recorded(run)
     found = chosen or checkpoint.required(run, lambda line: print(line, file=sys.stderr))
@@ -230,7 +230,7 @@ def millions(model: text_to_image.TextToImage) -> float:
 
 
 def machine() -> dict[str, Any]:
-    """What a run is computed on, as far as its speed depends on it."""
+    """The machine that a run uses, as far as its speed depends on it."""
     found: dict[str, Any] = {
         "processor": processor(),
         "cores": host.cores(),
@@ -245,7 +245,7 @@ def machine() -> dict[str, Any]:
 
 
 def processor() -> str:
-    """Return the name of this machine's processor, as far as the system knows it."""
+    """Return the name of this machine's CPU, as far as the system knows it."""
     if sys.platform == "darwin":
         asked = ["sysctl", "-n", "machdep.cpu.brand_string"]
         return subprocess.run(asked, capture_output=True, text=True, check=False).stdout.strip()
