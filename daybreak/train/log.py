@@ -1,16 +1,16 @@
 """The log of a run: one JSON line per step in `metrics.jsonl`, and progress for whoever watches.
 
-The file is what counts. Resumed at step k, lines of later steps are cut away first, so that every
-step stands in it exactly once, however often the run was broken off.
+The file is the reference. When a run resumes at step k, lines of later steps are removed first, so
+the file has every step exactly once, however often the run was interrupted.
 
 On a terminal progress is a live bar, elsewhere a plain line every ten seconds. Neither can stop
-the training: a closed pipe ends the show, a full disk delays the lines until there is room again.
+the training: a closed pipe ends the output, a full disk delays lines until there is room again.
 
 Letters  step counts from 1 to `steps`; `start` is the last step already done.
 Units    images_per_second, flops_per_second (of all devices), its share of their peak and waiting,
          the share of time spent waiting for data, over the last seconds; seconds of training,
          without the pauses between runs; dollars of all devices; memory_mib is the most this
-         process has held, in MiB.
+         process has used, in MiB.
 """
 
 import contextlib
@@ -31,9 +31,9 @@ from rich.progress import BarColumn, Progress, TextColumn
 from daybreak.data import disk
 
 EVERY = 10.0  # seconds between plain lines
-REFRESH = 0.1  # seconds between pictures of the bar
-WINDOW = 30.0  # seconds over which the speed is taken
-SMOOTHING = 0.98  # of the loss that is shown; the file has the true one
+REFRESH = 0.1  # seconds between updates of the bar
+WINDOW = 30.0  # seconds over which the speed is averaged
+SMOOTHING = 0.98  # of the loss shown; the file has the exact one
 MIB = 2**20
 FACTS = ("loss", "speed", "work", "waiting", "elapsed", "left", "memory")
 WORK = {"PFLOP/s": 1e15, "TFLOP/s": 1e12, "GFLOP/s": 1e9}
@@ -56,9 +56,9 @@ class Log:
             log.note("checkpoint-1000 saved")
 
     Everything happens inside the calls: no thread, no timer. Without a folder nothing happens at
-    all: of several ranks one keeps the log. `peak` is what all devices can do at most, in FLOP/s,
-    and `price` what all of them cost, in dollars an hour; what is not known is not written. `held`
-    counts the bytes of an accelerator, whose memory is then told instead of this process's.
+    all, because only one rank keeps the log. `peak` is the peak of all devices in FLOP/s, and
+    `price` their cost in dollars an hour; what is not known is not written. `held` returns the
+    bytes used on an accelerator, which are then logged instead of this process's memory.
     """
 
     def __init__(
@@ -88,7 +88,7 @@ class Log:
         self.images = int(last.get("images", 0))
         self.seconds = float(last.get("seconds", 0.0))
         self.unwritten = b""
-        self.file: BinaryIO | None = None  # kept open: where a disk is shared, closing waits for it
+        self.file: BinaryIO | None = None  # kept open: on a shared disk, closing waits for writing
         self.warned = False
 
         self.began = self.printed = time.monotonic()
@@ -105,18 +105,18 @@ class Log:
             self.task = self.progress.add_task("", total=steps, completed=start, **facts)
 
     def __enter__(self) -> Self:
-        """Start the bar, where there is one."""
+        """Start the bar, if there is one."""
         if self.progress:
             self._show(self.progress.start)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Leave the last state of the bar standing; write what could not be written before."""
+        """Leave the bar's last state visible; write lines that could not be written before."""
         self._write(b"")
         self._close()
         if self.progress:
             with contextlib.suppress(OSError, ValueError):
-                self.progress.stop()  # also gives back stdout, which the bar had borrowed
+                self.progress.stop()  # also restores stdout, which the bar had redirected
 
     def step(
         self,
@@ -128,13 +128,13 @@ class Log:
         to_go: float | None = None,
         may: float = math.inf,
     ) -> None:
-        """Record a step that is done: its numbers, its images, its FLOPs if they were counted.
+        """Record a finished step: its numbers, its images, its FLOPs if they were counted.
 
-        `paid` is how many dollars it has cost so far, `to_go` how many steps like this one are as
-        much work as is left, `may` how many seconds a budget still pays for. The line holds `step`,
-        all of `values`, `images` (since step 1), what was reached of late, then `seconds`,
-        `memory_mib` and, where they have a price, `dollars` and `dollars_to_go`. The first line
-        after a pause is marked `resumed`. A number that is not finite is null: JSON knows no other.
+        `paid` is the dollars that the run has cost so far, `to_go` the remaining work in units of
+        this step, `may` how many seconds a budget still pays for. The line holds `step`, all of
+        `values`, `images` (since step 1), the recent speeds, then `seconds`, `memory_mib` and, if
+        devices have a price, `dollars` and `dollars_to_go`. The first line after a pause is marked
+        `resumed`. A number that is not finite becomes null, because JSON has none.
         """
         now = time.monotonic()
         self.images += images
@@ -163,11 +163,11 @@ class Log:
             self.loss = SMOOTHING * self.loss + (1 - SMOOTHING) * loss
             self.weight = SMOOTHING * self.weight + (1 - SMOOTHING)
         self._report(step, now)
-        if step == self.start + 1:  # which built and compiled: the next ones have another pace
+        if step == self.start + 1:  # it included building and compiling: later steps are faster
             self.recent = deque([self.recent[-1]])
 
     def note(self, text: str) -> None:
-        """Print a line, above the bar where there is one."""
+        """Print a line, above the bar if there is one."""
         if self.progress:
             console = self.progress.console
             self._show(lambda: console.print(text, markup=False, soft_wrap=True))
@@ -213,7 +213,7 @@ class Log:
         return dict(zip(FACTS, values, strict=True))
 
     def _reached(self) -> dict[str, float]:
-        """What was done in a second of the window, or since the start while there is no more."""
+        """Speeds per second over the window, or since the start while that is shorter."""
         first, last = self.recent[0], self.recent[-1]
         passed = max(last.time - first.time, 1e-9)
         found = {"images_per_second": round((last.images - first.images) / passed, 2)}
@@ -225,13 +225,13 @@ class Log:
         return found | {"waiting": round((last.waited - first.waited) / passed, 4)}
 
     def _left(self) -> float:
-        """Seconds that the steps to come will take, at the pace of the window, or may take."""
+        """Seconds for the remaining steps at the recent speed, or as a budget allows."""
         first, last = self.recent[0], self.recent[-1]
         need = self.to_go * (last.time - first.time) / max(len(self.recent) - 1, 1)
         return min(need, self.may)
 
     def _write(self, line: bytes) -> None:
-        """Append, or keep for the next time; a line half written is taken back."""
+        """Append, or keep for the next time; a partly written line is removed again."""
         self.unwritten += line if self.path else b""
         if not self.path or not self.unwritten:
             return
@@ -252,14 +252,14 @@ class Log:
                 )
 
     def _close(self) -> None:
-        """Let go of the file; the next line opens it again."""
+        """Close the file; the next line opens it again."""
         if self.file:
             with contextlib.suppress(OSError):
                 self.file.close()
         self.file = None
 
     def _show(self, show: Callable[[], object]) -> None:
-        """Print, for as long as somebody reads: training goes on without."""
+        """Print, unless the output was closed: training continues without it."""
         if not self.watched:
             return
         try:
@@ -270,7 +270,7 @@ class Log:
 
 
 def say(text: str) -> None:
-    """Print a line, if somebody reads: training goes on without."""
+    """Print a line, unless the output is closed: training continues without it."""
     try:
         print(text, flush=True)
     except (OSError, ValueError):
@@ -284,7 +284,7 @@ class _Console(Console):
 
 
 def memory() -> int:
-    """Bytes this process holds in memory now; where the system does not say, the most it held."""
+    """Bytes of memory this process uses now, or its maximum if the system does not say."""
     try:
         pages = int(Path("/proc/self/statm").read_text().split()[1])
     except (OSError, IndexError, ValueError):
@@ -293,7 +293,7 @@ def memory() -> int:
 
 
 def peak_memory() -> int:
-    """The most bytes this process has held in memory."""
+    """The most bytes of memory this process has used."""
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 
@@ -310,7 +310,7 @@ def _bar(console: Console) -> Progress:
 
 
 def _silence(stream: TextIO) -> None:
-    """Point a dead stream at nothing, or Python complains about it once more when it exits."""
+    """Redirect a closed stream to nowhere, or Python reports it once more on exit."""
     with contextlib.suppress(OSError, ValueError):
         nothing = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nothing, stream.fileno())
@@ -322,7 +322,7 @@ def _finite(value: float) -> float | None:
 
 
 def _work(reached: Mapping[str, float]) -> str:
-    """FLOP/s in a unit that leaves few digits, and their share of the peak, if counted."""
+    """FLOP/s with a suitable prefix, and their share of the peak, if counted."""
     flops = reached.get("flops_per_second", 0.0)
     if not flops:
         return ""

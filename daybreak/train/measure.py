@@ -1,8 +1,8 @@
-"""What this machine really does: real steps of a recipe, and how fast a core prepares pictures.
+"""Measure this machine: real steps of a recipe, and how fast a CPU core prepares pictures.
 
-A recipe is measured by training it, in a folder that is thrown away, for a few steps of each stage
-and with one device's share of the batch. Data that is not there is replaced by noise of its size,
-captions by ones as long as the recipe allows, networks by random ones (train/stand_ins).
+A recipe is measured by training it in a temporary folder, for a few steps of each stage and with
+one device's share of the batch. Missing data is replaced by noise of the same size, captions by
+ones as long as the recipe allows, missing networks by random ones (train/stand_ins).
 """
 
 import contextlib
@@ -22,13 +22,13 @@ from daybreak.config import Recipe
 from daybreak.data import batches, images
 from daybreak.train import hardware, log, stand_ins
 
-FIRST, STEPS = 4, 20  # steps that do not count: they compile; and steps that do
+FIRST, STEPS = 4, 20  # first steps, which compile and do not count; and steps that count
 DRAWN = 32  # scenes drawn at once
-TRIED = 0.05  # seconds for which pictures are prepared again and again
+TRIED = 0.05  # seconds for which preparing pictures is repeated
 
 
 class Pace(NamedTuple):
-    """Seconds of a usual step of a stage, and how many more its first steps take, all together."""
+    """Seconds of a usual step of a stage, and the extra seconds of its first steps together."""
 
     step: float
     start: float
@@ -37,13 +37,13 @@ class Pace(NamedTuple):
 def steps(recipe: Recipe, count: int) -> tuple[Pace, ...]:
     """Train for a few steps; returns the pace of each stage, by the median of its steps.
 
-    In the first ones networks are built and blocks compiled, or their kernels of an earlier run
-    found. `count` devices share a batch, of which this process takes one share. Progress goes to
+    During the first ones networks are built and blocks compiled, or kernels of an earlier run are
+    loaded. `count` devices divide a batch, and this process takes one share. Progress goes to
     stderr.
 
     Errors  those of training.
     """
-    from daybreak.train import loop  # half of the program, and a plan without measuring needs none
+    from daybreak.train import loop  # a slow import that a plan without measuring does not need
 
     with tempfile.TemporaryDirectory(prefix="daybreak-measure-") as folder:
         with contextlib.redirect_stdout(sys.stderr):
@@ -65,7 +65,7 @@ def steps(recipe: Recipe, count: int) -> tuple[Pace, ...]:
 
 
 def preparing(recipe: Recipe, side: int) -> float:
-    """Seconds in which a core draws a scene of a batch, or decodes a JPEG of this size."""
+    """Seconds that a core takes to draw one scene of a batch, or to decode a JPEG of this size."""
     if recipe.drawn is not None:
         source = batches.Scenes(recipe.drawn, recipe.seed)
         slots = source.plan(side, DRAWN, first=0)(0)
@@ -81,7 +81,7 @@ def noise(side: int, seed: int) -> npt.NDArray[np.uint8]:
 
 
 def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
-    """The same steps, fewer of them, and nothing between them."""
+    """The recipe with fewer steps, and nothing between them."""
     stages = []
     for stage, before in zip(recipe.stage, recipe.starts, strict=True):
         without = recipe.resting(stage, before + 1)  # here the stage's first step comes sooner
@@ -106,7 +106,7 @@ def shortened(recipe: Recipe, count: int, folder: Path) -> Recipe:
 
 
 def _pretend(recipe: Recipe, folder: Path) -> Path:
-    """Write captioned noise where there are no pictures."""
+    """Write a dataset of captioned noise in place of missing pictures."""
     folder.mkdir()
     for number in range(32):
         picture = noise(max(stage.resolution for stage in recipe.stage), number)

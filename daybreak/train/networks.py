@@ -20,7 +20,7 @@ CHANNELS = 3
 
 
 class Network(NamedTuple):
-    """A transformer, as far as its cost goes: matrices, attention, and how it takes its input."""
+    """A transformer, as far as its cost is concerned: matrices, attention, and its input layer."""
 
     layers: int
     width: int
@@ -40,7 +40,7 @@ class Network(NamedTuple):
 
     @property
     def weights(self) -> int:
-        """All weights, but for vectors."""
+        """All weights, except vectors."""
         inputs = CHANNELS * self.patch**2 + self.vocabulary
         return self.layers * self.block + inputs * self.width
 
@@ -49,11 +49,11 @@ class Network(NamedTuple):
         return self._products(n) + self._attention(n)
 
     def back(self, n: int) -> float:
-        """FLOPs to bring a gradient back to the input, past weights that do not learn."""
+        """FLOPs to propagate a gradient back to the input, through weights that do not learn."""
         return self._products(n) + 2 * self._attention(n)
 
     def _products(self, n: int) -> float:
-        """Everything that weights multiply."""
+        """FLOPs of all products with weights."""
         inputs = n * CHANNELS * self.patch**2 * self.width
         return 2 * (inputs + (n + self.extra) * self.layers * self.block)
 
@@ -93,8 +93,8 @@ NETWORKS = {
 def named(source: str, key: str) -> Network:
     """Look a network up by local folder or hub id; `key` is the recipe's name for it.
 
-    Errors  BadRecipe if its size is nowhere to be found, or it reads words where `key` wants
-            pictures seen, or the other way round.
+    Errors  BadRecipe if its size cannot be found, or if it reads text where `key` needs a network
+            for pictures, or the other way round.
     """
     reads = key == "text.encoder"
     known = [name for name, one in NETWORKS.items() if bool(one.patch) != reads]

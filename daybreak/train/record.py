@@ -1,14 +1,14 @@
-"""What a comparison says: a table, sentences, a chart; and a record that others can check.
+"""The output of a comparison: a table, sentences, a chart; and a record that others can check.
 
     RECORD/README.md            table, verdicts, machine, code, command
-    RECORD/comparison.json      every number of it
+    RECORD/comparison.json      every number in it
     RECORD/runs.csv             a row for each run
-    RECORD/chart.png            the way there, and the differences
+    RECORD/chart.png            the curves during training, and the differences
     RECORD/recipes/             each arm's recipe, ready to train
     RECORD/logs/                metrics of each run, and its evaluations; compressed
 
-A record holds every run of every arm. Verdicts are those of the tests, whatever one had hoped for.
-Which rules of docs/speedrun.md an arm does not keep is said in it, as far as a program can know.
+A record holds every run of every arm. Its verdicts are those of the statistical tests. It states
+which rules of docs/speedrun.md an arm breaks, as far as a program can know.
 """
 
 import csv
@@ -37,11 +37,11 @@ UNITS = {"pictures": "pictures seen", "flops": "FLOP", "seconds": "seconds of tr
 SHORT = {"pictures": "pictures", "flops": "FLOP", "seconds": "s"}
 
 PAGE = ("README.md", "comparison.json", "runs.csv", "chart.png")
-SEEDS, PROMPTS, CALLS, SURE = 7, 200, 50, 0.01  # of a record: docs/speedrun.md
+SEEDS, PROMPTS, CALLS, SURE = 7, 200, 50, 0.01  # rules for a record: docs/speedrun.md
 
 
 class Track(NamedTuple):
-    """Where records are kept: a machine, a canvas and a score."""
+    """A category of records: a machine, a canvas and a score to reach."""
 
     device: str
     cores: int | None  # None: any number
@@ -52,7 +52,7 @@ TRACKS = {"32": Track("cpu", 2, 0.80), "64": Track("cuda", None, 0.90)}  # by ca
 
 
 def tables(found: Comparison) -> list[tuple[list[str], list[list[str]]]]:
-    """Head and rows, the baseline first: what came out, and what was spent."""
+    """Head and rows, the baseline first: results and costs."""
     question = found.question
     versus = {one.row.arm.name: one for one in found.versus}
     head = ["arm", f"{question.metric} (95 % interval)"]
@@ -97,13 +97,13 @@ def _spent(row: Row) -> list[str]:
     if row.reached:
         met = sum(one.met for one in row.reached)
         mean = sum(one.cost for one in row.reached) / n
-        least = "" if met == n else "more than "  # a run that never did counts to its end
+        least = "" if met == n else "more than "  # a run that never met it counts in full
         cells.append(f"{least}{mean:,.4g} ({met} of {n})")
     return cells
 
 
 def sentences(found: Comparison, measured: bool) -> list[str]:
-    """What follows, arm by arm; `measured` says that a budget of time was turned into steps."""
+    """The conclusions, arm by arm; `measured` if a budget in seconds was turned into steps."""
     question, base = found.question, found.rows[0].arm.name
     said = [sentence for one in found.versus for sentence in _against(one, base, found)]
     said += [
@@ -166,9 +166,9 @@ def _against(one: Versus, base: str, found: Comparison) -> list[str]:
 
 
 def objections(found: Comparison) -> list[str]:
-    """Say of each arm that wants to be a record why it is none, as far as a program can know.
+    """Say, for each arm, why it is not a record, as far as a program can know.
 
-    With several arms the baseline is the standing record.
+    If there are several arms the baseline is the current record.
     """
     versus = {one.row.arm.name: one for one in found.versus}
     said = []
@@ -185,7 +185,7 @@ def objections(found: Comparison) -> list[str]:
 
 
 def _of_runs(found: Comparison, row: Row) -> list[str]:
-    """Rules of seeds, code and machine, which the standing record shares."""
+    """Rules about seeds, code and machine, which apply to the current record too."""
     outcomes = [outcome for one in found.rows for outcome in one.outcomes]
     born = [_born(outcome) for outcome in outcomes]
     seeds = sorted(outcome.run.recipe.seed for outcome in row.outcomes)
@@ -213,7 +213,7 @@ def _of_runs(found: Comparison, row: Row) -> list[str]:
 
 
 def _of_recipe(found: Comparison, recipe: Recipe) -> list[str]:
-    """Rules of task, target, sampling and knowledge."""
+    """Rules about task, target, sampling and prior knowledge."""
     metric, target = found.question.metric, found.question.target
     scenes, how, asked = recipe.drawn, recipe.sample, recipe.evaluate
     track = TRACKS.get(scenes.canvas) if scenes else None
@@ -238,7 +238,7 @@ def _of_recipe(found: Comparison, recipe: Recipe) -> list[str]:
 
 
 def _of_results(row: Row, against: Versus | None) -> list[str]:
-    """Rules of what came out."""
+    """Rules about the results."""
     why = []
     if not all(one.met for one in row.reached):
         why.append("not every run meets the target")
@@ -253,7 +253,7 @@ def _of_results(row: Row, against: Versus | None) -> list[str]:
 
 
 def picture(found: Comparison) -> Image.Image | None:
-    """The chart of a comparison; none if no run was ever measured."""
+    """The chart of a comparison; None if no run was ever evaluated."""
     curves = [outcome.curve for row in found.rows for outcome in row.outcomes]
     if not any(math.isfinite(value) for curve in curves for _, value in curve):
         return None
@@ -319,7 +319,7 @@ def _arm(row: Row) -> dict[str, Any]:
 
 
 def _flops(recipe: Recipe) -> float | None:
-    """What a run costs in FLOP; None where a network is of unknown size."""
+    """The cost of a run in FLOP; None if the size of a network is unknown."""
     try:
         return plan.costs(recipe, "flops")[-1]
     except BadRecipe:
@@ -331,8 +331,8 @@ def write(
 ) -> Path | None:
     """Write comparison.json, runs.csv, chart.png and README.md, with `more` sentences in it.
 
-    What another comparison left there, for several may share their runs, is moved to earlier/1, 2
-    and so on, which is returned.
+    Several comparisons may share their runs, so the page of another one found there is moved to
+    earlier/1, 2 and so on; the new place is returned.
 
     Errors  BadStorage.
     """
@@ -355,9 +355,9 @@ def write(
 
 
 def rows(found: Comparison) -> list[list[Any]]:
-    """A head and each run: arm, seed, its last step, all metrics after it, and its pace.
+    """A head and a row for each run: arm, seed, last step, all metrics after it, and speed.
 
-    What a run that diverged does not have is empty.
+    Values that a diverged run does not have are empty.
     """
     outcomes = [(row.arm.name, outcome) for row in found.rows for outcome in row.outcomes]
     metrics = list(dict.fromkeys(name for _, outcome in outcomes for name in outcome.values))
@@ -373,7 +373,7 @@ def rows(found: Comparison) -> list[list[Any]]:
 
 
 def _set_aside(out: Path, new: Mapping[str, Any]) -> Path | None:
-    """Move the page of another comparison out of the way; the same one goes on and is replaced."""
+    """Move the page of another comparison aside; a page of the same comparison is replaced."""
     there = [out / name for name in PAGE if (out / name).exists()]
     if not there or _subject(_read(out / "comparison.json")) == _subject(new):
         return None
@@ -389,7 +389,7 @@ def _set_aside(out: Path, new: Mapping[str, Any]) -> Path | None:
 
 
 def _read(file: Path) -> dict[str, Any]:
-    """A page's numbers; none if there are none that can be read."""
+    """The numbers of a page; empty if they cannot be read."""
     try:
         found: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -398,7 +398,7 @@ def _read(file: Path) -> dict[str, Any]:
 
 
 def _subject(facts: Mapping[str, Any]) -> tuple[Any, ...]:
-    """What a comparison is about; more seeds are still the same one."""
+    """What identifies a comparison; with more seeds it is still the same one."""
     arms = [(arm["name"], arm["recipe"]) for arm in facts.get("arms", ())]
     return facts.get("question"), arms
 
@@ -426,7 +426,7 @@ def record(found: Comparison, budget: str | None, measured: bool, folder: Path) 
 
 
 def check(folder: Path) -> None:
-    """Make a record's place before the runs. Errors: BadRecipe; BadStorage."""
+    """Create the folder of a record before the runs. Errors: BadRecipe; BadStorage."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise BadRecipe(
             f"--record {folder} exists already, and records are not overwritten: name another"
@@ -469,14 +469,14 @@ Code: {revisions}. Machine and versions:
 
 
 def _born(outcome: Outcome) -> dict[str, Any]:
-    """What a run's folder says of machine and code."""
+    """What a run's folder says about machine and code."""
     text = (outcome.run.folder / "run.json").read_text(encoding="utf-8")
     found: dict[str, Any] = json.loads(text)
     return found
 
 
 def _compress(source: Path, target: Path) -> None:
-    """Copy a file, compressed; the same bytes whenever it is done."""
+    """Copy a file, compressed; the bytes do not depend on the time."""
     if source.is_file():
         target.write_bytes(gzip.compress(source.read_bytes(), mtime=0))
 
@@ -486,7 +486,7 @@ def _distinct(values: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _finite(value: Any) -> Any:
-    """The same with null for what is not finite, which JSON cannot hold."""
+    """The same value with null for numbers that are not finite, which JSON cannot hold."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):

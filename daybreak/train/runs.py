@@ -27,7 +27,7 @@ from daybreak.failure import BadRecipe, BadStorage, NoCheckpoint
 from daybreak.model import text, text_to_image
 from daybreak.train import accelerator, checkpoint, facts
 
-# Files of a start that was broken off before its first step; and one that macOS puts anywhere.
+# Files of a start that was broken off before its first step; and one that macOS adds to folders.
 OURS = {"lock", "status.json", "run.json", ".DS_Store"}
 # Keys that no step depends on; and keys that change a step only by rounding, for example `micro`,
 # which one lowers after running out of memory.

@@ -1,8 +1,8 @@
-"""`daybreak sample`: pictures of some prompts, as files that say how to make them again.
+"""`daybreak sample`: pictures for prompts, as files that say how to make them again.
 
     RUN/samples/a-red-circle/    a-red-circle-seed0.png, ...; grid.png
 
-A setting that draws other pictures stands in the name: a-red-circle-seed0-steps20.png.
+Settings that change the pictures are part of the name: a-red-circle-seed0-steps20.png.
 """
 
 import math
@@ -19,23 +19,23 @@ from daybreak.failure import BadRecipe, BadStorage
 from daybreak.generate import draw, grid, sampler
 from daybreak.train import evaluations, runs
 
-LONGEST = 80  # bytes of a prompt in a file's name, and of the settings after it
-ALIKE = 4 / 3  # a picture is of a stage's size if its side, were it square, differs by no more
+LONGEST = 80  # most bytes of a prompt in a file's name, and of the settings after it
+ALIKE = 4 / 3  # largest ratio of a picture's side, were it square, to that of a stage of "its" size
 
 
 class Size(NamedTuple):
-    """Of a picture, in pixels."""
+    """Size of a picture, in pixels."""
 
     width: int
     height: int
 
     def __str__(self) -> str:
-        """As it is asked for: 96x64."""
+        """Written as on the command line: 96x64."""
         return f"{self.width}x{self.height}"
 
 
 class Wanted(NamedTuple):
-    """What the command line says; None where it says nothing."""
+    """The options of the command line; None if not given."""
 
     prompts: tuple[str, ...]
     each: int = 4  # pictures of a prompt
@@ -49,10 +49,10 @@ class Wanted(NamedTuple):
 
 
 def sample(run: Path, wanted: Wanted, tell: Callable[[str], None]) -> Iterator[Path]:
-    """Draw with the averaged weights of a run; yields each file when it is there.
+    """Draw with the averaged weights of a run; yields each file once it is written.
 
-    `tell` hears of prompts of which the model reads only the beginning, and of a size that it has
-    not been trained at.
+    `tell` is called for prompts of which the model reads only the beginning, and for a size at
+    which it has not been trained.
 
     Errors  NoCheckpoint, BadRecipe, BadStorage.
     """
@@ -99,7 +99,7 @@ def size(text: str) -> Size:
 
 
 def _checked(size: Size | None, recipe: config.Recipe, tell: Callable[[str], None]) -> Size:
-    """The size to draw. Errors: BadRecipe if it is no whole number of patches."""
+    """The size to draw. Errors: BadRecipe if it is not a whole number of patches."""
     sides, patch = [stage.resolution for stage in recipe.stage], recipe.dit.patch
     if size is None:
         height, width = sampler.size(recipe.sample, sides[-1], patch)
@@ -131,7 +131,7 @@ def _file_name(prompt: str) -> str:
 
 
 def _apart(wanted: Wanted) -> str:
-    """What tells the files of other settings from those of the recipe's."""
+    """The part of a file's name for settings that differ from the recipe's."""
     given = {"steps": wanted.steps, "guidance": wanted.guidance}
     marks = ["best"] if wanted.best else []
     marks += [str(wanted.size)] if wanted.size else []

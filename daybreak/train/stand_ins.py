@@ -1,7 +1,7 @@
-"""Random networks of the true size, where those that a recipe names are not on this machine.
+"""Random networks of the true size, in place of those that a recipe names and this machine lacks.
 
 How long a step takes does not depend on what its networks have learned. So a recipe can be measured
-(train/measure) before several of them were downloaded and their licences accepted.
+(train/measure) before they are downloaded and their licences accepted.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,13 +18,13 @@ from daybreak.train import flops
 from daybreak.train.networks import NETWORKS, Network
 
 DEVIATION = 0.02
-BLOCK = 1 << 20  # random numbers, which every weight repeats
+BLOCK = 1 << 20  # random numbers, repeated to fill every weight
 
 
 def replaced(recipe: Recipe, folder: Path, tell: Callable[[str], None]) -> Recipe:
-    """The recipe with stand-ins, written to a folder, for what it names and is not here.
+    """The recipe with stand-ins, written to `folder`, for networks that are not on this machine.
 
-    Only for what `daybreak plan` knows the size of; anything else is left for training to refuse.
+    Only if `daybreak plan` knows their size; training refuses anything else that is missing.
     """
     folder.mkdir(parents=True, exist_ok=True)
     changes: dict[str, Any] = {}
@@ -48,7 +48,7 @@ def replaced(recipe: Recipe, folder: Path, tell: Callable[[str], None]) -> Recip
 
 
 def named(recipe: Recipe) -> Iterator[tuple[str, str]]:
-    """Yield key and name of the transformers that a recipe asks."""
+    """Yield key and name of the transformers that a recipe uses."""
     if recipe.text.encoder is not None:
         yield "text.encoder", recipe.text.encoder
     if recipe.repa is not None and recipe.repa.network is not None:

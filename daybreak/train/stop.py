@@ -1,4 +1,4 @@
-"""Asked to stop, a run finishes its step, saves, and leaves.
+"""When asked to stop, a run finishes its step, saves, and ends.
 
     SIGTERM, SIGUSR1    code 75: a scheduler wants the machine back and starts the run again
     SIGINT              code 130: Ctrl-C
@@ -21,13 +21,13 @@ PREEMPTED, INTERRUPTED = 75, 130
 
 
 class BrokenOff(Exception):  # noqa: N818 - nothing is wrong
-    """What can be done again was left in the middle, because the run was asked to stop."""
+    """Work that can be repeated was broken off, because the run was asked to stop."""
 
 
 class Stop:
-    """Remembers the first signal it hears, as an exit code.
+    """Remembers the first signal it receives, as an exit code.
 
-    A context manager: the handlers of before are back afterwards.
+    A context manager, which restores the previous handlers at the end.
     """
 
     def __init__(self) -> None:
@@ -35,13 +35,13 @@ class Stop:
         self.before: dict[int, Any] = {}
 
     def __enter__(self) -> Self:
-        """Begin to listen."""
+        """Install the handlers."""
         for number in STOPS:
             self.before[number] = signal.signal(number, self._hear)
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Stop listening."""
+        """Restore the previous handlers."""
         for number, handler in self.before.items():
             signal.signal(number, handler)
 
@@ -53,11 +53,11 @@ class Stop:
 
 @contextmanager
 def deaf() -> Iterator[None]:
-    """Keep signals to stop away, from this thread for now and from processes that it starts.
+    """Block the stop signals inside the block, for this thread and for processes that it starts.
 
-    Ctrl-C goes to all processes of a terminal: those go on, and this one decides.
+    Ctrl-C goes to all processes of a terminal: the started ones continue, and this one decides.
     """
-    resource_tracker.ensure_running()  # before Python 3.13 its start ends by letting them through
+    resource_tracker.ensure_running()  # before Python 3.13 starting it unblocks the signals
     before = signal.pthread_sigmask(signal.SIG_BLOCK, STOPS)
     try:
         yield

@@ -2,9 +2,8 @@
 
     daybreak train RECIPE --trace 200:3         steps 200 to 202, in RUN/trace-200.json.gz
 
-Every kernel and operator with its time, on the processor and on the GPU: where a step waits, and
-for what. Steps that are traced are slower; the numbers that they compute are the same. Of several
-ranks the first is traced.
+Every kernel and operator with its time, on the CPU and on the GPU: where a step waits, and for
+what. Traced steps are slower, but compute the same numbers. Only the first rank is traced.
 
 Source  pytorch.org/docs/stable/profiler.html.
 """
@@ -40,10 +39,10 @@ def parse(text: str) -> Trace:
 def traced(
     steps: Iterator[Step], wanted: Trace, folder: Path, start: int, tell: Callable[[str], None]
 ) -> Generator[Step]:
-    """Yield the same steps, of which the first is `start` + 1, and trace those that are wanted.
+    """Yield the same steps, of which the first is `start` + 1, and trace the wanted ones.
 
-    A step is what happens until the next one is asked for; of a run that ends before the last of
-    them the others are traced. `tell` hears where the trace lies.
+    A step lasts until the next one is requested. If the run ends before the last wanted step, the
+    trace has the earlier ones. `tell` is told where the trace is.
     """
     seen: profile | None = None
     try:
