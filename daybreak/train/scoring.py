@@ -1,4 +1,4 @@
-"""`daybreak evaluate`: whoever draws, one suite, and a record of all that decided the result.
+"""`daybreak evaluate`: score a run or a pipeline on one suite, and record all that matters to it.
 
     scenes          exact; a run on scenes, or any pipeline that draws such pictures
     validation      a run's loss on pictures, bin by bin of t
@@ -7,13 +7,13 @@
     geneval         pictures in GenEval's layout; or its results, read back
     coco30k         FID with a fixed list of captions
 
-What needs weights or files that are not there is refused before the first picture is drawn. Where
-no seed is given it follows from the sha256 of the weights: what is asked is then settled by a
-finished model, and no recipe can have been tuned to it. Pictures to compare with, and the table of
-the validation loss, are those of seed 0 instead: the same for every model.
+If weights or files are missing, this is refused before the first picture is drawn. Without a given
+seed it follows from the sha256 of the weights: the questions are then fixed only by the finished
+model, so that no recipe can have been tuned to them. Reference pictures, and the table of the
+validation loss, use seed 0 instead: they are the same for every model.
 
-Under torchrun the first process asks, judges and writes, as one process would, and all of them
-draw: each its part of every batch of prompts (evaluate/artist).
+Under torchrun the first process poses the prompts, judges and writes, like a single process, and
+all of them draw: each its part of every batch of prompts (evaluate/artist).
 """
 
 import sys
@@ -51,7 +51,7 @@ from daybreak.train.parallel import World, together
 
 SUITES = ("scenes", "validation", "distribution", "prompts", "geneval", "coco30k")
 DRAW = tuple(name for name in SUITES if name != "validation")
-ONLY = {  # options that some suites alone ask for
+ONLY = {  # options that only some suites use
     "per_task": ("scenes",),
     "canvas": ("scenes",),
     "controls": ("scenes",),
@@ -66,16 +66,16 @@ ONLY = {  # options that some suites alone ask for
     "steps": DRAW,
     "guidance": DRAW,
 }
-FIXED = 0  # seed of what is the same for every model, where none is given
-NAMES = {"per_task": "per-task", "number": "count"}  # of options, in that of a result
-LONGEST = 120  # bytes of it
+FIXED = 0  # default seed of what is the same for every model
+NAMES = {"per_task": "per-task", "number": "count"}  # of options, as in the name of a result
+LONGEST = 120  # most bytes of such a name
 CONTROLS = "against gaming"  # key of the controls that draw pictures of their own
 
 Table = tuple[tuple[str, ...], list[tuple[str, ...]]]  # a head, and rows
 
 
 class Wanted(NamedTuple):
-    """What the command line says; None where it says nothing."""
+    """The options of the command line; None if not given."""
 
     suite: str = "scenes"
     per_task: int = 120
@@ -98,7 +98,7 @@ class Wanted(NamedTuple):
 
 
 class Model(NamedTuple):
-    """Who draws; of a run also its recipe and network."""
+    """What draws the pictures; for a run also its recipe and network."""
 
     artist: Artist
     recipe: config.Recipe | None = None
@@ -106,7 +106,7 @@ class Model(NamedTuple):
 
 
 class Scored(NamedTuple):
-    """A result, the file it stands in, and tables for people."""
+    """A result, the file that holds it, and tables for people."""
 
     path: Path
     result: Result
@@ -127,10 +127,10 @@ def score(
 ) -> Scored | None:
     """Evaluate a run or a folder of diffusers; the result is also written to a file in OUT.
 
-    Of several processes the first returns it, the others None.
+    If there are several processes the first returns the result, the others None.
 
-    Errors  BadRecipe, BadData, NoCheckpoint and BadStorage, before pictures are drawn where that
-            can be known; LostPeer if a process is lost.
+    Errors  BadRecipe, BadData, NoCheckpoint and BadStorage, before pictures are drawn if
+            possible; LostPeer if a process is lost.
     """
     if wanted.suite not in SUITES:
         raise BadRecipe(f"there is no suite {wanted.suite!r}: there are {', '.join(SUITES)}")
@@ -141,7 +141,7 @@ def score(
                 f"{wanted.suite}: leave it out, or change --suite"
             )
     with parallel.world(parallel.Config()) as here:
-        if here.first:  # a failure ends the others too, and so does the result
+        if here.first:  # the others end with its result, or with its failure
             return together(here, lambda: _score(here, folder, wanted, out, progress))[0]
         _help(here, folder, wanted)
         return None
@@ -158,13 +158,13 @@ def _help(here: World, folder: Path, wanted: Wanted) -> None:
 
 
 def _hear(here: World) -> Any:
-    """What the first process says: which checkpoint, if any; what to draw; what came of it."""
+    """The first process's message: a checkpoint, if any; what to draw; or the result."""
     said: list[Any] = together(here, lambda: None)
     return said[0]
 
 
 def _asking(here: World, alone: Artist) -> Artist:
-    """The artist, with all other processes to help him."""
+    """The artist, drawing together with all other processes."""
     if here.size == 1:
         return alone
     part = artist.shared(alone.draw, here)
@@ -181,7 +181,7 @@ def _asking(here: World, alone: Artist) -> Artist:
 def _score(
     here: World, folder: Path, wanted: Wanted, out: Path, progress: Callable[[str], Progress]
 ) -> Scored:
-    """What one process does; of several the first."""
+    """The work of a single process, or of the first of several."""
     path = out / f"{called(wanted)}.json"
     if wanted.results is not None:
         result = geneval.read(wanted.results)
@@ -231,15 +231,15 @@ def _score(
 
 
 def asked_otherwise(wanted: Wanted) -> dict[str, Any]:
-    """What the command line says otherwise than usual."""
+    """The options that differ from their defaults."""
     usual = Wanted()
     return {key: value for key, value in wanted._asdict().items() if value != getattr(usual, key)}
 
 
 def called(wanted: Wanted) -> str:
-    """The name of a result: SUITE, and what was asked otherwise than usual, as in scenes-steps20.
+    """The name of a result: SUITE and the options that differ from defaults, as scenes-steps20.
 
-    So a sweep leaves alone the score that stands there, and its results lie side by side.
+    So a sweep does not overwrite the usual score, and its results are stored side by side.
     """
     marks = [wanted.suite]
     for key, value in asked_otherwise(wanted).items():
@@ -260,7 +260,7 @@ def _plain(value: object) -> str:
 
 
 def trained_on(recipe: config.Recipe | None, data: Path | None) -> list[str]:
-    """What has to be said of pictures to measure with that the model has been shown."""
+    """Warnings if the model was trained on the pictures that it is measured with."""
     this = _known(data)
     if recipe is None or this is None or this not in map(_known, recipe.paths):
         return []
@@ -268,9 +268,9 @@ def trained_on(recipe: config.Recipe | None, data: Path | None) -> list[str]:
 
 
 def chosen_by(recipe: config.Recipe | None, wanted: Wanted, seed: int) -> list[str]:
-    """What has to be said of a best checkpoint that is asked what it was chosen by.
+    """Warnings if a best checkpoint is scored on the questions that selected it.
 
-    Scenes are others for every seed; of a dataset some pictures are the same with any.
+    Scenes differ for every seed; of a dataset some pictures are the same with any seed.
     """
     asked = recipe.evaluate if recipe and wanted.best else None
     if recipe is None or asked is None or asked.best is None or wanted.suite not in suite.METRICS:
@@ -291,13 +291,13 @@ def chosen_by(recipe: config.Recipe | None, wanted: Wanted, seed: int) -> list[s
 
 
 def _known(folder: Path | None) -> str | None:
-    """What names a prepared dataset: the sha256 of its manifest."""
+    """The identity of a prepared dataset: the sha256 of its manifest."""
     file = folder / "manifest.json" if folder else None
     return disk.sha256(file) if file and file.is_file() else None
 
 
 def _chosen(folder: Path, wanted: Wanted) -> Checkpoint:
-    """The checkpoint of a run that is asked for, every hash of it verified."""
+    """The requested checkpoint of a run, with all its hashes verified."""
     if wanted.best:
         return evaluations.best(folder)
     runs.recorded(folder)  # is it a run at all?
@@ -307,7 +307,7 @@ def _chosen(folder: Path, wanted: Wanted) -> Checkpoint:
 def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
     """Load the averaged weights of a run's checkpoint; without one, a pipeline.
 
-    Errors  BadRecipe for what does not go together.
+    Errors  BadRecipe for options that do not go together.
     """
     if chosen is None:
         if wanted.sets or wanted.best:
@@ -319,7 +319,7 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
         dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
         side = None if wanted.suite == "coco30k" else wanted.resolution
         return Model(artist.pipeline(folder, side, wanted.steps, wanted.guidance, device, dtype))
-    if wanted.resolution is not None and wanted.suite != "coco30k":  # there it is the list's
+    if wanted.resolution is not None and wanted.suite != "coco30k":  # there it is the FID's size
         raise BadRecipe(
             f"{folder} is a run, which draws at the resolution of its last stage: leave "
             "--resolution out, it is for pipelines"
@@ -340,13 +340,13 @@ def opened(folder: Path, wanted: Wanted, chosen: Checkpoint | None) -> Model:
 
 
 def about() -> dict[str, Any]:
-    """What computes: a result of another version may be another."""
+    """The software that was used: results may differ between versions."""
     used = runs.versions("daybreak", "torch", "transformers", "diffusers")
     return {"revision": runs.revision(), "versions": used}
 
 
 def _asked(wanted: Wanted) -> prompts.Prompts:
-    """The prompts of the suites that need any; the others are asked nothing by the user."""
+    """The prompts of the suites that take a list of prompts."""
     if wanted.suite not in ("prompts", "geneval", "coco30k"):
         return prompts.Prompts([], "", [])
     if wanted.prompts is None:
@@ -401,7 +401,7 @@ def _validation(folder: Path, model: Model, wanted: Wanted, seed: int) -> Result
 
 
 def _fixed(model: Model, wanted: Wanted) -> int:
-    """The seed of pictures to compare with: another one where that has chosen the checkpoint."""
+    """The seed of the reference pictures: another one if these selected the checkpoint."""
     if wanted.seed is not None:
         return wanted.seed
     chose = wanted.best and model.recipe is not None and model.recipe.seed == FIXED
@@ -422,7 +422,7 @@ def _examples(model: Model, wanted: Wanted, seed: int) -> examples.Examples:
 
 
 def _judges(model: Model, wanted: Wanted) -> list[features.Extractor]:
-    """The networks that are asked for, or the first that took no part in training."""
+    """The requested networks, or else the first that took no part in training."""
     names = [Path(name).name for name in wanted.features]
     if double := next((name for name in names if names.count(name) > 1), None):
         raise BadRecipe(
