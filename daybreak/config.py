@@ -1,9 +1,8 @@
 """A recipe: one TOML file is one whole run.
 
-A section is named after the file of its ingredient; without the section, the ingredient is not
-used. Nothing is inherited or interpolated. `--set stage.0.steps=500` changes one value (TOML on the
-right) and `--without muon` removes a section. An unknown key is an error that names the nearest
-known one.
+A section is named after its ingredient's file; without it, the ingredient is not used. Nothing is
+inherited or interpolated. `--set stage.0.steps=500` changes one value (TOML on the right) and
+`--without muon` removes a section. An unknown key is an error that names the nearest known one.
 """
 
 import difflib

@@ -1,7 +1,7 @@
 """Is the run healthy? Checked after the backward pass, with the same answer on all ranks.
 
-    Guard       a loss or gradient that is not finite is never learned from; after a spike in the
-                loss the step is logged, skipped, or the run returns to the last checkpoint
+    Guard       a loss or gradient that is not finite is never learned from; a spike in the loss is
+                logged, skipped, or answered with a return to the last checkpoint
     compare     what several ranks hold in copies must be equal to the last bit
     Pace        which rank keeps the others waiting, and why
 

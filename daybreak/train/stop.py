@@ -53,7 +53,7 @@ class Stop:
 
 @contextmanager
 def deaf() -> Iterator[None]:
-    """Block the stop signals inside the block, for this thread and for processes that it starts.
+    """Mask the stop signals inside the block, for this thread and for processes that it starts.
 
     Ctrl-C goes to all processes of a terminal: the started ones continue, and this one decides.
     """
