@@ -88,5 +88,5 @@ def test_what_cannot_be_scored_is_refused(folder: Path, tmp_path: Path) -> None:
     (mute / "preprocessor_config.json").write_text(
         (folder / "preprocessor_config.json").read_text()
     )
-    with pytest.raises(BadRecipe, match=r"knows \d+ tokens and its model"):
+    with pytest.raises(BadRecipe, match=r"has \d+ tokens, but its model"):
         clip_score.load(str(mute))

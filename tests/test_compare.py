@@ -371,7 +371,9 @@ def test_a_value_that_was_not_measured_is_refused_with_those_that_were(
     made = arms.arms([("a", recipe)], None, asked, 1, tmp_path)
     run = next(arms.runs(made, 1, tmp_path))
     assert compare.run([run], made, lambda line: None) == 0
-    with pytest.raises(BadRecipe, match=r"scenes\.three was not measured: there are scenes\.exact"):
+    with pytest.raises(
+        BadRecipe, match=r"scenes\.three was not measured: name one of scenes\.exact"
+    ):
         compare.read(run, Question("scenes.three"))
     passed = compare.read(run, QUESTION).passed
     assert len(passed) == 30, "six tasks of five prompts; what is held out is another metric"
@@ -387,10 +389,10 @@ def test_a_value_that_was_not_measured_is_refused_with_those_that_were(
     [
         (("{tiny}",), "there is nothing to compare with"),
         (("{tiny}", "{tiny}", "--metric", "scenes.accuracy"), "there are exact, single"),
-        (("{tiny}", "{tiny}", "--metric", "scenes.three"), "there are scenes.exact"),
+        (("{tiny}", "{tiny}", "--metric", "scenes.three"), "name one of scenes.exact"),
         (
             ("{tiny}", "{tiny}", "--metric", "distribution.frechet"),
-            "there are distribution.scenes.frechet",
+            "name one of distribution.scenes.frechet",
         ),
         (("{tiny}", "{tiny}", "--budget", "5usd"), "give --budget in min, flop or images"),
         (("{tiny}", "{tiny}", "--budget", "3images"), "pays for no step of stage.0: give at least"),

@@ -146,7 +146,7 @@ def test_a_best_checkpoint_that_cannot_be_kept_can_be_later(
     with monkeypatch.context() as full:
         full.setattr(os, "link", refuse)
         full.setattr(shutil, "copy2", refuse)
-        with pytest.raises(BadStorage, match=r"cannot keep .*best: .*No space left on device"):
+        with pytest.raises(BadStorage, match=r"cannot write .*best: .*No space left on device"):
             evaluations.keep(run, step)
     evaluations.keep(run, step)
     assert evaluations.best(run).step == step
@@ -211,7 +211,7 @@ PICTURES = ('data.source="somewhere"',)
         (("evaluate={every=0}",), (), r"evaluate\.every = 0"),
         (("evaluate={suites=['validation']}",), (), r"evaluate\.every is missing"),
         (("evaluate={every=5, suites=['geneval']}",), (), "geneval"),
-        (("evaluate={every=5, best='scenes.exact'}",), (), "is of a suite that is not measured"),
+        (("evaluate={every=5, best='scenes.exact'}",), (), "is not of a suite that is measured"),
         (("evaluate={every=5, best='loss'}",), (), "name a suite"),
         (("evaluate={every=5, best='validation.los'}",), (), "there are loss, velocity"),
         (("evaluate={every=5, bst='x'}",), (), "did you mean best"),
@@ -220,7 +220,7 @@ PICTURES = ('data.source="somewhere"',)
         (
             (*PICTURES, "evaluate={every=5, data='val', suites=['distribution']}"),
             ("scenes",),
-            "name its network",
+            "needs a feature network: name it",
         ),
     ],
 )
@@ -237,13 +237,13 @@ def test_what_cannot_be_measured_is_refused_on_load(
         (
             "suites=['scenes'], best='scenes.three'",
             BadRecipe,
-            "there are scenes.exact, scenes.sing",
+            "name one of scenes.exact, scenes.sing",
         ),
         ("suites=['scenes'], best='scenes.H5'", BadRecipe, "scenes.H5 would not be measured"),
         (
             "suites=['distribution'], best='distribution.frechet'",
             BadRecipe,
-            "there are distribution.scenes.frechet",
+            "name one of distribution.scenes.frechet",
         ),
         (
             "suites=['distribution'], best='distribution.dinov2.cmmd'",
@@ -274,7 +274,7 @@ def test_a_dataset_that_is_too_small_is_refused_before_the_first_step(
 ) -> None:
     held = json.dumps(prepared([{}] * 32, called="held").as_posix())
     recipe = config.load(tiny, (f"evaluate={{every=5, data={held}, pictures=33}}",))
-    with pytest.raises(BadData, match="holds 32 pictures and 33 are to be compared"):
+    with pytest.raises(BadData, match="holds 32 pictures and 33 are needed"):
         loop.train(recipe, lambda line: None)
     assert not Path(recipe.out).exists()
 

@@ -88,7 +88,9 @@ def test_too_few_pictures_are_refused_with_the_number_there_is(
 
 
 def test_what_no_command_can_ask_for_is_not_advised(prepared: Callable[..., Path]) -> None:
-    with pytest.raises(BadData, match=r"holds 19 pictures and 31 are to be compared: give a large"):
+    with pytest.raises(
+        BadData, match=r"holds 19 pictures and 31 are needed for the comparison: give a large"
+    ):
         examples.of_dataset(dataset(prepared, 19), 64, 16, 0, 31)
 
 

@@ -125,7 +125,7 @@ def test_curves_and_scores_are_those_of_the_files(trained: Path) -> None:
         {"values": {"exact": {"value": 0.75, "low": 0.7, "high": 0.8}, "odd": {"value": None}}},
     )
     way, score = run._scores(story)
-    assert way.name == "on the way, step 10"
+    assert way.name == "during training, step 10"
     assert score == ("scenes-steps20", [("exact", "0.75", "0.7 to 0.8"), ("odd", "-", "")])
 
 
@@ -204,24 +204,30 @@ def test_a_run_without_a_step_has_a_page_too(begun: Path) -> None:
     assert run.told(story) == {"steps": "none of 10"}
     text = Reader(run.page(story)).text
     assert "None were drawn." in text
-    assert "less than two steps" in text
+    assert "fewer than two steps" in text
 
 
 @pytest.mark.parametrize(
     ("status", "lock", "silence", "state", "sentence"),
     [
-        ({"state": "running"}, "mine", 7300, "running", "step 7 of 10; last heard of 2 h 01 min"),
+        ({"state": "running"}, "mine", 7300, "running", "step 7 of 10; last written 2 h 01 min"),
         ({"state": "running"}, "dead", 3, "killed", "It was killed after step 7 of 10. The same c"),
-        ({"state": "running"}, "far", 3, "running", "step 7 of 10; last heard of 3 s ago."),
-        ({"state": "running"}, "far", 297, "running", "step 7 of 10; last heard of 4 min 57 s"),
-        ({"state": "running"}, "far", 302, "silent", "Nothing was heard of it for 5 min 02 s"),
-        ({"state": "running"}, "far", 7300, "silent", "heard of it for 2 h 01 min: step 7 of 10."),
+        ({"state": "running"}, "far", 3, "running", "step 7 of 10; last written 3 s ago."),
+        ({"state": "running"}, "far", 297, "running", "step 7 of 10; last written 4 min 57 s"),
+        ({"state": "running"}, "far", 302, "silent", "It has written nothing for 5 min 02 s"),
+        (
+            {"state": "running"},
+            "far",
+            7300,
+            "silent",
+            "written nothing for 2 h 01 min: step 7 of 10.",
+        ),
         ({"state": "running"}, "", 7300, "silent", "If it was killed, the same command continues"),
         ({"state": "finished", "reason": "all"}, "", 9, "finished", "after step 7 of 10: all."),
         ({"state": "stopped", "reason": "Ctrl-C"}, "", 9, "stopped", "The same command continues"),
         ({"state": "failed", "reason": "no", "code": 7}, "", 9, "failed", "7 of 10: no (code 7)"),
-        ({"state": "lost"}, "", 9, "lost", "It says of itself that it is lost: step 7 of 10."),
-        (None, "", 9, "unknown", "It does not say how it stands: step 7 of 10."),
+        ({"state": "lost"}, "", 9, "lost", "Its state is lost: step 7 of 10."),
+        (None, "", 9, "unknown", "Its state is not known: step 7 of 10."),
     ],
 )
 def test_one_sentence_says_how_it_stands(
@@ -286,7 +292,11 @@ def test_facts_are_those_of_the_newest_steps(begun: Path) -> None:
     told = run.told(story)
     assert told["loss, last 99 steps"] == "0.2500"
     assert told["trained for"] == "1 h 01 min"
-    assert (told["paid"], told["to go"], told["of the peak"]) == ("$12.35", "$3.00", "42 %")
+    assert (told["paid"], told["still to pay"], told["share of the peak"]) == (
+        "$12.35",
+        "$3.00",
+        "42 %",
+    )
     assert (told["newest checkpoint"], told["incidents"]) == ("50", "1, last at 5")
     assert list(run._incidents(story)) == [("5", "3.142, 1", "nan, 2", "0.1235", "8 to 9")]
     console = Console(record=True, width=100)
@@ -317,7 +327,7 @@ def test_a_terminal_is_told_of_the_newest_evaluation(begun: Path) -> None:
     console = Console(record=True, width=100)
     console.print(run.summary(run.read(begun)))
     said = console.export_text()
-    assert "on the way, step 2" in said
+    assert "during training, step 2" in said
     assert "exact 0.125" in said
     assert "evaluated at 1" not in said
 

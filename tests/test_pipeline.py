@@ -180,7 +180,7 @@ def test_a_fused_network_is_not_exported(tmp_path: Path) -> None:
     size = dit.Config(patch=8, bottleneck=0, width=32, depth=3, heads=2)
     tokenizer = text.learn_tokenizer([PROMPT] * 20, TEXT)
     model = build(size, TEXT, tokenizer, route=fused)
-    with pytest.raises(BadRecipe, match="no class of diffusers"):
+    with pytest.raises(BadRecipe, match="no diffusers class"):
         exported(model, tmp_path / "pipeline")
     assert list(tmp_path.iterdir()) == []
 
@@ -261,7 +261,7 @@ def test_nothing_but_an_exported_folder_is_replaced(model: TextToImage, tmp_path
     thesis.parent.mkdir()
     thesis.write_text("years of work")
     for place in (thesis.parent, thesis):
-        with pytest.raises(BadRecipe, match="something else than an exported pipeline"):
+        with pytest.raises(BadRecipe, match="files that are not of an exported pipeline"):
             exported(model, place)
     assert thesis.read_text() == "years of work"
     (tmp_path / "empty").mkdir()
@@ -482,7 +482,7 @@ def test_another_pipeline_of_diffusers_is_not_replaced(model: TextToImage, tmp_p
     (theirs / "unet").mkdir(parents=True)
     for name in ("model_index.json", "pipeline.py"):
         (theirs / name).write_text("theirs")
-    with pytest.raises(BadRecipe, match="something else than an exported pipeline"):
+    with pytest.raises(BadRecipe, match="files that are not of an exported pipeline"):
         exported(model, theirs)
     assert (theirs / "model_index.json").read_text() == "theirs"
 

@@ -107,9 +107,9 @@ def test_projectors_compute_in_the_precision_of_the_tokens() -> None:
     [
         ({"teacher": "self"}, "target is the block of the averaged model"),
         ({"target": 3}, "target is the block of the averaged model"),
-        ({"blocks": [3, 2]}, "must be rising"),
-        ({"blocks": [2, 2]}, "must be rising"),
-        ({"blocks": [-1]}, "must be rising"),
+        ({"blocks": [3, 2]}, "must be in rising order"),
+        ({"blocks": [2, 2]}, "must be in rising order"),
+        ({"blocks": [-1]}, "must be in rising order"),
         ({"blocks": []}, "at least 1 item"),
     ],
 )

@@ -187,8 +187,8 @@ def test_a_gain_that_few_seeds_show_is_no_improvement() -> None:
     found = verdict(comparison)
     assert found.word == "not resolved"
     assert found.sentence.endswith(
-        "better in 65% of seeds); what is called better wins in 75% of seeds at least, however "
-        "small p is"
+        "better in 65% of seeds); to be called better an arm must win in at least 75% of "
+        "seeds, however small p is"
     )
 
 
@@ -228,7 +228,7 @@ def test_what_is_not_resolved_says_how_many_seeds_would_do() -> None:
     comparison = paired([1.1, 0.9, 1.2, 0.95, 1.0], [1.0] * 5)
     needed = seeds_needed(comparison.sd, comparison.gain)
     assert verdict(comparison).sentence.endswith(
-        f"needs about {needed} seeds, and to show in 75% of them"
+        f"needs about {needed} seeds, and must show in 75% of them"
     )
     assert "fewer than 5 seeds" in verdict(paired([2.0], [1.0])).sentence
     assert "no difference to be resolved" in verdict(paired([1.0] * 5, [1.0] * 5)).sentence

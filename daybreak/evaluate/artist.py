@@ -130,7 +130,9 @@ def pipeline(
     settings = {key: value for key, value in given.items() if value is not None}
     for key in ("prompt", "generator", *settings):
         if key not in known:
-            raise BadRecipe(f"{folder}: {name} takes no {key}, so it cannot be scored like this")
+            raise BadRecipe(
+                f"{folder}: {name} takes no {key}, so it cannot be scored with these options"
+            )
     if "use_resolution_binning" in known:  # would draw another size and rescale it
         settings["use_resolution_binning"] = False
     sized = {"height", "width"} <= known.keys()  # whether it accepts a size
@@ -145,7 +147,9 @@ def pipeline(
             raise BadRecipe(f"{folder}: {name} cannot draw what is asked ({said})") from error
         picture = drawn[0][0]
         if not isinstance(picture, Image.Image):
-            raise BadRecipe(f"{folder}: {name} draws no single pictures")
+            raise BadRecipe(
+                f"{folder}: {name} does not return pictures: give a text-to-image pipeline"
+            )
         return picture.convert("RGB")
 
     def draw(prompts: Sequence[str], seeds: Sequence[int], height: int, width: int) -> Pictures:
@@ -196,7 +200,7 @@ def _load(folder: Path, dtype: torch.dtype) -> Any:
         )
     except (OSError, ValueError, AttributeError, ImportError, SafetensorError) as error:
         raise BadRecipe(
-            f"{folder} cannot be loaded as a pipeline of diffusers ({told(error)})"
+            f"{folder} cannot be loaded as a diffusers pipeline ({told(error)})"
         ) from error
 
 

@@ -48,13 +48,15 @@ def load(source: str = "clip", device: torch.device | str = "cpu") -> Clip:
 
     model, processor = features.from_hub(source)
     if not hasattr(model.config, "text_config"):
-        raise BadRecipe(f"{source} sees and does not read: CLIPScore needs a CLIP model")
+        raise BadRecipe(
+            f"{source} has no text encoder, and CLIPScore needs a CLIP model: give --clip one"
+        )
     hub, revision = features.located(source)
     tokenizer = AutoTokenizer.from_pretrained(hub, revision=revision)
     known, needed = len(tokenizer), int(model.config.text_config.vocab_size)
     if known != needed:  # `transformers` makes an empty one if its files are missing
         raise BadRecipe(
-            f"the tokenizer of {hub} knows {known} tokens and its model {needed}: put the "
+            f"the tokenizer of {hub} has {known} tokens, but its model needs {needed}: put the "
             "tokenizer.json of the model beside it"
         )
     longest = int(model.config.text_config.max_position_embeddings)

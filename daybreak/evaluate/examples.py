@@ -85,8 +85,8 @@ def of_dataset(folder: Path, side: int, unit: int, seed: int, count: int) -> Exa
                 "of a recipe), or "
             )
         raise BadData(
-            f"{folder} holds {there} pictures and {count} are to be compared: {ask}give a larger "
-            "dataset"
+            f"{folder} holds {there} pictures and {count} are needed for the comparison: "
+            f"{ask}give a larger dataset"
         )
     if opened.largest < side:
         raise BadData(

@@ -240,7 +240,7 @@ def _side(processor: Any) -> int:
             side = size.height or size.shortest_edge
             if side is not None:
                 return int(side)
-    raise BadRecipe("preprocessor_config.json names no size of pictures")
+    raise BadRecipe("preprocessor_config.json gives no picture size: add a crop_size or size to it")
 
 
 def _digest(network: nn.Module, preparation: tuple[Any, ...]) -> str:

@@ -53,8 +53,8 @@ class Config(BaseModel):
 
             if suite.suite_of(self.best) not in self.suites:
                 raise ValueError(
-                    f"best = {self.best!r} is of a suite that is not measured: there are "
-                    f"{', '.join(self.suites)}"
+                    f"best = {self.best!r} is not of a suite that is measured: add its suite, or "
+                    f"name a value of {', '.join(self.suites)}"
                 )
         return self
 
@@ -73,7 +73,10 @@ class Config(BaseModel):
                 "trained on: name a prepared dataset with evaluate.data"
             )
         if "distribution" in self.suites and self.features is None:
-            raise ValueError("evaluate.suites names distribution: name its network with features")
+            raise ValueError(
+                "evaluate.suites names distribution, which needs a feature network: name it with "
+                "evaluate.features"
+            )
 
 
 def side(config: Config, suite: str, scenes: scenes_data.Config | None, resolution: int) -> int:
@@ -121,7 +124,7 @@ def check(
     from daybreak.evaluate import examples
 
     if metric is not None and metric not in (there := names(config, scenes)):
-        raise BadRecipe(f"{metric} would not be measured: there are {', '.join(there)}")
+        raise BadRecipe(f"{metric} would not be measured: name one of {', '.join(there)}")
     if config.data is not None and set(config.suites) != {"scenes"}:
         for resolution in sorted(set(resolutions)):
             examples.of_dataset(Path(config.data), resolution, unit, 0, config.pictures)

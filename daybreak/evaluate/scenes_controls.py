@@ -70,7 +70,9 @@ def evaluate(
     repeated = [[item for item in asked if item.task == task] for task in REPEATED]
     free = [item for items in repeated for item in items[:prompts]]
     if not free:
-        raise BadRecipe("the controls draw one thing or two, and this recipe allows neither")
+        raise BadRecipe(
+            "--controls draws one or two objects, and this recipe's scenes.objects allows neither"
+        )
     turns = [
         generate([item.prompt for item in free], [item.seed + turn for item in free])
         for turn in range(SEEDS)

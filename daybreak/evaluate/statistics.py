@@ -267,8 +267,8 @@ def verdict(comparison: Paired, p: float | None = None, comparisons: int = 1) ->
         if gain > 0 and wins < WINS:
             return Verdict(
                 "not resolved",
-                f"not resolved: {seen}; what is called better wins in {WINS:.0%} of seeds at "
-                "least, however small p is",
+                f"not resolved: {seen}; to be called better an arm must win in at least {WINS:.0%} "
+                "of seeds, however small p is",
             )
         word: Literal["better", "worse"] = "better" if gain > 0 else "worse"
         return Verdict(word, f"{word}: {seen}")
@@ -284,7 +284,7 @@ def verdict(comparison: Paired, p: float | None = None, comparisons: int = 1) ->
         return Verdict("not resolved", f"not resolved: {seen}; there is {what} to be resolved")
     needed = max(n + 1, least, seeds_needed(sd, beyond, comparisons))
     many = f"about {needed:,} seeds" if needed <= 10_000 else "more than 10,000 seeds"
-    rare = f", and to show in {WINS:.0%} of them" if gain > 0 and wins < WINS else ""
+    rare = f", and must show in {WINS:.0%} of them" if gain > 0 and wins < WINS else ""
     return Verdict(
         "not resolved", f"not resolved: {seen}; a difference of this size needs {many}{rare}"
     )

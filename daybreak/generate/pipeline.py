@@ -67,13 +67,13 @@ def export(
     """
     if folder.exists() and not _replaceable(folder):
         raise BadRecipe(
-            f"{folder} holds something else than an exported pipeline, which would be lost: "
+            f"{folder} holds files that are not of an exported pipeline and would be lost: "
             "choose a new or empty folder with --out"
         )
     if model.dit.fuse is not None:
         raise BadRecipe(
-            'tread.kind = "sprint" puts a layer into the network that no class of diffusers has: '
-            'a run to be exported uses kind = "tread"'
+            'a run with tread.kind = "sprint" cannot be exported, as no diffusers class has its '
+            'extra layer: train with kind = "tread" to export'
         )
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)

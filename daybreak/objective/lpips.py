@@ -141,11 +141,14 @@ def load(
     except KeyError as error:
         raise BadRecipe(
             f"{network} and {heads} are not torchvision's VGG-16 and its LPIPS heads: {error} is "
-            "not there; download them anew"
+            "missing; download them again"
         ) from error
     widths = [len(convolutions[-1][0]) for convolutions in vgg.depths]
     if [len(head) for head in vgg.heads] != widths:
-        raise BadRecipe(f"{heads} does not fit {network}, whose depths have {widths} channels")
+        raise BadRecipe(
+            f"{heads} does not fit {network}, whose layers have {widths} channels: download both "
+            "again"
+        )
     return Vgg(
         tuple(
             tuple(

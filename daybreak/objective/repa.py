@@ -51,7 +51,9 @@ class Config(BaseModel):
     @model_validator(mode="after")
     def _has_its_target(self) -> "Config":
         if list(self.blocks) != sorted(set(self.blocks)) or self.blocks[0] < 0:
-            raise ValueError(f"blocks = {list(self.blocks)} must be rising, each named once")
+            raise ValueError(
+                f"blocks = {list(self.blocks)} must be in rising order, each named once"
+            )
         if (self.teacher == SELF) != (self.target is not None):
             raise ValueError(
                 'teacher = "self" and target belong together: target is the block of the averaged '

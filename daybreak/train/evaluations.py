@@ -163,7 +163,7 @@ def value(line: Mapping[str, Any], metric: str) -> float:
     Errors  BadRecipe, naming the metrics there are, for one that this run does not have.
     """
     if metric not in line["values"]:
-        raise BadRecipe(f"{metric} was not measured: there are {', '.join(line['values'])}")
+        raise BadRecipe(f"{metric} was not measured: name one of {', '.join(line['values'])}")
     found = line["values"][metric]["value"]
     return math.nan if found is None else float(found)
 

@@ -95,16 +95,16 @@ class Story(NamedTuple):
         reason, code = self.status.get("reason"), self.status.get("code")
         of = f"step {self.done:,} of {self.recipe.steps:,}"
         said = {
-            "running": f"It runs: {of}; last heard of {_clock(self.heard)} ago.",
+            "running": f"It is running: {of}; last written {_clock(self.heard)} ago.",
             "finished": f"It is finished after {of}: {reason}.",
             "stopped": f"It was stopped at {of}: {reason}. The same command continues.",
             "failed": f"It failed at {of}: {reason} (code {code})",
-            "unknown": f"It does not say how it stands: {of}.",
+            "unknown": f"Its state is not known: {of}.",
             "killed": f"It was killed after {of}. The same command continues.",
-            "silent": f"Nothing was heard of it for {_clock(self.heard)}: {of}. If it was killed, "
+            "silent": f"It has written nothing for {_clock(self.heard)}: {of}. If it was killed, "
             "the same command continues.",
         }
-        return said.get(self.state, f"It says of itself that it is {self.state}: {of}.")
+        return said.get(self.state, f"Its state is {self.state}: {of}.")
 
 
 def read(folder: Path) -> Story:
@@ -182,10 +182,10 @@ def told(story: Story) -> dict[str, str]:
         "memory": web.size(2**20 * last["memory_mib"]),
     }
     if "share_of_peak" in last:
-        found["of the peak"] = f"{100 * last['share_of_peak']:.0f} %"
+        found["share of the peak"] = f"{100 * last['share_of_peak']:.0f} %"
     if "dollars" in last:
         found["paid"] = f"${last['dollars']:,.2f}"
-        found["to go"] = f"${last['dollars_to_go']:,.2f}"
+        found["still to pay"] = f"${last['dollars_to_go']:,.2f}"
     if story.incidents:
         newest = story.incidents[-1]["step"]
         found["incidents"] = f"{len(story.incidents):,}, last at {newest:,}"
@@ -234,7 +234,7 @@ def _measured(story: Story) -> Iterator[Curve]:
 def _scores(story: Story) -> Iterator[Score]:
     """The newest evaluation on the way, and what `daybreak evaluate` has left in the folder."""
     files = sorted((story.folder / "evaluation").glob("*.json"))
-    found = [(f"on the way, step {line['step']:,}", line) for line in story.evaluations[-1:]]
+    found = [(f"during training, step {line['step']:,}", line) for line in story.evaluations[-1:]]
     for name, line in [*found, *((file.stem, _object(file)) for file in files)]:
         values = line.get("values")
         if isinstance(values, dict) and values:
@@ -271,7 +271,7 @@ def _shown(drawn: Sequence[tuple[int, Path]]) -> Iterator[Shown]:
             _picture(place / f"{known[key]:02d}.png") if key in known else ""
             for (_, place), known in zip(drawn, asked, strict=True)
         ]
-        yield Shown(key[0] or "without a word", pictures)
+        yield Shown(key[0] or "empty prompt", pictures)
 
 
 def _prompts(place: Path) -> dict[tuple[str, int], int]:
