@@ -189,7 +189,7 @@ def test_what_compiling_takes_is_paid_for_once(published: config.Recipe) -> None
         BadRecipe, match=r"too small for a step of each stage: give at least --budget 60\ds"
     ):
         budget.bought(slow, Budget("seconds", 300))
-    assert plan.remarks(published, slow)["start"].startswith("10 min of the time")
+    assert plan.remarks(published, slow)["start"].startswith("10 min of this time")
     assert plan.remarks(published, made)["start"].startswith("not counted")
 
 

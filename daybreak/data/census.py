@@ -341,7 +341,7 @@ def _remarks(fillings: tuple[Filling, ...], batch: int, lost: int) -> Iterator[s
     if enlarged:
         yield f"{enlarged:,} pictures are stored smaller than they are trained, and are enlarged"
     if lost:
-        yield f"{lost:,} captions could not be used, of pictures that have others"
+        yield f"{lost:,} captions could not be used; their pictures have others"
 
 
 def _named(names: list[str]) -> str:

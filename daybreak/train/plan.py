@@ -103,36 +103,39 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
     inside, across = _traffic(recipe, made)
     price = "none known; give one with --price"
     if made.price is not None:
-        price = f"${made.price:.2f} an hour and device"
+        price = f"${made.price:.2f} per device and hour"
         price += f" ({PRICES})" if made.price == device.price else ""
     slower = ""
     if round(100 * made.reached) < round(100 * made.share):
-        slower = f", {100 * made.share:.0f} % while it need not wait for others"
+        slower = f", {100 * made.share:.0f} % without waiting for other devices"
     found = {
         "speed": f"{100 * made.reached:.0f} % of {_three(device.flops / 1e12)} TFLOP/s{slower} "
         f"({made.source}{_busy(made)})",
         "memory": f"{fits}: {sizes}, in passes of "
         f"{max(budget.at_once(recipe, stage, count) for stage in recipe.stage)} pictures",
         "pictures": f"{made.pictures:,}" + _epochs(recipe, made),
-        "weights": f"{made.weights / 1e6:,.1f} M that learn",
+        "weights": f"{made.weights / 1e6:,.1f} M trained",
         "price": price,
         "captions": f"counted as {recipe.text.max_tokens} words (text.max_tokens)",
     }
     if made.start:
-        found["start"] = f"{_time(made.start)} of the time: networks are built, blocks compiled"
+        found["start"] = (
+            f"{_time(made.start)} of this time goes to building networks and compiling blocks"
+        )
     elif recipe.compile:
-        found["start"] = "not counted: blocks compile, for which --measure looks"
+        found["start"] = "not counted: compiling blocks takes time, which --measure finds out"
     if made.energy is not None:
         found["energy"] = f"{_three(made.energy)} kWh at full power"
     if count > 1:
-        found["mesh"] = f"{made.mesh.replicate} x {made.mesh.shard}; a step and device sends "
-        found["mesh"] += f"{inside / 1e9:.1f} GB in its node, {across / 1e9:.1f} GB to others"
+        found["mesh"] = f"{made.mesh.replicate} x {made.mesh.shard}; each step a device sends "
+        found["mesh"] += f"{inside / 1e9:.1f} GB in its node, {across / 1e9:.1f} GB to other nodes"
     busiest = max(made.stages, key=lambda paper: paper.batch / paper.step * paper.resolution**2)
     wanted = busiest.batch / count / busiest.step
     ready = 1 / measure.preparing(recipe, busiest.resolution)
     found["loader"] = (
-        f"{wanted:,.0f} img/s for each device at {busiest.resolution} px; a core here prepares "
-        f"{ready:,.0f}: {math.ceil(wanted / ready)} of data.workers, now {recipe.data.workers}"
+        f"{wanted:,.0f} img/s needed per device at {busiest.resolution} px; a core here loads "
+        f"{ready:,.0f}: needs data.workers = {math.ceil(wanted / ready)}, has "
+        f"{recipe.data.workers}"
     )
     if made.cached:
         fastest = max(paper.batch / paper.step for paper in made.stages)
@@ -144,7 +147,9 @@ def remarks(recipe: Recipe, made: Plan) -> dict[str, str]:
         )
     if not made.cached and recipe.text.encoder is not None:
         share = totals(made)["text encoder"] / made.flops
-        found["text"] = f"`daybreak prepare --cache-text` would save {100 * share:.0f} % of it all"
+        found["text"] = (
+            f"`daybreak prepare --cache-text` would save {100 * share:.0f} % of the arithmetic"
+        )
     return found
 
 
@@ -152,7 +157,7 @@ def _busy(made: Plan) -> str:
     """Whether other work was running while the CPU was measured, which makes it seem slower."""
     load = os.getloadavg()[0] / host.usable()
     busy = made.cluster.device.name == "cpu" and load > 0.5
-    return f"; this machine was busy, load {load:.1f} a core: it may do more" if busy else ""
+    return f"; this machine was busy, load {load:.1f} per core: it may be faster" if busy else ""
 
 
 def purchase(recipe: Recipe, made: Plan, times: float) -> str:
