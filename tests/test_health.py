@@ -271,7 +271,8 @@ def test_a_wait_of_five_usual_steps_is_told_once() -> None:
         time.sleep(0.05)
     assert 0.05 <= statistics.median(pace.durations) < 0.2
     assert pace.late(0.2) == ""
-    assert pace.late(1.5).startswith("waiting for the next pictures since 1.5 s, while a step")
+    said = pace.late(1.5)
+    assert said.startswith("still waiting for the next pictures after 1.5 s, while a step")
     assert pace.late(2.0) == "", "it has been said"
 
 

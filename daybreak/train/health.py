@@ -248,7 +248,7 @@ class Pace:
             return ""
         self.warned = True
         return (
-            f"waiting for the next pictures since {waited:.1f} s, while a step usually takes "
+            f"still waiting for the next pictures after {waited:.1f} s, while a step usually takes "
             f"{usual:.2f} s: the disk is slow, or data.workers is too low"
         )
 
