@@ -1,7 +1,7 @@
-"""The next things are there before they are asked for.
+"""Fetch the next things before they are asked for.
 
-A thread takes them from where they come and keeps a few ready, so that whoever needs them waits for
-none of what it costs to receive one.
+A thread takes them from a generator and keeps a few ready, so that the receiver does not have to
+wait while one is fetched.
 """
 
 import threading
@@ -11,13 +11,13 @@ from contextlib import closing
 from queue import Empty, Queue
 from typing import TypeVar
 
-LOOK = 0.5  # seconds after which `late` is told, again and again
-LEAVE = 5.0  # seconds that who leaves early gives the thread to finish what it has begun
+LOOK = 0.5  # seconds between calls of `late`
+LEAVE = 5.0  # seconds to wait at the end for the thread to finish what it has begun
 Thing = TypeVar("Thing")
 
 
 class _End:
-    """What stands behind the last thing: nothing, or the failure that came in its place."""
+    """Marks the end of the queue, with the failure that ended it, if any."""
 
     def __init__(self, failure: BaseException | None = None) -> None:
         self.failure = failure
@@ -26,13 +26,13 @@ class _End:
 def ahead(
     things: Generator[Thing], ready: int, late: Callable[[float], object] = lambda _: None
 ) -> Generator[Thing]:
-    """Pass things on in their order, while the next `ready` of them are fetched; one more is held.
+    """Yield things in order, with the next `ready` of them queued and one more held by the thread.
 
-    All of `things` runs in a thread, its end too: what it has opened is closed there, also when the
-    receiver leaves early. `late` hears, from the receiver's thread, for how many seconds the next
-    thing has been waited for.
+    The generator `things` runs entirely in that thread: what it has opened is closed there too,
+    also when the receiver leaves early. While the receiver waits, its thread calls `late` with the
+    seconds waited so far.
 
-    Errors  whatever `things` raises, after all that came before it.
+    Errors  whatever `things` raises, after everything that came before it.
     """
     fetched: Queue[Thing | _End] = Queue(ready)
     left = threading.Event()
@@ -64,7 +64,7 @@ def ahead(
 
 
 def _next(fetched: Queue[Thing], late: Callable[[float], object]) -> Thing:
-    """Wait for a thing, and say so in between."""
+    """Wait for the next thing; tell `late` every LOOK seconds."""
     began = time.monotonic()
     while True:
         try:

@@ -1,15 +1,15 @@
 """Which pictures make which batch.
 
-Global sample indices 0, 1, 2, ... count the samples of a run; batch k of a stage holds the next b
-of them. What stands at an index is a function of the seed: for `scenes` the index is the scene, for
-a folder it is place `index mod n` in the shuffle of epoch `index div n`, for a prepared dataset
-daybreak/data/plan.py decides. Worker count, restarts, the number of processes and the cut into
-micro-batches cannot change it, and resuming costs nothing.
+The samples of a run have global indices 0, 1, 2, ...; each batch of a stage takes the next b of
+them. The picture at an index depends only on the seed: for `scenes` the index is the number of the
+scene; for a folder it is place `index mod n` in the shuffle of epoch `index div n`; for a prepared
+dataset daybreak/data/plan.py decides. Worker count, restarts, the number of processes and the
+micro-batch size cannot change it, and resuming costs nothing.
 
-Caption choice, caption dropout, crop and mirroring are dice of the same (seed, index). How batches
-get to the step that learns from them: daybreak/data/loader.py.
+Caption choice, caption dropout, crop and mirroring are dice keyed by the same (seed, index). How
+batches get to the training step: daybreak/data/loader.py.
 
-Letters  b pictures of the batch, c channels.
+Letters  b pictures of the batch, n pictures of the folder, c channels.
 """
 
 import hashlib
@@ -43,7 +43,7 @@ CACHE_BYTES = 256 * 2**20  # decoded pictures that one worker keeps
 
 
 def _named(source: object, validate: ValidatorFunctionWrapHandler) -> object:
-    """Refuse what is neither a name nor names with weights, in one sentence for both."""
+    """Refuse anything but a name or a list of names with weights, with one message for both."""
     try:
         return validate(source)
     except ValidationError as error:
@@ -54,7 +54,7 @@ def _named(source: object, validate: ValidatorFunctionWrapHandler) -> object:
 
 
 def _weighed(source: str | tuple[tuple[str, float], ...]) -> str | tuple[tuple[str, float], ...]:
-    """Refuse several datasets that cannot share the samples."""
+    """Refuse an empty source, and weights that are not positive and finite."""
     if not source:
         raise ValueError("no source is named; name a prepared dataset or a folder of pictures")
     for folder, weight in () if isinstance(source, str) else source:
@@ -72,9 +72,9 @@ class Config(BaseModel):
     """Where the pictures come from.
 
     `source` is "scenes", a folder of pictures or a prepared dataset; or several prepared datasets
-    with weights, [["a", 0.7], ["b", 0.3]], that share the samples in this ratio. `caption_columns`
-    weighs the columns of a folder's metadata; `empty_captions` is the share of samples trained with
-    the empty prompt, `mirrored` that of pictures turned left to right.
+    with weights, [["a", 0.7], ["b", 0.3]], from which samples are drawn in this ratio.
+    `caption_columns` gives weights to the columns of a folder's metadata; `empty_captions` is the
+    share of samples trained with the empty prompt, `mirrored` the share mirrored left to right.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -107,8 +107,8 @@ class Config(BaseModel):
 class Batch(NamedTuple):
     """Pictures in [-1, 1], their captions, and the global index of the first.
 
-    `complaints` names pictures that could not be read, each once; `substituted` counts the samples
-    of this batch that stand in for one.
+    `complaints` names the pictures that could not be read, each only once in a stage; `substituted`
+    counts the samples of this batch that replace such a picture.
     """
 
     image: Float[Tensor, "b c h w"]
@@ -118,7 +118,7 @@ class Batch(NamedTuple):
     complaints: tuple[str, ...] = ()
 
 
-Slots = Callable[[int], list[Slot]]  # the global batch of a number
+Slots = Callable[[int], list[Slot]]  # from the number of a global batch to its slots
 
 
 class Pictures(Protocol):
@@ -126,16 +126,18 @@ class Pictures(Protocol):
 
     @property
     def files(self) -> Mapping[str, str]:
-        """The sha256 of the files they come from, where a manifest knows it."""
+        """The sha256 of each file they come from, if known."""
 
     def plan(self, resolution: int, batch: int, first: int) -> Slots:
-        """Say what stands where in each batch of a stage whose first sample is `first`.
+        """Return the function that lists the slots of each batch of a stage.
 
-        Errors  BadRecipe for a stage that cannot be had.
+        `first` is the global index of the stage's first sample.
+
+        Errors  BadRecipe for a stage that these pictures do not allow.
         """
 
     def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
-        """Return picture (height, width, 3) and caption of each slot, or what is wrong with it."""
+        """Return the picture (height, width, 3) and caption of each slot, or its failure."""
 
     def captions(self) -> Iterator[str]:
         """Yield the captions a tokenizer should learn from."""
@@ -150,11 +152,11 @@ class Scenes:
         self.config, self.seed = config, seed
 
     def plan(self, resolution: int, batch: int, first: int) -> Slots:
-        """One scene after the other, on its canvas or scaled down from it."""
+        """Scenes in order of their numbers, scaled from the canvas to the resolution."""
         return _in_order(lambda index: index, resolution, batch, first)
 
     def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
-        """Draw scenes: all at once, then all that have to be scaled, and so on, for speed."""
+        """Draw the scenes of slots, all of them in one call for speed, and scale them."""
         drawn = [scenes.scene(self.config, self.seed, slot.row) for slot in slots]
         fitted = [
             images.fit(picture, slot.height, slot.width)
@@ -172,16 +174,16 @@ class Scenes:
 
 @lru_cache(maxsize=2)
 def said(config: scenes.Config, seed: int) -> tuple[str, ...]:
-    """Return the captions of the first 20,000 scenes, once for all recipes that are compared."""
+    """Return the captions of the first 20,000 scenes; cached, for comparisons of recipes."""
     return tuple(
         scenes.caption(config, scenes.scene(config, seed, index), index) for index in range(20_000)
     )
 
 
 class Folder:
-    """A folder of captioned pictures, shuffled anew every epoch, cut to squares.
+    """A folder of captioned pictures, shuffled again every epoch, cropped to squares.
 
-    What is known of its files is one sha256: of their names and sizes, captions and their shares.
+    Its files are identified by one sha256, of their names, sizes, captions and caption weights.
     """
 
     def __init__(
@@ -204,7 +206,7 @@ class Folder:
         self.bytes = 0
 
     def plan(self, resolution: int, batch: int, first: int) -> Slots:
-        """Epoch after epoch, each a shuffle of the folder."""
+        """Epoch after epoch, each with its own shuffle of the folder."""
         count = len(self.pictures)
 
         def row(index: int) -> int:
@@ -214,18 +216,18 @@ class Folder:
         return _in_order(row, resolution, batch, first)
 
     def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
-        """Read the pictures of slots, or say what is wrong with them."""
+        """Read the sample of each slot; a failure takes the place of its sample."""
         return one_by_one(self.sample, slots)
 
     def sample(self, slot: Slot) -> Sample:
-        """Return the picture of a slot, with one of its captions by dice."""
+        """Return the picture of a slot, with one of its captions chosen by dice."""
         captioned = self.pictures[slot.row]
         die = dice.fraction(self.seed, "caption", slot.sample)
         caption = chosen(captioned.captions, captioned.weights, die)
         return Sample(self._picture(slot.row, slot.height), caption)
 
     def _picture(self, number: int, resolution: int) -> Picture:
-        """Decode a picture, or take it from those this worker has kept."""
+        """Decode a picture, or take it from this worker's cache."""
         if (number, resolution) in self.kept:
             return self.kept[number, resolution]
         path = self.pictures[number].path
@@ -254,8 +256,8 @@ def order(seed: int, epoch: int, count: int) -> Rows:
 def files(sources: Sequence[Pictures]) -> dict[str, str]:
     """The sha256 of the files that the pictures of all stages come from.
 
-    Where two stages have different files of one name, as from folders called alike, the name of the
-    later one ends in the number of its stage.
+    If two stages have different files of the same name, as from two folders of the same name, the
+    later one gets the number of its stage added to its name.
     """
     found: dict[str, str] = {}
     for number, source in enumerate(sources):
@@ -266,7 +268,7 @@ def files(sources: Sequence[Pictures]) -> dict[str, str]:
 
 
 def _in_order(row: Callable[[int], int], resolution: int, batch: int, first: int) -> Slots:
-    """Squares that follow one another, `row` saying which picture stands at an index."""
+    """Slots of squares in order of their indices; `row` gives the picture for an index."""
 
     def slots(number: int) -> list[Slot]:
         start = first + number * batch
@@ -278,9 +280,9 @@ def _in_order(row: Callable[[int], int], resolution: int, batch: int, first: int
 
 
 def pictures(config: Config, scene: scenes.Config | None, seed: int, patch: int) -> Pictures:
-    """Open the source that a recipe names; `patch` divides the sides of every batch.
+    """Open the source that a recipe names; the sides of every batch are multiples of `patch`.
 
-    Errors  BadData and BadRecipe, in one sentence.
+    Errors  BadData and BadRecipe, with a message of one sentence.
     """
     if config.source == "scenes":
         return Scenes(scene or scenes.Config(), seed)

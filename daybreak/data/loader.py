@@ -1,12 +1,12 @@
-"""How batches get to the step that learns from them.
+"""How batches get to the training step.
 
-    workers       make pictures and captions of the slots of a plan, and stack them
-    a thread      receives what they send (data/ahead), makes floats of it or pins it for a GPU
-    the caller    asks for the next batch, and makes floats of it on any other device
+    workers       read the pictures and captions of a plan's slots, and stack them into batches
+    a thread      receives batches (data/ahead); turns them into floats, or pins them for CUDA
+    the caller    asks for the next batch; on a device other than a CPU, turns it into floats there
 
-Which pictures they are is settled before (data/batches), and nothing here can change it. Workers
-are kept out of the way of the step, and of signals that are meant for the main process. What cannot
-be read is counted, and a worker that dies is named.
+data/batches decides which pictures a batch holds; nothing here can change that. Workers must not
+slow down the step, and ignore signals meant for the main process. Samples that cannot be read are
+counted, and a worker that dies is reported.
 
 Letters  b pictures of the batch, c channels, h height, w width.
 """
@@ -38,21 +38,21 @@ from daybreak.failure import BadData, LostPeer
 from daybreak.train import dice
 from daybreak.train.stop import STOPS, deaf
 
-SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: so many, and this share of all
-CHECK = 1.0  # seconds of silence after which the workers are looked after
-MOMENT = 0.2  # seconds until a process that was killed is known to be dead
-PATIENCE = 300.0  # seconds to wait for a batch before its worker is given up
-HUSH = 0.05  # seconds after which threads of an exchange that is over rest
-START, STARTS = 60.0, 3  # seconds until a worker has begun, and how often it is tried
+SPARE, BUDGET = 10, 0.01  # samples that may fail to be read: this number, plus this share of all
+CHECK = 1.0  # seconds without a batch after which the workers are checked
+MOMENT = 0.2  # seconds until a killed process is seen to be dead
+PATIENCE = 300.0  # seconds to wait for a batch before giving up on its worker
+HUSH = 0.05  # seconds after an exchange until its threads are idle
+START, STARTS = 60.0, 3  # seconds a worker has to start, and how often that is tried
 LAST = 19  # niceness of a worker beside a step on the same processor
-READY = 2  # batches that lie received when a step asks for one
-FORESIGHT, UNDERWAY = 4, 2 * 2**30  # a worker's batches ahead, and the bytes of all workers' ones
-# Forked where that is safe. Python 3.14 would have a server do it, whose children import everything
-# anew: seconds at each new resolution.
+READY = 2  # received batches that wait for the step
+FORESIGHT, UNDERWAY = 4, 2 * 2**30  # batches each worker makes ahead, and bytes of all of these
+# Workers are forked where that is safe. The default of Python 3.14 is a fork server, whose children
+# import everything again: that costs seconds at each new resolution.
 PROCESSES = multiprocessing.get_context("fork" if sys.platform == "linux" else "spawn")
 
-# Pictures, captions, and complaints about those that could not be read. The pictures are bytes
-# (b, h, w, c), or what `to_unit` makes of them.
+# Pictures, captions, and complaints about pictures that could not be read. The pictures are bytes
+# (b, h, w, c), or the floats that `to_unit` returns.
 Stacked = tuple[Tensor, list[str], list[str]] | BadData
 Ready = Callable[[Tensor], Tensor]
 
@@ -72,20 +72,20 @@ def stream(
     late: Callable[[float], object] = lambda _: None,
     expect: Callable[[list[str]], object] = lambda _: None,
 ) -> Generator[Batch]:
-    """Yield this rank's slice of `count` global batches of a stage, of which `done` were had.
+    """Yield this rank's slice of `count` global batches of a stage, after the first `done` of them.
 
-    `world` divides `batch`.
+    `batch` must be a multiple of `world`.
 
-    `first` is the global index of the stage's first sample; `late` hears now and then how many
-    seconds a batch has been waited for, and `expect`, in a thread of its own, the captions of those
-    that come next.
+    `first` is the global index of the stage's first sample. During a wait for a batch, `late` is
+    called repeatedly with the seconds waited so far. `expect` is called, in another thread, with
+    the captions of each batch as it arrives.
 
-    On a CPU the next batches are floats before they are asked for. Elsewhere they are received
-    ahead as pinned bytes, and become floats on the device in the caller's thread: that only queues
-    the copy, on the stream of the step that needs it, and no batch waits in the device's memory.
+    On a CPU the next batches are turned into floats in advance. For CUDA they are received in
+    advance as pinned bytes, and become floats on the device in the caller's thread: this only
+    queues the copy, on the stream of the step that needs it, and no batch waits in GPU memory.
 
-    Errors  BadData, also from a worker, for a picture that cannot be read, or for too many of them;
-            LostPeer for a dead worker.
+    Errors  BadData, also from a worker, for a sample that has no readable substitute, or if too
+            many samples could not be read; LostPeer for a dead worker.
     """
     share = batch // world
     plan = source.plan(resolution, batch, first)
@@ -135,16 +135,16 @@ def stream(
 
 
 def foresight(workers: int, share: int, resolution: int) -> int | None:
-    """How many batches each worker makes ahead: one at least, and few enough for the memory."""
+    """How many batches each worker makes ahead: at least one, else limited by memory."""
     if not workers:
         return None
     return max(1, min(FORESIGHT, UNDERWAY // (workers * share * 3 * resolution**2)))
 
 
 class _Samples(Dataset[Sample | BadData]):
-    """What a loader worker runs: slots to pictures and captions, the slice of a batch at once.
+    """What a loader worker runs: it reads the samples for all slots of one batch slice at once.
 
-    A failure travels as a value: raised in a worker, its sentence would arrive inside a traceback.
+    A failure is returned, not raised: raised in a worker, its message would end up in a traceback.
     """
 
     def __init__(self, source: Pictures, config: Config, seed: int) -> None:
@@ -155,7 +155,7 @@ class _Samples(Dataset[Sample | BadData]):
         return [one if isinstance(one, BadData) else self._diced(slot, one) for slot, one in pairs]
 
     def _diced(self, slot: Slot, sample: Sample) -> Sample:
-        """Leave the caption out, or turn the picture left to right, as the dice say."""
+        """Drop the caption or mirror the picture, as the dice decide."""
         picture, caption, complaint = sample
         if dice.fraction(self.seed, "empty", slot.sample) < self.config.empty_captions:
             caption = ""
@@ -165,7 +165,7 @@ class _Samples(Dataset[Sample | BadData]):
 
 
 def _stack(samples: list[Sample | BadData]) -> Stacked:
-    """Make one batch of samples, or say the first thing that is wrong with them."""
+    """Stack samples into a batch, or return the first failure among them."""
     good = [sample for sample in samples if isinstance(sample, Sample)]
     if len(good) < len(samples):
         return next(sample for sample in samples if isinstance(sample, BadData))
@@ -174,26 +174,26 @@ def _stack(samples: list[Sample | BadData]) -> Stacked:
 
 
 def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iterator[Stacked]:
-    """Start the workers; where one hangs at its start, all of them once more.
+    """Start the workers; if one of them hangs at its start, start all of them again.
 
-    A forked one has no other thread, and hangs if it lets go of what waits for its threads, as a
-    group of gloo does (train/parallel, `leave`): so what the main process has not swept up yet is
-    not swept up there. Before Python 3.12 it can hang, too, if a thread of C++, as one of gloo's or
-    Arrow's, asks for the interpreter's lock at that moment: so it is forked a while after the last
-    exchange, and says when it has begun.
+    A forked worker has none of the parent's other threads. It hangs if it frees an object that
+    waits for its threads, such as a gloo process group (train/parallel, `leave`): so garbage that
+    the main process has not collected yet is never collected in the worker. Before Python 3.12 it
+    can also hang if a C++ thread (of gloo or Arrow) asks for the interpreter lock during the fork:
+    so workers are forked a moment after the last exchange, and report when they have started.
 
-    Errors  LostPeer if they hang again and again.
+    Errors  LostPeer if they hang STARTS times.
     """
     if host.processes() > 1:
         time.sleep(HUSH)
     for _ in range(STARTS):
         before, begun = multiprocessing.active_children(), PROCESSES.Semaphore(0)
-        with deaf(), _unswept():  # until they have stepped aside: unforked, that takes seconds
+        with deaf(), _unswept():  # until `_step_aside` has run: without fork, that takes seconds
             arriving = iter(make(begun))
         if all(begun.acquire(timeout=START) for _ in range(workers)):
             return arriving
         for worker in set(multiprocessing.active_children()) - set(before):
-            worker.kill()  # it is still deaf to what is kinder
+            worker.kill()  # it still ignores milder signals
         del arriving
     raise LostPeer(
         f"a loader worker did not start within {START:.0f} s, {STARTS} times in a row: the same "
@@ -204,10 +204,10 @@ def _begun(make: Callable[[Semaphore], Iterable[Stacked]], workers: int) -> Iter
 def _arriving(begin: Callable[[], Iterator[Stacked]]) -> Generator[Stacked]:
     """Yield what the workers send. Errors: LostPeer, when one of them has died or hangs.
 
-    The loader looks after its workers whenever it has waited for CHECK seconds, and gives up; it
-    can be asked again. It begins in this thread (data/ahead), so that no signal of a dying worker
-    is raised in the middle of a step. Of a worker that is killed while it sends, only the broken
-    connection is seen at first; asked again a moment later, the loader names it.
+    After CHECK seconds without a batch, torch's loader checks its workers and raises a timeout; it
+    can then be asked again. It is started in this thread (data/ahead), so that the signal of a
+    dying worker never raises in the middle of a step. If a worker is killed while it sends, only a
+    broken connection is seen at first; asked again a moment later, the loader names the worker.
     """
     arriving, asked = begin(), time.monotonic()
     broken: Exception | None = None
@@ -230,7 +230,7 @@ def _arriving(begin: Callable[[], Iterator[Stacked]]) -> Generator[Stacked]:
                 f"a loader worker died or hangs ({said.splitlines()[0]}): the same command "
                 "continues from the last checkpoint"
             ) from error
-        if broken:  # nobody has died, and a batch is lost
+        if broken:  # no worker has died, but a batch is lost
             raise LostPeer(
                 f"a batch was lost on its way from a loader worker ({broken}): the same command "
                 "continues from the last checkpoint"
@@ -243,7 +243,7 @@ def _arriving(begin: Callable[[], Iterator[Stacked]]) -> Generator[Stacked]:
 
 @contextlib.contextmanager
 def _unswept() -> Iterator[None]:
-    """Let a process that is forked here never sweep up what it inherits."""
+    """Within this context, forked processes never garbage-collect the objects they inherit."""
     gc.freeze()
     try:
         yield
@@ -252,17 +252,17 @@ def _unswept() -> Iterator[None]:
 
 
 def _step_aside(niceness: int, begun: Semaphore, _: int) -> None:
-    """Keep a worker out of the way of the step, and of signals meant for the main process.
+    """Keep a worker from slowing down the step, and away from signals for the main process.
 
-    Where the step itself needs the cores, one that a worker takes makes the others wait for it: so
-    it is given what nobody else wants (docs/performance.md).
+    If the step runs on the CPU, a core taken by a worker makes all other cores wait for it: so the
+    worker gets only the time that nothing else needs (docs/performance.md).
 
-    In a process group of its own it does not hear a Ctrl-C or a kill of the whole group, after
-    which the main process still wants to save; it ends when its loader does.
+    In a process group of its own, it does not receive a Ctrl-C or a kill of the main process's
+    group, after which the main process still has to save; it ends when its loader does.
     """
     os.setpgrp()
     os.nice(niceness)
-    for number in STOPS:  # what came meanwhile was not meant for it
+    for number in STOPS:  # discards signals that came meanwhile: they were not meant for it
         signal.signal(number, signal.SIG_IGN)
     signal.pthread_sigmask(signal.SIG_UNBLOCK, STOPS)
     for number in STOPS:
@@ -274,9 +274,9 @@ def _step_aside(niceness: int, begun: Semaphore, _: int) -> None:
 def to_unit(pixels: Tensor) -> Float[Tensor, "b c h w"]:
     """Turn uint8 pictures (b, h, w, c) into floats in [-1, 1], channels first.
 
-    They are turned round while a pixel is a byte: four times faster than afterwards. On a CPU it is
-    NumPy that does it, for it needs no OpenMP: that would give the thread which receives batches a
-    team of its own, and with more threads than cores every barrier of the step is slept at.
+    The axes are permuted while pixels are still bytes: four times faster than afterwards. On a CPU
+    NumPy is used, because it needs no OpenMP: OpenMP would give the receiving thread a thread team
+    of its own, and with more threads than cores the step would sleep at every barrier.
     """
     if pixels.device.type == "cpu":
         turned = np.ascontiguousarray(pixels.numpy().transpose(0, 3, 1, 2)).astype(np.float32)
@@ -289,7 +289,7 @@ def to_unit(pixels: Tensor) -> Float[Tensor, "b c h w"]:
 def _told(
     arriving: Generator[Stacked], expect: Callable[[list[str]], object]
 ) -> Generator[Stacked]:
-    """Say which captions come, in the thread that receives them."""
+    """Pass batches on, and tell `expect` their captions, in the thread that receives them."""
     for stacked in arriving:
         if not isinstance(stacked, BadData):
             expect(stacked[1])
@@ -297,11 +297,11 @@ def _told(
 
 
 def _made_ready(arriving: Generator[Stacked], ready: Ready) -> Generator[Stacked]:
-    """Make floats of pictures, or bytes that a GPU fetches, in the thread that receives them.
+    """Turn pictures into floats, or pin their bytes for a GPU, in the thread that receives them.
 
-    torch's loader would pin them in one of its own, which tells all threads that begin later to
-    compute alone. One of those is the backward pass's: to a block that is recomputed there the
-    world has changed, it is compiled again, into another one, and the step fails.
+    torch's loader would pin them in a thread of its own, which sets the number of threads to 1 for
+    all threads that start later. The backward pass's thread is one of those: a compiled block that
+    is recomputed there sees another setting, is compiled again, differently, and the step fails.
     """
     for stacked in arriving:
         yield stacked if isinstance(stacked, BadData) else (ready(stacked[0]), *stacked[1:])

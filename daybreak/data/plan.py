@@ -1,24 +1,24 @@
 """The batch plan: which pictures make which batch, as a function of (seed, epoch).
 
-Every batch has one shape, that of its bucket. The pictures of a bucket stand in an endless
-sequence, pass after pass, each pass shuffled anew; its batch j is the slice [j b, (j + 1) b). What
-is too little for a batch at the end of a pass therefore begins the next: nothing is left out,
-nothing is filled up, and after any epoch the pictures of a bucket have been seen equally often, to
-within one. Epoch e has the batches that end in pass e, in an order of its own.
+Every batch has one shape, that of its bucket. The pictures of a bucket form an endless sequence,
+pass after pass, each pass shuffled again; batch j of the bucket is the slice [j b, (j + 1) b). So
+pictures left over at the end of a pass go into the first batch of the next: nothing is left out,
+nothing is padded, and after any epoch the pictures of a bucket have been seen equally often, to
+within one. Epoch e consists of the batches that end in pass e, in an order of its own.
 
     samples of a bucket before pass e   s(e) = sum over datasets of floor(e x),   x = rate * count
     batches before epoch e              sum over buckets of floor(s(e) / b)
 
-So batch k is found without looking at those before it. Nothing here knows of processes or loader
-workers: a process takes its slice of the batch.
+So batch k can be found without computing those before it. Nothing here depends on processes or
+loader workers: each process takes its slice of the batch.
 
-Small buckets   One with fewer pictures than a batch joins the nearest, the smallest first, if none
-                of its pictures loses more than a quarter of its area. One that has no such
-                neighbour stays alone: its batch comes once in a few epochs, and holds a picture
-                more than once.
-Mixing          `rate` is how often an epoch passes through a dataset: once, if there is only one.
-                Several get shares by weight of an epoch as long as all of them together,
-                in every bucket alike.
+Small buckets   A bucket with fewer pictures than a batch joins the nearest one (smallest buckets
+                first), if none of its pictures loses more than a quarter of its area. Without such
+                a neighbour it stays alone: it has a batch only once in a few epochs, which holds
+                the same picture more than once.
+Mixing          `rate` is the number of passes through a dataset in an epoch: 1 if there is only
+                one. An epoch of several datasets is as long as all of them together, each has a
+                share of it by its weight, and the rate of a dataset is the same in every bucket.
 
 Letters  b pictures of a batch, n pictures of a bucket.
 """
@@ -35,13 +35,13 @@ from daybreak.data.buckets import Bucket, cropped, nearest
 from daybreak.train import dice
 
 Rows = npt.NDArray[np.int64]
-MOST_CUT = 0.25  # of a picture's area, where its bucket joins another
+MOST_CUT = 0.25  # share of a picture's area that may be cut when its bucket joins another
 
 
 class Slot(NamedTuple):
-    """One place of a batch: the global index of its sample, its picture, and its shape.
+    """One place in a batch: the global index of its sample, the picture's row, and its shape.
 
-    All dice of a sample are keyed by its index.
+    All dice of a sample are keyed by that index.
     """
 
     sample: int
@@ -58,14 +58,14 @@ class Planned(NamedTuple):
 
 
 class Shelf(NamedTuple):
-    """All pictures of one bucket: for each dataset their rows (n,) and its rate."""
+    """All pictures of one bucket: their rows (n,) in each dataset, and each dataset's rate."""
 
     bucket: Bucket
     rows: tuple[Rows, ...]
     rates: tuple[float, ...]
 
     def before(self, turn: int) -> int:
-        """Samples of the endless sequence that stand before a pass."""
+        """Number of samples of the endless sequence before a pass."""
         return sum(
             _due(turn, rate, len(rows)) for rows, rate in zip(self.rows, self.rates, strict=True)
         )
@@ -74,7 +74,7 @@ class Shelf(NamedTuple):
 class Plan:
     """Endless global batches; `plan[k]` is batch k.
 
-    `shelves` are settled: `settle` says which buckets join.
+    In `shelves`, small buckets have already joined others (`settle`).
     """
 
     def __init__(self, shelves: Sequence[Shelf], batch: int, seed: int) -> None:
@@ -82,13 +82,14 @@ class Plan:
         self.kept: tuple[int, list[Planned]] = (-1, [])
 
     def before(self, epoch: int) -> int:
-        """Batches before an epoch."""
+        """Number of batches before an epoch."""
         return sum(shelf.before(epoch) // self.batch for shelf in self.shelves)
 
     def locate(self, number: int) -> tuple[int, int]:
         """The epoch of a batch, and its place there."""
-        # An epoch lacks at most one batch for each bucket and one sample for each dataset in it,
-        # so this bound lies beyond the epoch, and halving finds it in a few dozen sums.
+        # By rounding, the count before an epoch is short by at most one batch for each bucket and
+        # one sample for each dataset in it. So this bound lies beyond the epoch, and bisection
+        # needs only a few dozen sums.
         lost = sum(1 + len(shelf.rows) for shelf in self.shelves)
         size = sum(
             rate * len(rows)
@@ -116,7 +117,7 @@ class Plan:
 
 
 def settle(pictures: Mapping[Bucket, float], batch: int) -> dict[Bucket, Bucket]:
-    """The bucket in which the pictures of each bucket are trained, given how many it has."""
+    """The bucket in which each bucket's pictures are trained, given the number of pictures."""
     held = dict(sorted(pictures.items()))
     home = {bucket: bucket for bucket in held}
     alone: set[Bucket] = set()
@@ -134,7 +135,7 @@ def settle(pictures: Mapping[Bucket, float], batch: int) -> dict[Bucket, Bucket]
 
 
 def rates(counts: Sequence[int], weights: Sequence[float]) -> tuple[float, ...]:
-    """Passes through each dataset in an epoch, for shares of its samples in ratio of `weights`."""
+    """Passes through each dataset per epoch, so that samples are shared in ratio of `weights`."""
     return tuple(
         sum(counts) * weight / (sum(weights) * count)
         for count, weight in zip(counts, weights, strict=True)
@@ -156,7 +157,7 @@ def _slices(seed: int, shelf: Shelf, epoch: int, batch: int) -> list[Rows]:
 
 
 def _pass(seed: int, shelf: Shelf, turn: int) -> Rows:
-    """One pass through a bucket: from every dataset what is due, mixed."""
+    """One pass through a bucket: the samples due from each dataset, mixed."""
     drawn = []
     for dataset, (rows, rate) in enumerate(zip(shelf.rows, shelf.rates, strict=True)):
         start, stop = _due(turn, rate, len(rows)), _due(turn + 1, rate, len(rows))
@@ -174,7 +175,7 @@ def _pass(seed: int, shelf: Shelf, turn: int) -> Rows:
 
 
 def _due(turn: int, rate: float, count: int) -> int:
-    """Samples that have been taken from a dataset's pictures of one bucket before a pass."""
+    """Samples taken before a pass, from the `count` pictures of one dataset in one bucket."""
     return math.floor(turn * rate * count)
 
 

@@ -1,12 +1,13 @@
-"""Reading what `daybreak prepare` has written: from a place in the plan to a picture and a caption.
+"""Reading what `daybreak prepare` has written: from a slot of the plan to a picture and a caption.
 
 A dataset is Arrow on disk, mapped into memory and never copied: loader workers share its pages,
 and opening millions of pictures takes as long as reading one column. A stored picture is decoded
-no larger than need be, scaled to cover its bucket at the resolution of the stage, and cropped where
-the dice say; one of its captions is chosen by theirs.
+no larger than necessary, scaled to cover its bucket at the resolution of the stage, and cropped;
+dice choose the position of the crop and one of the captions.
 
-`prepare` has decoded every picture once, so a picture that cannot be read is a disk's fault. In its
-place comes another of the same bucket, the same one on every machine, and the sample says so.
+`prepare` has decoded every picture once, so one that cannot be read now points to a faulty disk. It
+is replaced by another (of its bucket, if one can be read), the same on every machine, and the
+sample says so.
 
 Shapes  picture (height, width, 3) of the slot.     Units  uint8, sRGB.
 Errors  BadData for a folder that is no prepared dataset, or not the one its manifest describes.
@@ -36,7 +37,7 @@ from daybreak.train import dice
 
 SCHEMA = 1
 NEEDED = ("id", "image", "bucket", "captions", "caption_weights", "where")
-SUBSTITUTES = 8  # tried before a sample is given up
+SUBSTITUTES = 8  # pictures tried before giving up on a sample
 
 Picture = npt.NDArray[np.uint8]
 
@@ -50,7 +51,7 @@ class Sample(NamedTuple):
 
 
 def one_by_one(sample: Callable[[Slot], Sample], slots: Sequence[Slot]) -> list[Sample | BadData]:
-    """Read slot after slot. A failure is a value among the samples, and the others are read."""
+    """Read the slots one by one; a failure takes the place of its sample."""
     had: list[Sample | BadData] = []
     for slot in slots:
         try:
@@ -63,8 +64,8 @@ def one_by_one(sample: Callable[[Slot], Sample], slots: Sequence[Slot]) -> list[
 class Opened(NamedTuple):
     """A dataset on disk: its table, and for each row the number of its bucket in `buckets`.
 
-    Training reads one row at a time, from `columns`: a column that is taken from the table anew
-    looks through all its pieces before it gives the first value.
+    Training reads one row at a time, from `columns`: a column newly taken from the table searches
+    all its chunks before it returns the first value.
     """
 
     folder: Path
@@ -72,13 +73,13 @@ class Opened(NamedTuple):
     columns: Mapping[str, Any]
     buckets: tuple[Bucket, ...]
     numbers: npt.NDArray[np.int32]
-    largest: int  # the resolution, unit and aspect it was prepared for
+    largest: int  # `largest` to `max_aspect`: the settings it was prepared with
     unit: int
     max_aspect: float
     files: dict[str, str]  # sha256 of each shard, as the manifest has it
 
     def check(self, resolution: int) -> None:
-        """Refuse a stage that asks for larger pictures than there are. Errors: BadRecipe."""
+        """Refuse a resolution above the one it was prepared for. Errors: BadRecipe."""
         if resolution > self.largest:
             raise BadRecipe(
                 f"{self.folder} was prepared for at most {self.largest} px and a stage asks for "
@@ -89,7 +90,7 @@ class Opened(NamedTuple):
 class Prepared:
     """Captioned pictures from one prepared dataset, or from several in shares by weight.
 
-    Rows are numbered through all of them. `patch` is the model's: it divides every side.
+    Row numbers run through all datasets. `patch` is the model's; all sides are multiples of it.
     """
 
     def __init__(self, folders: Sequence[tuple[str, float]], seed: int, patch: int) -> None:
@@ -100,7 +101,7 @@ class Prepared:
         self.rates = rates(counts, [weight for _, weight in folders])
 
     def __reduce__(self) -> tuple[type["Prepared"], tuple[object, ...]]:
-        """A worker that is not forked opens the files anew instead of being sent their bytes."""
+        """Pickle the arguments only: a worker that is not forked opens the files itself."""
         return Prepared, (self.folders, self.seed, self.patch)
 
     @property
@@ -113,10 +114,12 @@ class Prepared:
         }
 
     def plan(self, resolution: int, batch: int, first: int) -> Callable[[int], list[Slot]]:
-        """What stands where in each batch of a stage whose first sample is `first`.
+        """Return the function that lists the slots of each batch of a stage.
 
-        Errors  BadRecipe for a resolution that was not prepared for, or a batch with more pictures
-                than there are.
+        `first` is the global index of the stage's first sample.
+
+        Errors  BadRecipe for a resolution above the prepared one, or a batch larger than the
+                number of pictures.
         """
         plan = Plan(self._shelves(resolution, batch), batch, dice.key(self.seed, "stage", first))
 
@@ -128,11 +131,11 @@ class Prepared:
         return slots
 
     def samples(self, slots: Sequence[Slot]) -> list[Sample | BadData]:
-        """Read the pictures of slots, or say what is wrong with them."""
+        """Read the sample of each slot; a failure takes the place of its sample."""
         return one_by_one(self.sample, slots)
 
     def sample(self, slot: Slot) -> Sample:
-        """Read the picture of a slot, or the first that can be read of its substitutes."""
+        """Read the picture of a slot, or its first substitute that can be read."""
         row, complaint = slot.row, ""
         for attempt in range(SUBSTITUTES):
             try:
@@ -145,13 +148,13 @@ class Prepared:
         raise BadData(f"{complaint} Its {SUBSTITUTES - 1} substitutes cannot be read either.")
 
     def captions(self) -> Iterator[str]:
-        """Yield every caption once."""
+        """Yield every caption of every picture."""
         for one in self.datasets:
             for chunk in one.columns["captions"].chunks:
                 yield from chunk.flatten().to_pylist()
 
     def _shelves(self, resolution: int, batch: int) -> list[Shelf]:
-        """Sort all rows by the bucket in which they are trained."""
+        """Group all rows by the bucket in which they are trained."""
         count = self.starts[-1]
         if count < batch:
             names = " and ".join(folder for folder, _ in self.folders)
@@ -206,7 +209,7 @@ class Prepared:
         return crop(picture, slot.height, slot.width, across), caption
 
     def _substitute(self, slot: Slot, attempt: int) -> int:
-        """Another row of the same dataset, by dice: the first attempts stay within its bucket."""
+        """Another row of the same dataset, by dice; from its bucket in the first attempts."""
         dataset = bisect_right(self.starts, slot.row) - 1
         start, numbers = self.starts[dataset], self.datasets[dataset].numbers
         alike = np.flatnonzero(numbers == numbers[slot.row - start])
@@ -223,8 +226,8 @@ def is_prepared(folder: Path) -> bool:
 def open_dataset(folder: Path) -> Opened:
     """Map a prepared dataset into memory.
 
-    Sizes and counts are compared with the manifest, not every byte: `daybreak prepare --verify`
-    does that.
+    Only sizes and counts are compared with the manifest; `daybreak prepare --verify` compares
+    every byte.
     """
     try:
         manifest = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
@@ -267,7 +270,7 @@ def _mapped(
     folder: Path, kept: int, shape: tuple[int, int, float], files: dict[str, str]
 ) -> Opened:
     try:
-        # One after the other: a map outlives its file handle, of which there may be too few.
+        # One by one: a map does not need its file open, and open files are limited.
         table = pa.concat_tables(
             [pa.ipc.open_stream(_file(folder / name)).read_all() for name in files]
         )
@@ -294,7 +297,7 @@ def _mapped(
 
 
 def _file(path: Path) -> Any:
-    """A file that is there, mapped into memory. Errors: BadData, which need not mean damage."""
+    """An existing file, mapped into memory. Errors: BadData; the file need not be damaged."""
     try:
         return pa.memory_map(str(path))
     except OSError as error:
@@ -316,9 +319,9 @@ def chosen(captions: Sequence[str], weights: Sequence[float], die: float) -> str
 
 
 def crop(picture: Picture, height: int, width: int, across: float) -> Picture:
-    """Scale a picture to cover a shape and cut what stands over, the share `across` of it in front.
+    """Scale a picture to cover a shape and crop the excess, a share `across` at top or left.
 
-    One that covers it exactly is only cut, so that no pixel changes.
+    A picture that covers the shape exactly is only cropped, so that no pixel changes.
     """
     have_height, have_width = picture.shape[:2]
     scale = max(height / have_height, width / have_width)
