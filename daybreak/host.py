@@ -1,26 +1,26 @@
-"""What a process runs on: processor and memory it may have and asks for, packages it finds."""
+"""What a process runs on: the cores and memory it may use, and the installed packages."""
 
 import ctypes
 import os
 import sys
 from pathlib import Path
 
-SPINS = "10000"  # that a thread of OpenMP waits for the others before it sleeps
+SPINS = "10000"  # iterations for which an OpenMP thread waits actively before it sleeps
 TRIM, MMAP = -1, -3  # M_TRIM_THRESHOLD and M_MMAP_THRESHOLD of malloc.h
-KEPT = 2**31 - 1  # bytes of freed memory from which on the C library gives some back
+KEPT = 2**31 - 1  # bytes of freed memory above which the C library returns some
 CGROUP = Path("/sys/fs/cgroup")
-LARGE = 32 * 2**20  # bytes from which on a tensor has pages of its own; more is not allowed
+LARGE = 32 * 2**20  # bytes above which an allocation gets its own mapping; glibc allows no more
 
 
 def settle() -> None:
-    """Let threads sleep soon, and keep the pages of tensors from step to step.
+    """Let waiting threads sleep soon, and keep the memory of tensors from step to step.
 
-    Spinning longer is faster by a few per cent on an idle machine, and beside one busy process
-    makes a step five times as slow. Memory given back is asked for again by the next step, and
-    each page of it costs a fault: a seventh of the quickstart's time (docs/performance.md).
+    Longer spinning is a few per cent faster on an idle machine, but makes a step five times as slow
+    if one other process is busy. Memory returned to the system is requested again by the next step,
+    and each page costs a fault: a seventh of the quickstart's time (docs/performance.md).
 
-    OpenMP reads its number when torch is imported, so this comes first. What the environment says
-    already, and C libraries other than glibc, are left alone.
+    OpenMP reads its setting when torch is imported, so call this first. Settings that are already
+    in the environment, and C libraries other than glibc, are left alone.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
     told = any(name.startswith(("MALLOC_", "GLIBC_TUNABLES")) for name in os.environ)
@@ -31,34 +31,34 @@ def settle() -> None:
 
 
 def usable() -> float:
-    """Cores that this process may keep busy, which in a container are fewer than there are."""
+    """Cores that this process may keep busy: in a container perhaps fewer than there are."""
     there = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count() or 1
     return min(float(there), cpu_quota(CGROUP) or there)
 
 
 def cores() -> int:
-    """How many processes pay that compute all the time."""
+    """How many processes that compute all the time are worthwhile."""
     return max(1, int(usable()))
 
 
 def processes() -> int:
-    """How many processes torchrun has started, or who sets what it sets."""
+    """Processes of this run, from the launcher's (torchrun's) WORLD_SIZE; else 1."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
 def is_there(process: int) -> bool:
-    """Whether a process of this machine lives."""
+    """Whether a process with this id is alive on this machine."""
     try:
         os.kill(process, 0)
     except ProcessLookupError:
         return False
-    except OSError:  # it is another user's
+    except OSError:  # it belongs to another user
         return True
     return True
 
 
 def cpu_quota(cgroup: Path) -> float | None:
-    """Cores a container may keep busy, by version 2 or 1 of Linux' control groups."""
+    """Cores a container may keep busy, from Linux control groups (version 2 or 1)."""
     second = _words(cgroup / "cpu.max")
     if len(second) == 2 and second[0] != "max":
         return int(second[0]) / int(second[1])
@@ -70,7 +70,7 @@ def cpu_quota(cgroup: Path) -> float | None:
 
 
 def memory_limit(cgroup: Path) -> int | None:
-    """Bytes a container may hold, by version 2 or 1 of Linux' control groups."""
+    """Bytes a container may hold, from Linux control groups (version 2 or 1)."""
     for file in (cgroup / "memory.max", cgroup / "memory" / "memory.limit_in_bytes"):
         words = _words(file)
         # Version 1 says "no limit" with a number near 2^63.
@@ -80,8 +80,8 @@ def memory_limit(cgroup: Path) -> int | None:
 
 
 def version_of(package: str) -> str:
-    """The version of an installed package: daybreak need not be, it runs from its source too."""
-    from importlib import metadata  # a command that asks for none starts sooner without
+    """The version of an installed package. Even daybreak may not be: it runs from source too."""
+    from importlib import metadata  # here, so that commands that need no version start sooner
 
     try:
         return metadata.version(package)

@@ -1,16 +1,16 @@
-"""Aspect-ratio buckets: the few shapes that pictures are cropped to, to share a batch.
+"""Aspect-ratio buckets: the few shapes that pictures are cropped to, so as to share batches.
 
-With n = resolution / unit, a square has n^2 tokens, and that is the budget of every bucket. For
-each width w (in units) between n / sqrt(max_aspect) and n sqrt(max_aspect) there is a bucket of
-height floor(n^2 / w), and its transpose. At 512 px with unit 32 and aspects to 2 these are
+With n = resolution / unit, a square has n^2 units, and that is the budget of every bucket. For each
+width w (in units) between n / sqrt(max_aspect) and n sqrt(max_aspect) there is a bucket of height
+floor(n^2 / w), and its transpose. At 512 px with unit 32 and aspects up to 2 these are
 
     352x704 384x640 384x672 416x608 448x576 480x544 512x512 and the six upright ones,
 
-of 240 to 256 tokens each. A picture belongs to the bucket that cuts least from it: it is scaled to
-cover the bucket and cropped, never stretched. What is cut is 1 - exp(-|log aspect - log aspect of
-the bucket|), so the least cut is also the nearest aspect.
+of 240 to 256 units each. A picture belongs to the bucket that crops least of it: it is scaled to
+cover the bucket and cropped, never stretched. The share lost is 1 - exp(-|log a - log b|), a and b
+being height / width of picture and bucket, so the least crop is also the nearest aspect.
 
-Units   heights and widths in pixels; aspect is the longer side over the shorter one.
+Units   heights and widths in pixels; max_aspect is the longer side over the shorter one.
 Source  PRX's buckets (github.com/Photoroom/PRX); the choice by |log aspect| is ours.
 """
 
@@ -41,11 +41,11 @@ class Bucket(NamedTuple):
 def buckets(resolution: int, unit: int, max_aspect: float) -> tuple[Bucket, ...]:
     """All buckets of a resolution, sorted; the transpose of each is among them.
 
-    `unit` divides every side: the patch of the model, or a multiple of it for fewer buckets. With
-    `max_aspect` 1 there are squares only. Rounding down to whole units may carry the longest bucket
-    a little beyond `max_aspect`.
+    All sides are multiples of `unit`: the patch of the model, or a multiple of it for fewer
+    buckets. With `max_aspect` 1 there are only squares. Because heights are rounded down to whole
+    units, the aspect of the longest bucket may be slightly above `max_aspect`.
 
-    Errors  ValueError if unit does not divide the resolution, or max_aspect is below 1.
+    Errors  ValueError if the resolution is not a multiple of unit, or max_aspect is below 1.
     """
     if resolution <= 0 or unit <= 0 or resolution % unit:
         raise ValueError(f"resolution {resolution} is not a multiple of unit {unit}")
@@ -61,7 +61,7 @@ def buckets(resolution: int, unit: int, max_aspect: float) -> tuple[Bucket, ...]
 
 
 def nearest(choice: Sequence[Bucket], height: int, width: int) -> Bucket:
-    """The bucket that cuts least from a picture; of two that cut the same, the larger."""
+    """The bucket that crops least of a picture; of two that crop the same, the larger."""
     return min(choice, key=lambda one: (cropped(one, height, width), -one.height * one.width))
 
 
@@ -74,13 +74,13 @@ def cropped(bucket: Bucket, height: int, width: int) -> float:
 def at(
     bucket: Bucket, largest: int, resolution: int, unit: int, patch: int, max_aspect: float
 ) -> Bucket:
-    """The bucket that pictures of `bucket` go to when they are trained at another resolution.
+    """The bucket in which pictures of `bucket` are trained at another resolution.
 
-    `bucket` is one of `buckets(largest, unit, max_aspect)`. Where the unit, shrunk along with the
-    resolution, is still whole patches, every bucket has its exact image; elsewhere the nearest of
-    the buckets in whole patches is taken, and several may come together in one.
+    `bucket` is one of `buckets(largest, unit, max_aspect)`. If the unit, scaled down with the
+    resolution, is still a multiple of the patch, every bucket has an exact counterpart. If not, the
+    nearest bucket made of whole patches is taken, and several buckets may merge into one.
 
-    Errors  ValueError if patch does not divide the resolution.
+    Errors  ValueError if the resolution is not a multiple of patch.
     """
     shrunk, rest = divmod(unit * resolution, largest)
     whole = not rest and shrunk % patch == 0

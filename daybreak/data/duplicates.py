@@ -1,21 +1,21 @@
-"""Duplicates: the same file twice, or the same picture saved another time.
+"""Duplicates: the same file twice, or the same picture saved again.
 
-Exact duplicates share the sha256 of their bytes. Near duplicates are what recompressing and
-rescaling leave: their 64-bit perceptual hashes (which of the 64 lowest cosine coefficients of the
-grey picture exceed the median) differ in a few bits.
+Exact duplicates have the same sha256. Near duplicates are recompressed or rescaled copies: their
+64-bit perceptual hashes (which of the 64 lowest cosine coefficients of the grey picture exceed the
+median) differ in only a few bits.
 
-That hash is blind to colour and to what is small: of 1,661 emoji 58 pairs share it, among them
-hearts of several colours, and 52 of these pairs are different drawings. So a pair must also look
-alike in a thumbnail of 16 x 16, where no value may differ by more than 28 of 255. Different emoji
-begin at 31; of their JPEG copies of quality 50 this finds 98 %, of those of half the size and
-quality 92 it finds 95 %.
+That hash ignores colour and small details: of 1,661 emoji, 58 pairs have the same hash, among them
+hearts of several colours, and 52 of these pairs are different drawings. So the 16 x 16 thumbnails
+of a pair must be alike too: no value may differ by more than 28 of 255. Different emoji differ by
+31 or more; of JPEG copies of quality 50 this finds 98 %, of copies of half the size and quality 92
+it finds 95 %.
 
-Of what is alike the picture with the richest captions is kept: most characters, then most pixels,
-then first come. Each of the others is a duplicate of the one kept, never of another duplicate, so
-that a chain of small changes does not swallow different pictures.
+Of pictures that are alike, the one with the longest captions is kept; then the one with most
+pixels; then the first. Each of the others is a duplicate of the one kept, never of another
+duplicate, so that a chain of small changes cannot join different pictures.
 
-Source  the hash: `phash` of ImageHash, github.com/JohannesBuchner/imagehash; finding pairs:
-        split into n + 1 bands, two hashes that differ in n bits agree in one of them.
+Source  the hash: `phash` of ImageHash, github.com/JohannesBuchner/imagehash; finding pairs: of two
+        hashes that differ in n bits, split into n + 1 bands, at least one band is equal.
 """
 
 from collections.abc import Callable, Iterator
@@ -35,19 +35,19 @@ Look = npt.NDArray[np.int16]  # a thumbnail, or several
 
 BITS = 64
 SIDE = 16  # of a thumbnail
-APART = 28  # the most that a value of two thumbnails may differ
-STRIDE = 16  # one in so many values of a thumbnail is compared first
+APART = 28  # the most by which a value of two thumbnails may differ
+STRIDE = 16  # every 16th value of a thumbnail is compared first
 
 
 class Looks(NamedTuple):
-    """Thumbnails, and a few values of each, which mostly tell them apart."""
+    """Thumbnails, and a few values of each, which are mostly enough to tell them apart."""
 
     whole: Look
     few: Look
 
 
 class Group(NamedTuple):
-    """Rows that are alike: the one that is kept, and each other with its distance in bits."""
+    """Rows that are alike: the one kept, and each of the others with its distance in bits."""
 
     kind: Literal["exact", "near"]
     kept: int
@@ -76,10 +76,10 @@ def find(
 ) -> list[Group]:
     """The groups of rows that are alike.
 
-    `ids` are equal for equal files, `order` lists all rows from the first to be kept to the last,
-    `near` is the largest distance of a near duplicate (0: only exact ones are looked for), and
-    `look` gives the thumbnail of a row. Memory is about 100 bytes a row, and 1.5 kB for each row of
-    the largest set of hashes that hang together by such distances.
+    `ids` are equal for equal files; `order` lists all rows, those to be kept first at the front;
+    `near` is the largest distance of near duplicates in bits (0: only exact ones are searched for);
+    `look` returns the thumbnail of a row. Memory is about 100 bytes for each row, and 1.5 kB for
+    each row of the largest set of hashes that are connected by such distances.
     """
     rank = np.empty(len(order), np.int64)
     rank[order] = np.arange(len(order))
@@ -97,7 +97,7 @@ def find(
 
 
 def _with_copies(near: Group, copies: dict[int, Group]) -> Group:
-    """A near group with the exact copies of what it drops, whose own groups are at an end."""
+    """Add the exact copies of the dropped rows to a near group; take these from `copies`."""
     dropped = list(near.dropped)
     for row, far in near.dropped:
         if row in copies:
@@ -106,7 +106,7 @@ def _with_copies(near: Group, copies: dict[int, Group]) -> Group:
 
 
 def _exact(ids: Hashes, rank: Rows) -> Iterator[Group]:
-    """Groups of equal ids, in the order of the rows that are kept."""
+    """Groups of equal ids, in the order of their kept rows."""
     by_id = np.lexsort((rank, ids))
     starts = np.flatnonzero(np.r_[True, ids[by_id][1:] != ids[by_id][:-1]])
     groups = [by_id[a:b].tolist() for a, b in pairwise([*starts.tolist(), len(ids)]) if b - a > 1]
@@ -121,11 +121,11 @@ def _near(
     near: int,
     look: Callable[[int], Look],
 ) -> Iterator[Group]:
-    """Groups of rows that look alike, in the order in which their kept rows rank.
+    """Groups of rows that look alike, ordered by the rank of their kept rows.
 
-    Rows are visited from the best to the last, and each that is in no group yet takes all such rows
-    that look like it. Hashes that a chain of close pairs joins are visited together, so that no
-    more than the thumbnails of one chain are held.
+    Rows are visited in order of rank; a row that is in no group yet forms one with all other such
+    rows that look like it. Hashes connected by a chain of close pairs are visited together, so that
+    only the thumbnails of one chain are held in memory.
     """
     values, belongs = np.unique(hashes[rows], return_inverse=True)
     neighbours: dict[int, list[int]] = {}
@@ -170,7 +170,7 @@ def _near(
 
 
 def _bundles(neighbours: dict[int, list[int]], count: int) -> Rows:
-    """A number for each of `count` places, the same for those that a chain of neighbours joins."""
+    """A number for each of `count` places, equal for places connected by a chain of neighbours."""
     ends = np.array([(one, other) for one, near_by in neighbours.items() for other in near_by])
     ends = ends.reshape(-1, 2).astype(np.int64)
     pairs = scipy.sparse.coo_array((np.ones(len(ends), bool), tuple(ends.T)), (count, count))
@@ -179,14 +179,14 @@ def _bundles(neighbours: dict[int, list[int]], count: int) -> Rows:
 
 
 def _alike(looks: Looks, left: Rows, own: Look) -> Rows:
-    """Which of the thumbnails that are left differ nowhere by more than APART from one's own."""
+    """Those of the thumbnails `left` in which no value differs by more than APART from `own`."""
     few = np.abs(looks.few[left] - own[::STRIDE]) <= APART
     left = left[few.all(1)]
     return left[(np.abs(looks.whole[left] - own) <= APART).all(1)] if len(left) else left
 
 
 def _close(values: Hashes, near: int) -> Iterator[tuple[int, int]]:
-    """Pairs of places in an array of different hashes that differ in at most `near` bits."""
+    """Pairs of places in an array of distinct hashes that differ in at most `near` bits."""
     seen = set[tuple[int, int]]()
     edges = np.linspace(0, BITS, near + 2).astype(np.uint64)
     for low, high in pairwise(edges):

@@ -1,13 +1,13 @@
-"""A folder of pictures with captions, cut into parts for `prepare`, where each input counts.
+"""A folder of pictures with captions, cut into parts for `prepare`; every input is accounted for.
 
     metadata.jsonl or metadata.csv     one row per picture: `file_name` and columns of captions
     picture.png and picture.txt        side by side, in sub-folders too; picture.json adds columns
 
-The first is Hugging Face's `imagefolder`, the second what most training tools and img2dataset
-write. Metadata is read by stretches of its lines (data/metadata), never as a whole; the names and
-sizes of the files in the folder are what memory holds.
+The first is Hugging Face's `imagefolder`; the second is written by most training tools and by
+img2dataset. Metadata is read in stretches of rows (data/metadata), never as a whole; memory holds
+only the names and sizes of the files in the folder.
 
-Nothing outside the folder is ever read, whatever the metadata or a link inside it says.
+Nothing outside the folder is ever read, whatever the metadata or links inside it say.
 """
 
 import hashlib
@@ -23,7 +23,7 @@ from daybreak.data.metadata import METADATA, Place, Row, metadata_of, rows_of, s
 from daybreak.data.records import Fault, Record, Refused, printable
 from daybreak.failure import BadData
 
-BESIDE = (".txt", ".json")  # files that stand beside a picture
+BESIDE = (".txt", ".json")  # files beside a picture
 PACKED = (".7z", ".bz2", ".gz", ".rar", ".tgz", ".xz", ".zip", ".zst")
 FOREIGN = frozenset({".avif", ".heic", ".heif", ".ico", ".jp2", ".jxl", ".psd", ".svg", ".tga"})
 
@@ -37,20 +37,20 @@ class Rows(NamedTuple):
     bytes: int
 
     def read(self) -> Iterator[Record | Fault]:
-        """Read the rows and the pictures they name; rows that follow one another may name one."""
+        """Read the rows and the pictures they name; consecutive rows of one picture are merged."""
         for row in stretch(self.file, self.first, self.rows):
             yield row if isinstance(row, Fault) else _named(self.file, row)
 
 
 class Files(NamedTuple):
-    """A part of a folder: some of its files, with those beside them."""
+    """A part of a folder: some of its pictures, with the files beside them."""
 
     root: Path
     names: tuple[str, ...]
     bytes: int
 
     def read(self) -> Iterator[Record | Fault]:
-        """Read the pictures, and what stands in the text files beside them."""
+        """Read the pictures and the text files beside them."""
         for name in self.names:
             try:
                 yield _beside(self.root, name)
@@ -65,7 +65,7 @@ class Linked(NamedTuple):
     bytes: int = 0
 
     def read(self) -> Iterator[Record | Fault]:
-        """Say so of each."""
+        """Yield a fault for each link."""
         reason = "is a link to a folder, which is not followed; give that folder as a source."
         for name in self.names:
             yield Fault(printable(name), "unsafe", reason)
@@ -79,7 +79,7 @@ class Unnamed(NamedTuple):
     bytes: int = 0
 
     def read(self) -> Iterator[Record | Fault]:
-        """Say of each that it is not named."""
+        """Yield a fault for each picture."""
         for name in self.names:
             yield Fault(printable(name), "unnamed", f"is not named in {self.metadata}.")
 
@@ -87,7 +87,7 @@ class Unnamed(NamedTuple):
 def parts(path: Path, name: str, shard: int) -> records.Source:
     """Cut a folder into parts of `shard` pictures, in the order of the metadata or of their names.
 
-    The names and sizes of all files are held in memory, nothing else.
+    Only the names and sizes of the files are held in memory.
 
     Errors  BadData for a folder without pictures, or with metadata that cannot be read at all.
     """
@@ -124,7 +124,7 @@ def parts(path: Path, name: str, shard: int) -> records.Source:
 
 
 def with_links(source: records.Source, path: Path) -> records.Source:
-    """What was found below a folder, and after it the links there, which are not followed."""
+    """A source with one more part, for links to folders below `path`; they are not followed."""
     links = linked(path)
     return source._replace(parts=(*source.parts, Linked(tuple(links)))) if links else source
 
@@ -180,7 +180,7 @@ def _named(file: Path, row: Row) -> Record | Fault:
 
 
 def _beside(root: Path, name: str) -> Record:
-    """A picture and the files beside it. Errors: Refused for what is none."""
+    """A picture and the files beside it. Errors: Refused for a file that is not a picture."""
     picture = root / name
     suffix = picture.suffix.lower()
     if suffix in FOREIGN:
@@ -200,7 +200,7 @@ def _beside(root: Path, name: str) -> Record:
 
 
 def contents(file: Path) -> bytes:
-    """What a file holds. Errors: Refused for a pipe, a giant, or what cannot be read."""
+    """The bytes of a file. Errors: Refused if it is not a regular file, too large or unreadable."""
     try:
         found = file.stat()
         if not stat.S_ISREG(found.st_mode):
@@ -213,7 +213,7 @@ def contents(file: Path) -> bytes:
 
 
 def inside(root: Path, row: Row) -> Path:
-    """The picture a row names, which must be a file inside the folder. Errors: Refused."""
+    """The picture a row names. Errors: Refused unless it is a file inside the folder."""
     name = row.values.get("file_name")
     if not isinstance(name, str) or not name or "\0" in name or printable(name) != name:
         listed = ", ".join(f"`{key}`" for key in row.values)
@@ -261,21 +261,21 @@ def _refuse_deeper_metadata(path: Path, there: Sequence[str]) -> None:
 
 
 def no_pictures(path: Path) -> str:
-    """Say that a folder holds none."""
+    """The message for a folder without pictures."""
     if packed := next(filter(is_packed, walk(path)), None):
         return f"{path}: holds {packed} and no loose picture; unpack it."
     return f"{path}: holds no pictures; put metadata.jsonl there, or picture.png with picture.txt."
 
 
 def is_packed(name: str) -> bool:
-    """Whether a file has to be unpacked before anything of it can be read."""
+    """Whether a file must be unpacked before anything in it can be read."""
     return name.lower().endswith(PACKED)
 
 
 def walk(path: Path) -> list[str]:
     """The files below a folder by their relative names, sorted; hidden ones are left out.
 
-    Errors  BadData for a folder that cannot be listed, which would else count as empty.
+    Errors  BadData for a folder that cannot be listed, which would otherwise count as empty.
     """
     found = []
     for root, folders, names in os.walk(path, onerror=_refuse_unlisted):
@@ -302,23 +302,23 @@ def linked(path: Path) -> list[str]:
 
 
 def beside(picture: Path, ending: str) -> Path:
-    """The file beside a picture with this ending, in small or in capital letters."""
+    """The file beside a picture with this ending, in lower or upper case."""
     small, capital = picture.with_suffix(ending), picture.with_suffix(ending.upper())
     return capital if not small.exists() and capital.exists() else small
 
 
 def is_picture(name: str) -> bool:
-    """Whether a file is meant to be a picture, by its ending."""
+    """Whether a file is meant to be a picture, judged by its ending."""
     return Path(name).suffix.lower() in images.SUFFIXES | FOREIGN
 
 
 def within(path: Path, file: Path) -> bool:
-    """Whether the file, all links followed, still lies in the folder."""
+    """Whether the file still lies in the folder when all links are followed."""
     return Path(os.path.realpath(file)).is_relative_to(os.path.realpath(path))
 
 
 def _spelt(name: str) -> Iterator[str]:
-    """A name as it is written, then with accents joined and apart: disks differ in that."""
+    """A name as written, then in Unicode forms NFC and NFD: file systems differ in that."""
     yield name
     yield from (unicodedata.normalize(form, name) for form in ("NFC", "NFD"))
 
@@ -328,7 +328,7 @@ def _stem(name: str) -> str:
 
 
 def _written(file: Path) -> str:
-    """The sha256 of a text, empty for what is no readable file."""
+    """The sha256 of a text file; empty if it is not a readable file."""
     try:
         return disk.sha256(file) if file.is_file() else ""
     except OSError:

@@ -1,21 +1,21 @@
-"""One input becomes one stored picture, or one reason why it does not.
+"""Each input becomes one stored picture, or one rejection with its reason.
 
-    skip list, licence, captions      what needs no pixel comes first
+    skip list, licence, captions      checks that need no pixels come first
     header                            format, bombs, and whether the picture fits a bucket
     pixels                            decoded, turned upright, converted to sRGB on a background
     stored                            scaled once so that it just covers its bucket, and encoded
 
-What overhangs the bucket is stored too: it is cut when the picture is loaded, where the dice say. A
-picture smaller than its bucket is stored as it is. Rejections follow from sizes, captions, licence
-and the user's own list; nothing is judged by taste.
+What extends beyond the bucket is stored too: dice decide where to crop each time the picture is
+loaded. A picture smaller than its bucket is stored unscaled. Rejections depend only on the file,
+its size, captions and licence and the user's skip list; nothing is judged by its quality.
 
-`auto` stores as JPEG of quality 92 what came as JPEG. The rest becomes PNG where that takes at most
-twice the bytes of the JPEG, as it does for drawings, whose hard edges JPEG frays; else it becomes
-JPEG too, which takes a third of the bytes and of the time to decode, and costs a photograph nothing
-that shows in training.
+With `auto`, JPEG input is stored as JPEG of quality 92. Other input is stored as PNG if that takes
+at most twice the bytes of the JPEG, as for drawings, whose hard edges JPEG blurs. If not, it is
+stored as JPEG too, which takes a third of the bytes and of the decoding time, with no effect on
+training that shows for photographs.
 
-The words for what is refused here: skipped, licence, caption, small, aspect, and those of
-data/images (format, damaged, bomb, pixels); the readers' are in data/records.
+Kinds of rejection here: skipped, licence, caption, small, aspect, and those of data/images (format,
+damaged, bomb, pixels); the kinds of the readers are in data/records.
 
 Source  JPEG 92 against PNG, upscale to 4/3, aspects to 2: huggingface.co/blog/Photoroom, PRX parts
         2 and 4.
@@ -38,12 +38,12 @@ from daybreak.data.records import LICENCES, Fault, Record, Refused, printable
 
 Picture = npt.NDArray[np.uint8]
 
-LOSSLESS = 2.0  # so many times the bytes of a JPEG is the most that a PNG may have
-BATCH_ROWS, BATCH_BYTES = 100, 32 * 2**20  # what is held before it is written
+LOSSLESS = 2.0  # a PNG may have at most this many times the bytes of the JPEG
+BATCH_ROWS, BATCH_BYTES = 100, 32 * 2**20  # at most held before they are written
 
 
 class Config(BaseModel):
-    """Everything that decides what is stored. Zeros of `resolution` and `unit`: see `settled`."""
+    """Everything that decides what is stored. `settled` replaces `resolution` and `unit` if 0."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -69,13 +69,13 @@ class Config(BaseModel):
     @field_validator("caption_columns", mode="before")
     @classmethod
     def _weighed(cls, value: Any) -> Any:
-        """Take `text:0.9` for a column and its weight, and `text` for one of weight 1."""
+        """Read `text:0.9` as a column and its weight, and `text` as a column of weight 1."""
         return [_weighed(one) if isinstance(one, str) else one for one in value]
 
     @field_validator("background", mode="before")
     @classmethod
     def _coloured(cls, value: Any) -> Any:
-        """Take the name of a colour, or #rrggbb."""
+        """Accept the name of a colour, or #rrggbb."""
         return ImageColor.getrgb(value)[:3] if isinstance(value, str) else value
 
     @field_serializer("skip")
@@ -95,17 +95,17 @@ def _weighed(text: str) -> tuple[str, float]:
 
 
 class Shard(NamedTuple):
-    """What came of one part of a source."""
+    """The result of storing one part of a source."""
 
     kept: int
     rejected: tuple[dict[str, str], ...]
-    captions_lost: int  # captions that could not be used, of pictures that have others
+    captions_lost: int  # unusable captions of pictures that have other, usable ones
     bytes: int
     sha256: str
 
 
 def take(record: Record, source: str, config: Config) -> tuple[dict[str, Any], int]:
-    """The row of the dataset that a record becomes, and how many of its captions were lost.
+    """Make a row of the dataset from a record; also return how many of its captions were lost.
 
     Errors  Refused, with the kind and the sentence for the list of rejected inputs.
     """
@@ -183,9 +183,9 @@ def store(
     path: Path,
     tick: Callable[[int, int, int], None],
 ) -> Shard:
-    """Write the pictures of a part to an Arrow file, row by row; few of them are held at a time.
+    """Write the pictures of a part to an Arrow file, holding only a few of them at a time.
 
-    `tick` hears of inputs read, inputs rejected and bytes read, since it was last told.
+    `tick` gets, after each input, inputs read, inputs rejected and bytes read since the last.
     """
     rows: list[dict[str, Any]] = []
     rejected: list[dict[str, str]] = []
@@ -237,7 +237,7 @@ def features() -> Any:
 
 
 def _licence(record: Record, config: Config) -> str:
-    """The licence of a picture. Errors: Refused if it is not one of those allowed."""
+    """The licence of a picture. Errors: Refused if it is not one of the allowed ones."""
     names = (config.licence_column,) if config.licence_column else LICENCES
     found = next((record.columns[name] for name in names if record.columns.get(name)), "")
     licence = captions.clean(printable(str(found)))

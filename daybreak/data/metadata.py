@@ -1,11 +1,11 @@
-"""The metadata of a folder of pictures: what each row of its one table says, and where it stands.
+"""The metadata of a folder of pictures: the rows of its table, and where each of them begins.
 
     metadata.jsonl     one object a line
-    metadata.csv       a header, then one row for each picture; a cell may hold lines of its own;
-                       between cells commas, or what spreadsheets write in their place
+    metadata.csv       a header, then one row for each picture; a cell may contain line breaks;
+                       cells are separated by commas, or by semicolons or tabs as in spreadsheets
 
-A row names its picture (`file_name`); its other values are columns. The table is read from any row
-on without what comes before, and what is wrong with a row is said in the place of that row.
+A row names its picture (`file_name`); its other values are columns. Reading can begin at any row
+without reading those before it, and a faulty row is replaced by a Fault.
 """
 
 import contextlib
@@ -24,14 +24,14 @@ MARKS = (",", ";", "\t")  # between the cells of a CSV file
 
 
 class Row(NamedTuple):
-    """A row of the metadata, and the line it stands on."""
+    """A row of the metadata, and its line number."""
 
     line: int
     values: dict[str, object]
 
 
 class Place(NamedTuple):
-    """Where a row of the metadata begins; what the header of a CSV file says goes along."""
+    """Where a row of the metadata begins, and for CSV the header and the separator of cells."""
 
     offset: int = 0
     line: int = 1
@@ -40,7 +40,7 @@ class Place(NamedTuple):
 
 
 def metadata_of(path: Path) -> Path | None:
-    """The metadata of a folder, if it has some."""
+    """The metadata file of a folder, if there is one."""
     found = [path / name for name in METADATA if (path / name).is_file()]
     if len(found) == 2:
         raise BadData(f"{path}: has both metadata.jsonl and metadata.csv; remove one of them.")
@@ -48,7 +48,7 @@ def metadata_of(path: Path) -> Path | None:
 
 
 def rows_of(file: Path, first: Place = Place()) -> Iterator[tuple[Row | Fault, Place]]:  # noqa: B008
-    """The rows of a metadata file from a place on, each with the place after it.
+    """The rows of a metadata file from a place on, each with the place where the next begins.
 
     Errors  BadData if the file cannot be read at all.
     """
@@ -63,7 +63,7 @@ def rows_of(file: Path, first: Place = Place()) -> Iterator[tuple[Row | Fault, P
 
 
 def stretch(file: Path, first: Place, count: int) -> Iterator[Row | Fault]:
-    """The rows of a stretch; those that follow one another and name one picture are one."""
+    """The next `count` rows; consecutive rows that name the same picture are merged."""
     here = (row for row, _ in islice(rows_of(file, first), count))
     for _, same in groupby(here, key=_picture_of):
         row, *others = same
@@ -71,7 +71,7 @@ def stretch(file: Path, first: Place, count: int) -> Iterator[Row | Fault]:
 
 
 def joined(row: Row, others: Sequence[Row | Fault]) -> Row:
-    """A row with the values of others that name the same picture: several are a list."""
+    """Merge rows that name the same picture: different texts in a column become a list."""
     same = [row, *(one for one in others if isinstance(one, Row))]
     if len(same) == 1:
         return row
@@ -86,13 +86,13 @@ def joined(row: Row, others: Sequence[Row | Fault]) -> Row:
 
 
 def _picture_of(row: Row | Fault) -> object:
-    """What rows of one picture have in common; other rows have nothing in common."""
+    """A key that rows of the same picture share; rows without a picture get a unique one."""
     name = row.values.get("file_name") if isinstance(row, Row) else None
     return name if isinstance(name, str) else object()
 
 
 class _Lines:
-    """The lines of a text file, how far they have been read, and which byte is no UTF-8."""
+    """The lines of a text file, how far it has been read, and the last byte that is not UTF-8."""
 
     def __init__(self, file: IO[bytes], offset: int) -> None:
         file.seek(offset)
@@ -110,7 +110,7 @@ class _Lines:
             yield text
 
     def complaint(self) -> str | None:
-        """Say what byte was wrong since this was last asked."""
+        """The message for a byte that is not UTF-8, if one was read since the last call."""
         wrong, self.wrong = self.wrong, -1
         return f"is not UTF-8 (byte {wrong}); save it as UTF-8." if wrong >= 0 else None
 
@@ -154,7 +154,7 @@ def _csv_rows(name: str, lines: _Lines, first: Place) -> Iterator[tuple[Row | Fa
 
 
 def _mark(header: str) -> str:
-    """Return what stands between cells: that which leaves `file_name` alone, or else a comma."""
+    """The separator of cells: one that makes `file_name` a cell of the header, else a comma."""
     for mark in MARKS:
         with contextlib.suppress(csv.Error):
             if "file_name" in next(csv.reader((header,), delimiter=mark), ()):

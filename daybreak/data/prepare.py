@@ -7,14 +7,14 @@
         manifest.json                    settings, sources, counts, and the sha256 of every file
 
 The sources are cut into parts, and each part becomes one shard of pictures (data/ingest) under
-OUT/.staging, in as many processes as there are; a shard is finished when its report stands beside
-it. Then duplicates are looked for through all shards, the files are put in order, and the manifest
-comes last: a folder without it is no dataset.
+OUT/.staging, several at a time in parallel processes; a shard is finished when there is a report
+beside it. Then duplicates are searched for across all shards, the final files are written, and the
+manifest is written last: a folder without it is not a dataset.
 
-After a kill, at any moment, the same command goes on with the parts that have no report. What is
-written depends on the sources and the settings alone, so the manifest is then the same, byte for
-byte, as without the kill. Memory holds a few pictures for each process, and some numbers and
-names for each picture.
+After a kill at any moment, the same command continues with the parts that have no report. The
+output depends only on the sources and the settings, so the manifest is the same, byte for byte, as
+without the kill. Memory holds a few pictures for each process, and some numbers and names for each
+picture.
 """
 
 import contextlib
@@ -39,9 +39,9 @@ from daybreak.failure import BadData, BadRecipe, BadStorage
 
 SCHEMA = 1
 STAGING = ".staging"
-PEEKED = 256  # pictures of a source that are looked at before the work begins
-SIDES = (32, 64, 128, 256, 512)  # resolutions that are chosen from
-UNITS = {32: 512, 16: 256, 8: 64}  # of sides, and the resolutions from which on they are chosen
+PEEKED = 256  # first pictures of a source, looked at before the work begins
+SIDES = (32, 64, 128, 256, 512)  # resolutions to choose from
+UNITS = {32: 512, 16: 256, 8: 64}  # unit: the lowest resolution for which it is chosen
 ENOUGH = 0.9  # share of the pictures that must be large enough for a resolution
 NAMED_AT_MOST = 5
 SHOWN = 6  # buckets
@@ -55,12 +55,12 @@ def prepare(
     salvage: bool = False,
     progress: Callable[[Progress], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Prepare a dataset, or go on with one; the manifest is returned.
+    """Prepare a dataset, or continue with an unfinished one; return its manifest.
 
-    `salvage` keeps what could be read of damaged tars and tables, and leaves the rest out.
+    `salvage` keeps what can be read of damaged tars and tables, and leaves the rest out.
 
     Errors  BadData for a source that cannot be used, a damaged tar or table, or if no picture is
-            left; BadRecipe if the settings contradict one another, or OUT holds something else;
+            left; BadRecipe if the settings contradict one another or OUT holds something else;
             BadStorage if OUT cannot be written; LostPeer if a process is killed.
     """
     wanted = Columns(
@@ -68,14 +68,14 @@ def prepare(
         config.image_column,
         config.licence_column,
     )
-    names = [str(Path(name)) if Path(name).exists() else name for name in names]  # no end slash
+    names = [str(Path(name)) if Path(name).exists() else name for name in names]  # no final slash
     for name in names:
         if out.resolve().is_relative_to(Path(name).resolve()):
             raise BadRecipe(f"--out {out} lies in the source {name}: choose a folder beside it")
     found = [sources.find(name, wanted, config.shard, config.stream) for name in names]
     _refuse_unasked(config, {one.layout for one in found})
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Pillow warns of what is later refused with a reason
+        warnings.simplefilter("ignore")  # Pillow warns of pictures refused later
         config = settled(config, found)
     plan = {
         "schema": SCHEMA,
@@ -96,7 +96,7 @@ def prepare(
             _refuse_damaged(staging, found)
         try:
             manifest = assemble.assemble(out, staging, plan, found, config.near)
-        except BadData:  # no picture is left: nothing here is of use to other settings
+        except BadData:  # no picture is left, and other settings cannot use the shards
             shutil.rmtree(staging, ignore_errors=True)
             raise
         except OSError as error:
@@ -109,7 +109,7 @@ def prepare(
 
 
 def _refuse_unasked(config: Config, layouts: set[str]) -> None:
-    """Refuse what is asked of no source that there is. Errors: BadRecipe."""
+    """Refuse options that apply to none of the sources. Errors: BadRecipe."""
     if config.image_column and layouts.isdisjoint(("parquet", "datasets", "streamed")):
         raise BadRecipe(
             f"--image-column {config.image_column}: is for tables, and no source is one; leave it "
@@ -122,9 +122,9 @@ def _refuse_unasked(config: Config, layouts: set[str]) -> None:
 
 
 def settings(given: dict[str, Any]) -> Config:
-    """Settings by name; those that are None keep their default.
+    """Make a Config from values by name; those that are None keep their default.
 
-    Errors  BadRecipe for the first that cannot be.
+    Errors  BadRecipe for the first invalid value.
     """
     try:
         return Config(**{name: value for name, value in given.items() if value is not None})
@@ -138,7 +138,7 @@ def settings(given: dict[str, Any]) -> Config:
 
 
 def skip_list(path: Path) -> frozenset[str]:
-    """The lines of a file: names within a source, or sha256 of pictures, whole or 16 digits.
+    """The lines of a file: names within a source, or sha256 of pictures (all or first 16 digits).
 
     Errors  BadRecipe if it cannot be read.
     """
@@ -150,7 +150,7 @@ def skip_list(path: Path) -> frozenset[str]:
 
 
 def summary(out: Path, manifest: dict[str, Any]) -> Iterator[str]:
-    """What was made, and what was left out, in a few lines."""
+    """A few lines that say what was made and what was left out."""
     counts, chosen = manifest["counts"], manifest["settings"]
     names = [name for name in manifest["files"] if name.endswith(".arrow")]
     size = sum(file["bytes"] for file in manifest["files"].values()) / 1e6
@@ -185,16 +185,16 @@ def summary(out: Path, manifest: dict[str, Any]) -> Iterator[str]:
 
 
 def settled(config: Config, found: Sequence[Source]) -> Config:
-    """The settings with what the pictures decide.
+    """The settings, with those that were not given chosen from the pictures.
 
-    Without a resolution it is the largest of 32, 64, 128, 256 and 512 for which nine in ten of the
-    first pictures of each source are large enough. Without a unit it is the resolution / 16 within
-    8 and 32, rounded down to a power of two: patches of 32 at 512 px, as PRX has. Below 64 px it is
-    4: four units of 8 to a side have no bucket near 4:3. Scenes are PNG: their checker counts on
-    the exact colours.
+    The default resolution is the largest of 32, 64, 128, 256 and 512 for which nine in ten of the
+    first pictures of all sources together are large enough. The default unit is resolution / 16,
+    rounded down to a power of two and limited to 8 .. 32: 32 at 512 px, like PRX's patches. Below
+    64 px it is 4, because with four units of 8 to a side no bucket is near 4:3. Scenes are stored
+    as PNG: their checker relies on the exact colours.
 
-    Errors  BadData for a source whose first pictures have none of the captions asked for, or if
-            no source has the licence column; BadRecipe for settings that contradict one another.
+    Errors  BadData for a source whose first pictures have none of the requested captions, or if no
+            source has a requested column; BadRecipe for settings that contradict one another.
     """
     seen, large_enough, there = 0, Counter[int](), dict[str, None]()
     for height, width in itertools.chain.from_iterable(_sizes(one, config, there) for one in found):
@@ -230,9 +230,9 @@ def settled(config: Config, found: Sequence[Source]) -> Config:
 
 
 def _sizes(source: Source, config: Config, columns: dict[str, None]) -> Iterator[tuple[int, int]]:
-    """Heights and widths of the first pictures of a source, whose columns are added to `columns`.
+    """Heights and widths of the first pictures of a source; adds their columns to `columns`.
 
-    Errors  BadData if none of them has a caption of those asked for.
+    Errors  BadData if none of them has one of the requested caption columns.
     """
     read = itertools.chain.from_iterable(part.read() for part in source.parts)
     pictures = (item for item in read if isinstance(item, Record))
@@ -244,7 +244,7 @@ def _sizes(source: Source, config: Config, columns: dict[str, None]) -> Iterator
         with contextlib.suppress(Refused):
             yield images.size(record.data, record.where)
     asked = [name for name, _ in config.caption_columns] or [*USUAL_COLUMNS, KEYWORDS]
-    bare = source.layout == "sidecars" and not there  # the others may have some
+    bare = source.layout == "sidecars" and not there  # later pictures may have captions
     if seen and not bare and there.keys().isdisjoint(asked):
         if source.layout == "webdataset" and not there:
             raise BadData(
@@ -276,9 +276,9 @@ def _fills(height: int, width: int, side: int, config: Config) -> bool:
 
 
 def _enter(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
-    """Look at the folder; if what is asked for has been done, its manifest.
+    """Check the output folder; return its manifest if this dataset is already finished.
 
-    Errors  BadRecipe if something else is there.
+    Errors  BadRecipe if it holds something else; BadData if the dataset is damaged.
     """
     if not out.exists():
         return None
@@ -302,7 +302,7 @@ def _enter(out: Path, plan: dict[str, Any]) -> dict[str, Any] | None:
 
 
 def _listed(out: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """The files of a manifest. Errors: BadData if it is none of a dataset."""
+    """The files of a manifest. Errors: BadData if it is not the manifest of a dataset."""
     parts = {"counts", "files", "buckets", "licences", "settings"}
     if parts - manifest.keys():
         raise BadData(f"{out}/manifest.json is damaged: remove {out} and prepare it again")
@@ -312,7 +312,7 @@ def _listed(out: Path, manifest: dict[str, Any]) -> dict[str, dict[str, Any]]:
 
 @contextlib.contextmanager
 def _claimed(out: Path) -> Iterator[Path]:
-    """The staging folder, for this process alone until it ends, however it ends."""
+    """The staging folder, locked for this process alone; the lock ends even if it is killed."""
     staging = out / STAGING
     busy = f"another command is preparing {out}: wait for it, or choose another --out"
     with contextlib.ExitStack() as mine:
@@ -325,7 +325,7 @@ def _claimed(out: Path) -> Iterator[Path]:
 
 
 def _same_plan(path: Path, plan: dict[str, Any], out: Path) -> None:
-    """Record what is to be done, or find that it is what was begun."""
+    """Write the plan, or check that an unfinished dataset was begun with the same plan."""
     if path.is_file():
         _refuse_other(plan, disk.read_json(path), f"{out} holds the beginning of a dataset")
     else:
@@ -372,11 +372,11 @@ def _refuse_damaged(staging: Path, found: Sequence[Source]) -> None:
 
 
 def verify(folder: Path, progress: Callable[[int, int], None] | None = None) -> int:
-    """Check every byte of a dataset, and that its lists and its manifest agree; its pictures.
+    """Check every byte of a dataset, and its lists against its manifest; count its pictures.
 
-    `progress` hears of bytes checked and bytes in all.
+    `progress` is called with the bytes checked so far and the bytes in all.
 
-    Errors  BadData, in one sentence, for the first thing that is wrong.
+    Errors  BadData, with a message of one sentence, for the first thing that is wrong.
     """
     if not (folder / "manifest.json").is_file():
         raise BadData(f"{folder} is not a prepared dataset: it has no manifest.json")

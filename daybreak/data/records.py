@@ -1,11 +1,11 @@
-"""What `prepare` reads: records, and the faults among them, from parts that stand alone.
+"""What `prepare` reads: records and faults, from parts that are independent of one another.
 
-A source (a folder, some tars, a table) is cut into parts. A part is plain data that another process
-can be handed, and reads to the same records every time, so that a part is the unit of parallel work
-and of what a kill can lose. Nothing of a picture is decoded here.
+A source (a folder, some tars, a table) is cut into parts. A part is plain data that can be sent to
+another process, and reading it gives the same records every time. So a part is the unit of parallel
+work, and of work that a kill can lose. No picture is decoded here.
 
-    Record   a picture's bytes, and the columns that go with it
-    Fault    an input that is none, with one word and one sentence saying why
+    Record   a picture's bytes, and the columns that belong to it
+    Fault    an input that is not a record; one word and one sentence say why
 
 The words: metadata (a row or a JSON file that cannot be read), missing (no picture, or no such
 file), unnamed (a picture the metadata does not name), unsafe (a name or link that leads elsewhere),
@@ -21,11 +21,11 @@ from daybreak.failure import BadData, told
 
 LARGEST = 256 * 2**20  # bytes; 64 megapixels of uncompressed colour are 192 MB
 LICENCES = ("licence", "license")  # usual names of the column
-CONTAINER = "container"  # the kind of a fault that may hide others
+CONTAINER = "container"  # the kind of a fault behind which inputs may be lost
 
 
 class Refused(BadData):
-    """One input among many that cannot be taken; `kind` is the word it is counted under."""
+    """One input among many that cannot be used; `kind` is the word it is counted under."""
 
     def __init__(self, sentence: str, kind: str = "damaged") -> None:
         super().__init__(sentence)
@@ -33,7 +33,7 @@ class Refused(BadData):
 
 
 class Record(NamedTuple):
-    """A picture as it was found: undecoded, with its row's other values."""
+    """A picture as it was found, undecoded, and the other values of its row."""
 
     where: str  # its name within the source
     data: bytes
@@ -41,7 +41,7 @@ class Record(NamedTuple):
 
 
 class Fault(NamedTuple):
-    """An input that is no record; `where: reason` is a sentence."""
+    """An input that is not a record; `where: reason` is a sentence."""
 
     where: str
     kind: str
@@ -49,7 +49,7 @@ class Fault(NamedTuple):
 
 
 class Columns(NamedTuple):
-    """The columns to look for; without names, the usual ones."""
+    """The columns to look for; the usual ones where no name is given."""
 
     captions: tuple[str, ...] = ()
     image: str | None = None
@@ -57,7 +57,7 @@ class Columns(NamedTuple):
 
 
 class Part(Protocol):
-    """A stretch of a source: the same records and faults in the same order, however often read."""
+    """A part of a source: every reading gives the same records and faults in the same order."""
 
     @property
     def bytes(self) -> int:
@@ -68,18 +68,18 @@ class Part(Protocol):
 
 
 class Source(NamedTuple):
-    """A source, looked at but not yet read."""
+    """A source that was examined, but not yet read."""
 
     name: str  # as the user wrote it
     layout: str
-    fingerprint: str  # sha256 over what was found: names, sizes, texts, of large files their time
+    fingerprint: str  # sha256 of names, sizes, texts; modification times of large files
     parts: tuple[Part, ...]
 
 
 def columns(text: bytes | None, metadata: bytes | None) -> dict[str, object]:
-    """The columns that stand in files beside a picture: picture.txt is `text`, picture.json a row.
+    """The columns in files beside a picture: picture.txt is `text`, picture.json holds the others.
 
-    Errors  Refused for JSON that is no object.
+    Errors  Refused for JSON that is invalid or not an object.
     """
     row: dict[str, object] = {}
     if metadata is not None:
@@ -91,25 +91,25 @@ def columns(text: bytes | None, metadata: bytes | None) -> dict[str, object]:
             raise Refused("its .json file holds no JSON object; mend or remove it.", "metadata")
         row |= found
     if text is not None:
-        row["text"] = text  # bytes: whether they are UTF-8 is for the captions to judge
+        row["text"] = text  # bytes: data/captions checks that they are UTF-8
     return row
 
 
 def printable(name: str | Path) -> str:
-    """A name as it can be written down: bytes that are not UTF-8 become escapes."""
+    """A name that can be written as UTF-8: other bytes become escapes."""
     return str(name).encode("utf-8", "backslashreplace").decode()
 
 
 def place(source: str, where: str) -> str:
-    """Where in a source, unless it is all of it: one tar, one table."""
+    """The source and a place in it; only the source if that is one file, a tar or a table."""
     return source if Path(source).name == where else f"{source}: {where}"
 
 
 def why(error: Exception) -> str:
-    """What a decoder or a reader said, short enough for one sentence."""
+    """The message of a decoder or reader, short enough for one sentence."""
     return told(error)[:120].rstrip(". ")
 
 
 def too_large(size: int) -> str:
-    """Say that so many bytes are no picture."""
+    """The message for an input of more than LARGEST bytes."""
     return f"has {size / 2**20:,.0f} MiB; no picture has more than {LARGEST // 2**20} MiB."

@@ -1,11 +1,11 @@
 """Sources: where captioned pictures come from.
 
 `find` says which layout a source has and cuts it into the parts that `prepare` reads. `folder`
-reads a folder as one list, ordered by name, for training straight from it; it ends at the first
-thing that is wrong.
+reads a folder as one list, ordered by name, to train on it without `prepare`; the first thing that
+is wrong is an error.
 
-A picture may carry several captions, one from each column asked for, with the weight of that
-column: training draws one of them each time.
+A picture may have several captions, from several columns; the weight of a column is shared by its
+captions. Each time the picture is used, training draws one of them.
 """
 
 import hashlib
@@ -29,7 +29,7 @@ HUB = re.compile(r"[\w.-]+/[\w.-]+(:[\w.-]+)?")
 
 
 class Captioned(NamedTuple):
-    """A picture on disk, and what may be said of it."""
+    """A picture on disk, and its captions."""
 
     path: Path
     captions: tuple[str, ...]  # at least one, none of them empty
@@ -39,8 +39,8 @@ class Captioned(NamedTuple):
 class Drawn(NamedTuple):
     """A part of the built-in source: some of the scenes of seed 0.
 
-    They are handed on as PNG, so that a checker finds the very colours that were drawn. The caption
-    of a scene is also its specification: `scenes_captions.parse` gives it back.
+    They are passed on as PNG, so that a checker finds exactly the colours that were drawn. The
+    caption of a scene is also its specification, which `scenes_captions.parse` returns.
     """
 
     config: scenes.Config
@@ -49,25 +49,26 @@ class Drawn(NamedTuple):
 
     @property
     def bytes(self) -> int:
-        """About the size of their files."""
+        """Roughly the size of their files."""
         return self.scenes * scenes.CANVASES[self.config.canvas].size ** 2 // 4
 
     def read(self) -> Iterator[Record | Fault]:
-        """Draw them."""
+        """Draw the scenes."""
         for index in range(self.first, self.first + self.scenes):
             sample = scenes.sample(self.config, 0, index)
             yield Record(str(index), images.encode(sample.image, "png"), {"text": sample.caption})
 
 
 def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source:
-    """Look at a source and cut it into parts; nothing of its pictures is read yet.
+    """Recognise the layout of a source and cut it into parts; no picture is read yet.
 
-    In this order: `scenes:N` or `scenes:N:CANVAS`; a tar or parquet file; a folder that
-    `datasets.save_to_disk` wrote, one with metadata.jsonl or metadata.csv, one with tars, one with
-    parquet files, one with pictures. What is not there, nor the folder it would lie in, is taken
-    for the name of a dataset on the Hugging Face hub.
+    Tried in this order: a tar or parquet file; a folder that `datasets.save_to_disk` wrote, one
+    with metadata.jsonl or metadata.csv, one with tars, one with parquet files, one with pictures;
+    `scenes:N` or `scenes:N:CANVAS`. If neither the path nor its parent folder exists, an
+    `owner/name` is taken for a dataset on the Hugging Face hub.
 
-    Errors  BadData if it cannot be read, or holds nothing of the kind.
+    Errors  BadData if it cannot be read or has none of these layouts; BadRecipe for an unknown
+            canvas or no scenes.
     """
     from daybreak.data import tables, tars
 
@@ -93,10 +94,10 @@ def find(name: str, wanted: Columns, shard: int, stream: bool = False) -> Source
         packed = [path / one for one in inner if one.endswith(".tar")]
         listed = [path / one for one in inner if one.endswith(".parquet")]
         loose = [path / one for one in inner if folders.is_picture(one)]
-        if loose and (other := packed or listed):  # img2dataset itself puts tables beside tars
+        if loose and (other := packed or listed):  # tars and tables may mix: img2dataset does it
             remedy = (
                 "write what it says into a metadata.jsonl there."
-                if other[0].name == "metadata.parquet"  # which `datasets` takes for its imagefolder
+                if other[0].name == "metadata.parquet"  # `datasets` reads it for an imagefolder
                 else "put them into folders of their own, and give both."
             )
             raise BadData(
@@ -134,12 +135,12 @@ def _drawn(name: str, count: int, canvas: str | None, shard: int) -> Source:
 def folder(path: Path, caption_columns: Sequence[tuple[str, float]] = ()) -> list[Captioned]:
     """All pictures of a folder, each with its captions, in the order of their names.
 
-    `caption_columns` are (name, weight); without them a picture has the usual ones, as `prepare`
-    takes them (data/captions). A list of texts is as many captions, each with an equal part of the
-    weight; one of keywords is one caption, joined by commas. Rows that name one picture are joined
-    in the same way, here wherever they stand. A value that is missing or empty drops that caption
-    from that picture, and the others stay. With metadata, pictures it does not name are not part of
-    the dataset.
+    `caption_columns` are (name, weight); without them the usual columns are used, as in `prepare`
+    (data/captions). A list of texts counts as that many captions, each with an equal part of the
+    weight; a list of keywords is one caption, joined by commas. Rows that name the same picture are
+    merged as in `prepare`, but here even if they are not consecutive. Where a value is missing or
+    empty, the picture lacks that caption and keeps its others. Pictures that the metadata does not
+    name are not part of the dataset.
 
     Errors  BadData for a folder or a row that cannot be used, naming it; BadRecipe for a weight
             that is not a positive number.
@@ -164,9 +165,9 @@ def folder(path: Path, caption_columns: Sequence[tuple[str, float]] = ()) -> lis
 
 
 def check(captioned: Sequence[Captioned]) -> None:
-    """Open every picture and check its header, before the first step and not in the middle.
+    """Open every picture and check its header, so that a bad one is found before the first step.
 
-    Errors  BadData naming up to five of those that cannot be read, and their number.
+    Errors  BadData with the number of pictures that cannot be read, and up to five of them.
     """
     with ThreadPoolExecutor(max_workers=min(16, 4 * (os.cpu_count() or 1))) as pool:
         answers = pool.map(_complaint, [one.path for one in captioned])
@@ -268,7 +269,7 @@ def _refuse_uncaptioned(path: Path, captioned: Sequence[Captioned]) -> None:
 
 
 def _check_columns(file: Path, rows: Sequence[Row], asked: Sequence[tuple[str, float]]) -> None:
-    """Each column that is asked for occurs in at least one row, or one of the usual ones does."""
+    """Refuse requested columns that no row has; if none is requested, the lack of usual ones."""
     there = {name: None for row in rows for name in row.values if name != "file_name"}
     listed = ", ".join(f"`{name}`" for name in there) or "none"
     for name, _ in asked:

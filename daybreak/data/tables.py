@@ -1,11 +1,11 @@
 """Tables of pictures: parquet files, and whatever Hugging Face `datasets` opens.
 
-A picture is a column of bytes, or of `{bytes, path}` as `datasets` stores its images; the first
-column of that kind is taken unless one is named. Of the others only those that are asked for are
-read. Pictures are never decoded by the table's own reader: data/images alone does that.
+Pictures are a column of bytes, or of `{bytes, path}` as `datasets` stores its images; the first
+column of that kind is taken unless one is named. Of the other columns only the requested ones are
+read. Pictures are never decoded by the table's reader, only by data/images.
 
-Parquet is read by row groups, a few rows at a time. A saved dataset or one of the hub's is mapped
-into memory and read by rows; streaming reads it shard by shard, without keeping it.
+Parquet is read by row groups, a few rows at a time. A saved dataset, or one from the hub, is mapped
+into memory and read by rows; streaming reads it shard by shard, without storing it.
 """
 
 import hashlib
@@ -21,7 +21,7 @@ from daybreak.data.captions import KEYWORDS, USUAL_COLUMNS
 from daybreak.data.records import CONTAINER, LICENCES, Columns, Fault, Record, printable, why
 from daybreak.failure import BadData
 
-ROWS = 16  # of a parquet file that are held at a time
+ROWS = 16  # rows of a parquet file held at a time
 
 
 class Parquet(NamedTuple):
@@ -36,7 +36,7 @@ class Parquet(NamedTuple):
     bytes: int
 
     def read(self) -> Iterator[Record | Fault]:
-        """Read the rows of these groups; what one of them has lost, the next may have."""
+        """Read the rows of these groups; after a damaged group, the next one is still read."""
         first = self.first
         for group in self.groups:
             number = end = first
@@ -61,14 +61,14 @@ class Broken(NamedTuple):
     bytes: int = 0
 
     def read(self) -> Iterator[Record | Fault]:
-        """Say so."""
+        """Yield the fault."""
         yield Fault(self.name, CONTAINER, self.reason)
 
 
 class Rows(NamedTuple):
     """A part of a source: some rows of a dataset that is mapped into memory."""
 
-    dataset: Any  # datasets.Dataset of Arrow tables; it travels as the names of its files
+    dataset: Any  # datasets.Dataset of Arrow tables; pickled as the names of its files
     first: int
     rows: int
     image: str
@@ -86,7 +86,7 @@ class Rows(NamedTuple):
 
 
 class Stream(NamedTuple):
-    """A part of a source: one shard of a dataset that is not kept."""
+    """A part of a source: one shard of a dataset that is streamed and not stored."""
 
     dataset: Any  # datasets.IterableDataset of Arrow tables
     shard: int
@@ -143,16 +143,16 @@ def saved(path: Path, name: str, wanted: Columns, shard: int) -> records.Source:
 
 
 def hub(name: str, wanted: Columns, shard: int, stream: bool) -> records.Source:
-    """Cut a dataset of the hub, `owner/name` or `owner/name:split`; the split is else `train`.
+    """Cut a dataset of the hub into parts: `owner/name:split`, or `owner/name` for split `train`.
 
-    Errors  BadData if it cannot be had.
+    Errors  BadData if it cannot be loaded.
     """
     from datasets import load_dataset
 
     path, _, split = name.partition(":")
     try:
         dataset = load_dataset(path, split=split or "train", streaming=stream)
-    except Exception as error:  # the library raises its own, its file systems' and its server's
+    except Exception as error:  # its own, or one of its file system or server
         raise BadData(
             f"{name}: is neither a local file or folder nor a dataset that can be loaded from the "
             f"Hugging Face hub ({why(error)})."
@@ -170,7 +170,7 @@ def hub(name: str, wanted: Columns, shard: int, stream: bool) -> records.Source:
 
 
 def image_column(where: str, schema: pa.Schema, asked: str | None) -> str:
-    """The column that holds the pictures. Errors: BadData, naming those there are."""
+    """The column that holds the pictures. Errors: BadData, listing the columns there are."""
     able = [field.name for field in schema if _holds_bytes(field.type)]
     if asked in able or (asked is None and able):
         return asked or able[0]
@@ -180,9 +180,9 @@ def image_column(where: str, schema: pa.Schema, asked: str | None) -> str:
 
 
 def other_columns(where: str, there: Sequence[str], wanted: Columns) -> tuple[str, ...]:
-    """Of the columns that are there, those that are wanted.
+    """The caption and licence columns to read, of the columns that are there.
 
-    Errors  BadData, naming those there are, if none of them holds captions.
+    Errors  BadData, listing the columns there are, if none of them holds captions.
     """
     captions = [one for one in wanted.captions or (*USUAL_COLUMNS, KEYWORDS) if one in there]
     if not captions:
@@ -215,7 +215,7 @@ def _rows(
 
 
 def _undecoded(dataset: Any, name: str, image: str, wanted: Columns) -> Any:
-    """The dataset as Arrow tables of its wanted columns, the picture as bytes."""
+    """The dataset as Arrow tables of the wanted columns, with undecoded pictures."""
     from datasets import Image
 
     others = other_columns(name, dataset.column_names, wanted)
@@ -264,7 +264,7 @@ def _record(where: str, table: Any, row: int, image: str) -> Record | Fault:
 
 
 def _cell(scalar: Any) -> Any:
-    """The value of a cell; where it is a text that is no UTF-8, its bytes."""
+    """The value of a cell; for text that is not UTF-8, its bytes."""
     try:
         return scalar.as_py()
     except UnicodeDecodeError as error:

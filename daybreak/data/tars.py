@@ -2,12 +2,12 @@
 
     00000.tar    000000017.jpg, 000000017.txt, 000000017.json, 000000018.jpg, ...
 
-Files that follow one another and agree up to the first dot of their name are one sample: a picture,
-its caption, a row of further columns. A tar is streamed and never unpacked, and no member is read
-that is not needed.
+Consecutive files whose names agree up to the first dot are one sample: a picture, its caption, a
+row of further columns. A tar is streamed and never unpacked, and members that are not needed are
+not read.
 
-Python ends a tar that was cut between two members as if it were whole, and one with a damaged
-header too. Here a tar has ended only where its end mark stands, with nothing behind it.
+Python's tarfile treats a tar that was cut between two members, or has a damaged header, as if it
+ended there normally. Here a tar is whole only if it has its end mark and nothing after it.
 
 Source  the layout: github.com/webdataset/webdataset; tar: POSIX.1-1988, ustar.
 """
@@ -36,7 +36,7 @@ class Tar(NamedTuple):
     bytes: int
 
     def read(self) -> Iterator[Record | Fault]:
-        """Read the samples in the order in which they lie there."""
+        """Read the samples in the order of the tar."""
         try:
             with self.path.open("rb") as file, tarfile.open(fileobj=file, mode="r:") as tar:
                 yield from _samples(self.name, tar)
@@ -48,18 +48,18 @@ class Tar(NamedTuple):
 
 
 def parts(paths: Sequence[Path], root: Path, name: str) -> records.Source:
-    """One part for each tar, in the order given; `root` is what their names are relative to."""
+    """One part for each tar, in the order given; their names are relative to `root`."""
     tars = tuple(
         Tar(path, printable(path.relative_to(root).as_posix()), path.stat().st_size)
         for path in paths
     )
-    # Tars are padded, so that another caption need not change their size.
+    # The time is included: tars are padded, so a changed caption need not change their size.
     listed = "".join(f"{tar.name}\0{tar.bytes}\0{tar.path.stat().st_mtime_ns}\n" for tar in tars)
     return records.Source(name, "webdataset", hashlib.sha256(listed.encode()).hexdigest(), tars)
 
 
 def _samples(name: str, tar: tarfile.TarFile) -> Iterator[Record | Fault]:
-    """Gather the members of one name, and judge each sample when the next begins."""
+    """Gather the members of each sample, and yield it when the next sample begins."""
     key, again, files, seen = "", False, dict[str, bytes](), set[str]()
     broken: Exception | None = None
     try:
@@ -77,19 +77,19 @@ def _samples(name: str, tar: tarfile.TarFile) -> Iterator[Record | Fault]:
                 if ending in NEEDED:
                     files[ending] = _read(tar, member)
                 elif ending.rpartition(".")[2] in PICTURES:
-                    files[ending] = b""  # 1.depth.png: not read, but perhaps all there is
+                    files[ending] = b""  # 1.depth.png: not read, only for the message
             except Refused as fault:
                 yield Fault(printable(f"{name}/{member.name}"), fault.kind, str(fault))
     except DAMAGE as error:
         broken = error
-    if files:  # what was whole before the damage
+    if files:  # the last sample, also if damage follows it
         yield _sample(f"{name}/{key}", files)
     if broken:
         raise broken
 
 
 def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
-    """The headers of files one by one. The tar would keep them all, a kilobyte each."""
+    """The headers of files, one by one. `tarfile` would keep all of them, a kilobyte each."""
     while (member := tar.next()) is not None:
         if not member.isdir():
             yield member
@@ -97,7 +97,7 @@ def _members(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 
 def _check(member: tarfile.TarInfo) -> None:
-    """Errors: Refused for what could lead out of a folder, or fill it."""
+    """Errors: Refused for an unsafe name, a member that is not a plain file, or too large a one."""
     path = PurePosixPath(member.name)
     if path.is_absolute() or ".." in path.parts:
         raise Refused("has a name that leads out of the folder; rename it.", "unsafe")
@@ -138,7 +138,7 @@ def _sample(where: str, files: dict[str, bytes]) -> Record | Fault:
 
 
 def _complaint(file: IO[bytes], offset: int) -> str | None:
-    """What is wrong with the end of a tar, which was taken to be at an offset."""
+    """What is wrong with the end of a tar; `offset` is where `tarfile` stopped."""
     file.seek(offset)
     block = file.read(BLOCK)
     if not block:
