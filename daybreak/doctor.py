@@ -1,9 +1,9 @@
-"""What this machine can do, and why it is slow where it is slow.
+"""What this machine can do, and what makes it slow.
 
-`report` is what `daybreak doctor` prints. `fast_bfloat16` and `compiler` are the two answers the
-training loop asks for too: whether to compute in bfloat16, and whether blocks can be compiled.
+`daybreak doctor` prints `report`. The training loop too uses `fast_bfloat16` and `compiler`, to
+decide whether to compute in bfloat16 and whether blocks can be compiled.
 
-Nothing here fails: what cannot be found out is said to be unknown.
+Nothing here fails: what cannot be found out is reported as unknown.
 """
 
 import functools
@@ -23,7 +23,7 @@ import torch
 
 from daybreak import host
 
-EXTRAS = {  # of pyproject.toml, and the module that shows one is there
+EXTRAS = {  # of pyproject.toml, and a module that shows that the extra is installed
     "eval": "torch_fidelity",
     "fast": "simplejpeg",
     "perceptual": "lpips",
@@ -45,7 +45,7 @@ class Finding(NamedTuple):
     name: str
     value: str
     remark: str = ""  # why it is slow or missing, and what to do
-    mark: Literal["ok", "slow", "-"] = "ok"  # -: absent, which does no harm
+    mark: Literal["ok", "slow", "-"] = "ok"  # -: absent, but not needed
 
 
 def report(folder: Path = Path()) -> list[Finding]:
@@ -65,7 +65,7 @@ def report(folder: Path = Path()) -> list[Finding]:
 
 
 def fast_bfloat16() -> bool:
-    """Whether arithmetic in bfloat16 is faster than in float32 here, and not emulated."""
+    """Whether bfloat16 arithmetic is faster than float32 here, and not emulated."""
     if torch.cuda.is_available():
         return bool(torch.cuda.is_bf16_supported(including_emulation=False))
     return bool({"avx512_bf16", "amx_bf16"} & _cpu_flags())
@@ -73,12 +73,12 @@ def fast_bfloat16() -> bool:
 
 @functools.cache
 def compiler(device: str = "cpu") -> str | None:
-    """The compiler `torch.compile` would use on a `cpu` or for a `cuda` device, if it can do it.
+    """The compiler that `torch.compile` would use for device `cpu` or `cuda`; None if none works.
 
     On a CPU that is the C++ compiler named by CXX, or else g++ (clang++ on macOS); for a GPU the C
-    compiler with which Triton builds what starts its kernels, named by CC, or else gcc or clang. It
-    must do more than exist: without Python.h or OpenMP the first compiled step fails with a page of
-    errors. So it is given a few lines to compile, once per process.
+    compiler with which Triton builds the launchers of its kernels, named by CC, or else gcc or
+    clang. It is not enough that it exists: without Python.h or OpenMP the first compiled step fails
+    with a page of errors. So a few lines are compiled as a test, once per process.
     """
     cuda = device == "cuda"
     path = shutil.which(_compiler_name(device))
@@ -102,13 +102,13 @@ def compiler(device: str = "cpu") -> str | None:
 
 
 def versions() -> list[Finding]:
-    """The programs that decide what a run computes."""
+    """The versions of the programs that affect the results of a run."""
     python = Finding("python", platform.python_version())
     return [_version("daybreak"), python, *map(_version, PACKAGES)]
 
 
 def cores() -> Finding:
-    """Processor cores this process may use, which in a container are fewer than there are."""
+    """Processor cores that this process may use; in a container perhaps fewer than there are."""
     there = os.cpu_count() or 1
     usable, busy = host.usable(), host.cores()
     threads = torch.get_num_threads()
@@ -138,7 +138,7 @@ def memory() -> Finding:
 
 
 def disk(folder: Path) -> Finding:
-    """Room for checkpoints where the runs go."""
+    """Free disk space for checkpoints, where runs are written."""
     there = standing(folder)
     free = shutil.disk_usage(there).free
     value = f"{free / GIB:.1f} GiB free at {there}"
@@ -148,7 +148,7 @@ def disk(folder: Path) -> Finding:
 
 
 def standing(folder: Path) -> Path:
-    """The folder itself, or the nearest above it that exists: whose disk will hold it."""
+    """The folder, or its nearest parent that exists: it is on the disk that will be used."""
     there = folder.absolute()
     while not there.exists():
         there = there.parent
@@ -156,8 +156,8 @@ def standing(folder: Path) -> Path:
 
 
 def shared_memory(where: Path = Path("/dev/shm")) -> list[Finding]:  # noqa: S108
-    """Room for what loader workers hand over, which containers often keep small."""
-    if not where.is_dir():  # this system knows no such folder
+    """Shared memory for batches from loader workers; containers often have little of it."""
+    if not where.is_dir():  # this system has no such folder
         return []
     free = shutil.disk_usage(where).free
     value = f"{free / GIB:.1f} GiB free at {where}"
@@ -171,12 +171,12 @@ def shared_memory(where: Path = Path("/dev/shm")) -> list[Finding]:  # noqa: S10
 
 
 def vectors() -> Finding:
-    """The instruction sets torch's kernels are chosen by."""
+    """The instruction set by which torch chooses its kernels."""
     known = torch.backends.cpu.get_cpu_capability()
     flags = _cpu_flags()
     listed = ", ".join(flag for flag in VECTORS if flag in flags)
     value = f"{platform.machine()}, torch uses {known}" + (f" ({listed})" if listed else "")
-    if known in {"DEFAULT", "NO AVX"} and not _is_arm():  # whose default are its vectors
+    if known in {"DEFAULT", "NO AVX"} and not _is_arm():  # on ARM, DEFAULT includes vectors
         remark = "torch has no vector kernels for this processor: every step will be slow"
         return Finding("instructions", value, remark, "slow")
     return Finding("instructions", value)
@@ -205,7 +205,7 @@ def _is_arm() -> bool:
 
 
 def compilation() -> Finding:
-    """Whether `torch.compile` can work on this machine, and what it lacks if not."""
+    """Whether `torch.compile` can work on this machine; if not, what is missing."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     found = compiler(device)
     if found:
@@ -261,7 +261,7 @@ def accelerator() -> Finding:
 
 
 def extras() -> list[Finding]:
-    """Which optional parts can be used."""
+    """Which optional parts are installed."""
     findings = []
     for extra, module in EXTRAS.items():
         if importlib.util.find_spec(module):
@@ -289,7 +289,7 @@ def _version(package: str) -> Finding:
 
 @functools.cache
 def _cpu_flags() -> frozenset[str]:
-    """Instruction sets by the names Linux gives them; nothing on other systems."""
+    """Names of instruction sets, as Linux lists them; empty on other systems."""
     try:
         lines = Path("/proc/cpuinfo").read_text(errors="replace").splitlines()
     except OSError:

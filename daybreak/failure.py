@@ -1,8 +1,8 @@
-"""What can go wrong through no fault of the program, and the exit code that says so.
+"""Failures that are not bugs of the program, and their exit codes.
 
-Each message is one sentence a stranger can act on: what is wrong, where, and how to mend it.
-`daybreak` prints it without a traceback and leaves with the code; anything else is a bug and
-keeps its traceback (code 1).
+Each message is one sentence that any user can act on: what is wrong, where, and how to fix it.
+`daybreak` prints it without a traceback and exits with the code; anything else is a bug and keeps
+its traceback (code 1).
 
     2   recipe, command line or run folder refused, before anything was touched
     3   data that cannot be used
@@ -14,7 +14,7 @@ keeps its traceback (code 1).
 
 
 class Failure(Exception):  # noqa: N818 - what it says, not what it is
-    """One clear sentence, and the exit code of its kind."""
+    """A failure: one clear sentence, and the exit code of its kind."""
 
     code = 1
 
@@ -32,7 +32,7 @@ class BadData(Failure):
 
 
 class NoCheckpoint(Failure):
-    """A run's checkpoint was asked for, and there is no run or none that can be trusted."""
+    """A checkpoint is needed, but there is no run, or no checkpoint that can be trusted."""
 
     code = 4
 
@@ -50,7 +50,7 @@ class LostPeer(Failure):
 
     def __init__(self, sentence: str, rank: int | None = None) -> None:
         super().__init__(sentence)
-        self.rank = rank  # the one to blame, where that is known
+        self.rank = rank  # the process that caused it, if known
 
 
 class BadStorage(Failure):
@@ -60,5 +60,5 @@ class BadStorage(Failure):
 
 
 def told(error: BaseException) -> str:
-    """The first line of what an error of another library says; its kind, if it says nothing."""
+    """The first line of another library's error message; the error's type if it is empty."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]

@@ -1,8 +1,8 @@
-"""What a verb does with a terminal: tables, counters, remaining time, failures to exit codes.
+"""What commands print on a terminal: tables, counters, remaining time, and failures.
 
-Tables are results and go to stdout, all else to stderr. Only on a terminal is a line written over:
-where stderr is a file, a counter is silent, and the remaining time is said once a minute. `rich` is
-imported when there is something to show, for `--help` is to be instant.
+Tables are results and go to stdout, everything else to stderr. Lines are overwritten only on a
+terminal: if stderr is a file, counters print nothing, and the remaining time is printed once a
+minute. `rich` is imported only when there is something to show, so that `--help` is instant.
 """
 
 import errno
@@ -22,11 +22,11 @@ if TYPE_CHECKING:
     from daybreak.doctor import Finding
 
 FULL = {errno.ENOSPC, errno.EDQUOT, errno.EROFS}
-CLOSED = errno.EACCES  # to this user: a file, or the folder that it lies in
+CLOSED = errno.EACCES  # this user may not open the file, or the folder it is in
 
 
 def tables(shown: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> None:
-    """Print tables, each of a head and lines; brackets in a cell are no markup."""
+    """Print tables, each with a head and lines; brackets in a cell are not markup."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -39,7 +39,7 @@ def tables(shown: Iterable[tuple[Sequence[str], Sequence[Sequence[str]]]]) -> No
 
 
 def findings(found: "Iterable[Finding]") -> None:
-    """Print what an examination of this machine has found, a line each."""
+    """Print what was found out about this machine, one line for each finding."""
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -53,7 +53,7 @@ def findings(found: "Iterable[Finding]") -> None:
 
 
 def counter(verb: str) -> Callable[[int, int], None]:
-    """Count on one line of a terminal; say nothing anywhere else."""
+    """Show a count on one line of a terminal; print nothing elsewhere."""
 
     def show(done: int, of: int) -> None:
         if sys.stderr.isatty():
@@ -63,7 +63,7 @@ def counter(verb: str) -> Callable[[int, int], None]:
 
 
 def remaining() -> "Callable[[Progress], None]":
-    """Say on one line of a terminal, and elsewhere once a minute, how far a preparation is."""
+    """Show the progress of `prepare`: on one line of a terminal, elsewhere once a minute."""
     start = told = time.monotonic()
 
     def show(now: "Progress") -> None:
@@ -77,21 +77,21 @@ def remaining() -> "Callable[[Progress], None]":
             left = int(seconds * max(0, now.of / now.bytes - 1))
             clock = f"{left // 3600}:{left // 60 % 60:02}:{left % 60:02}"
             line += f", {min(1, now.bytes / now.of):.0%}, {clock} left"
-        # The next line is written over this one.
+        # The next line overwrites this one.
         print(f"\r\x1b[K{line}\r" if terminal else f"{line}\n", end="", file=sys.stderr, flush=True)
 
     return show
 
 
 def clear() -> None:
-    """Take the line away that `remaining` has written last."""
+    """Erase the last line that `remaining` has written."""
     if sys.stderr.isatty():
         print("\x1b[K", end="", file=sys.stderr, flush=True)
 
 
 @contextmanager
 def plain_failures() -> Iterator[None]:
-    """Print a failure as one sentence, what nobody foresaw as it is, and leave with its code."""
+    """Print a Failure as one sentence and exit with its code; other errors keep their traceback."""
     try:
         if sys.platform == "win32":
             raise BadRecipe("daybreak runs on Linux and macOS; on Windows, inside WSL")
@@ -115,7 +115,7 @@ def plain_failures() -> Iterator[None]:
 
 
 def _leave(code: int) -> NoReturn:
-    """Leave at once: one of many processes would at its end wait for the others, or abort."""
+    """Exit at once: a normal exit of one of many processes would wait for the others, or abort."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

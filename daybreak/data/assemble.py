@@ -1,8 +1,8 @@
-"""From finished shards to a dataset: duplicates are left out, and everything is put in its place.
+"""From finished shards to a dataset: duplicates are left out and the final files are written.
 
-Nothing is copied but the shards that lose a row, or that are too many to be a file each; the others
-are the same file under another name. All of it depends on the shards alone, so it can be done again
-after a kill.
+A shard is copied only if it loses a row, or if there are too many shards for one file each; any
+other becomes the same file under another name. Everything depends only on the shards, so it can be
+repeated after a kill.
 """
 
 import contextlib
@@ -34,7 +34,7 @@ MOST_FILES = 32_768  # of a dataset: Linux lets a process map 65,530, and a run 
 
 
 class Stored:
-    """The rows of all shards, numbered through."""
+    """The rows of all shards, numbered consecutively."""
 
     def __init__(self, staging: Path, count: int) -> None:
         self.staging = staging
@@ -104,7 +104,7 @@ def assemble(
 
 
 def find_duplicates(stored: Stored, near: int) -> list[Group]:
-    """Look for duplicates among all rows."""
+    """Find the duplicates among all rows."""
     ids, hashes, worth = [], [], []
     for number in range(len(stored.shards)):
         table = stored.table(number)
@@ -127,9 +127,9 @@ def find_duplicates(stored: Stored, near: int) -> list[Group]:
 def _place_shards(
     final: Path, stored: Stored, lost: Sequence[Sequence[int]]
 ) -> dict[str, dict[str, Any]]:
-    """Put every shard that has a row left under its final name; size and sha256 of each.
+    """Give every shard that has a row left its final name; return size and sha256 of each file.
 
-    Several together where there would be more files than can be mapped.
+    Several shards go into one file if there would otherwise be more files than can be mapped.
     """
     filled = [n for n, shard in enumerate(stored.shards) if shard.kept > len(lost[n])]
     each = max(1, math.ceil(len(filled) / MOST_FILES))
@@ -157,7 +157,7 @@ def _link(path: Path, target: Path) -> None:
 def _copy(
     stored: Stored, numbers: Sequence[int], lost: Sequence[Sequence[int]], target: Path
 ) -> None:
-    """Copy the rows of some shards that are kept, a batch at a time."""
+    """Copy the kept rows of some shards, a batch at a time."""
     with contextlib.ExitStack() as opened:
         file = opened.enter_context(pa.OSFile(str(target), "wb"))
         writer = None
@@ -179,7 +179,7 @@ def _write_rejected(
     lost: Sequence[Sequence[int]],
     explained: dict[int, tuple[Group, int]],
 ) -> Counter[str]:
-    """One line for each rejected input; their number by kind."""
+    """Write one line for each rejected input; return their number by kind."""
     kinds = Counter[str]()
     with path.open("w", encoding="utf-8") as lines:
         for number, shard in enumerate(stored.shards):
@@ -217,7 +217,7 @@ def _write_groups(path: Path, stored: Stored, groups: Sequence[Group]) -> None:
 
 
 def _write_for_datasets(folder: Path, files: dict[str, dict[str, Any]]) -> None:
-    """What `datasets.load_from_disk` reads beside the shards."""
+    """Write the files that `datasets.load_from_disk` needs beside the shards."""
     from datasets import DatasetInfo
 
     DatasetInfo(features=ingest.features()).write_to_directory(str(folder))
@@ -241,7 +241,7 @@ def _by_source(
     stored: Stored,
     lost: Sequence[Sequence[int]],
 ) -> list[dict[str, Any]]:
-    """What was read and kept of each source."""
+    """The numbers of inputs read and kept from each source."""
     numbers = iter(range(len(stored.shards)))
     rows = []
     for line, source in zip(listed, found, strict=True):
@@ -254,7 +254,7 @@ def _by_source(
 
 
 def tallied(folder: Path, files: Iterable[str]) -> dict[str, dict[str, int]]:
-    """How many pictures there are of each licence and in each bucket."""
+    """The number of pictures with each licence and in each bucket."""
     tallies = {"licence": Counter[str](), "bucket": Counter[str]()}
     for name in files:
         if name.endswith(".arrow"):
@@ -281,5 +281,5 @@ def _mapped(path: Path) -> Any:
 
 
 def _ordered(counts: Counter[str]) -> dict[str, int]:
-    """By falling number, then by name."""
+    """Sorted by descending number, then by name."""
     return dict(sorted(counts.items(), key=lambda pair: (-pair[1], pair[0])))

@@ -1,13 +1,13 @@
-"""Captions: what may be said of a picture, each with its weight.
+"""The captions of a picture, each with its weight.
 
-A picture may have several: those of each column asked for, of which training draws one by weight
-each time. A list of texts in a column is as many captions, which share its weight; of keywords or
-tags it is one. Without a choice of columns, the first of `text`, `caption` and `prompt` that the
-picture has gets 0.9 and its `keywords`, where it has some, 0.1: whole sentences teach most, and a
-few bare words keep short prompts working.
+A picture may have several, from the requested columns; each time, training draws one of them by
+weight. A list of texts in a column counts as that many captions, which share the column's weight; a
+list of keywords or tags is one caption. If no columns are requested, the first of `text`, `caption`
+and `prompt` that the picture has gets weight 0.9 and its `keywords`, if any, 0.1: whole sentences
+teach most, and a few bare words keep short prompts working.
 
-Cleaning is light. HTML entities and control characters go, any white space becomes one space;
-words, case, digits and scripts stay as they are, since a prompt may ask for any of them.
+Cleaning is light. HTML entities are decoded, control characters removed, and each run of white
+space becomes one space; words, case, digits and scripts stay, as a prompt may use any of them.
 """
 
 import html
@@ -24,11 +24,11 @@ KEYWORDS = "keywords"
 LISTS = (KEYWORDS, "tags")  # columns in which a list is one caption
 USUAL_WEIGHT, KEYWORDS_WEIGHT = 0.9, 0.1
 
-CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]+")  # what is not white space
+CONTROL = re.compile(r"[\x00-\x08\x0e-\x1b\x7f-\x84\x86-\x9f\ufeff]+")  # but white space
 
 
 class Captions(NamedTuple):
-    """The captions of a picture, and what was wrong with those it lost."""
+    """The captions of a picture, and what was wrong with captions that were left out."""
 
     texts: tuple[str, ...]  # at least one, none of them empty
     weights: tuple[float, ...]
@@ -36,7 +36,7 @@ class Captions(NamedTuple):
 
 
 def clean(text: str) -> str:
-    """The text on one line, without HTML entities and control characters."""
+    """The text on one line, with HTML entities decoded and without control characters."""
     text = html.unescape(html.unescape(text))
     return " ".join(CONTROL.sub("", text).split())
 
@@ -44,9 +44,9 @@ def clean(text: str) -> str:
 def several(value: object, column: str) -> list[str]:
     """The captions in one cell, cleaned; empty ones are left out.
 
-    A list is as many captions, but in a column of keywords or tags it is one.
+    A list counts as that many captions, but in a column of keywords or tags as one.
 
-    Errors  Refused as `words`.
+    Errors  Refused, as for `words`.
     """
     if isinstance(value, list) and column not in LISTS:
         return [text for one in value if (text := words(one, column))]
@@ -55,9 +55,9 @@ def several(value: object, column: str) -> list[str]:
 
 
 def words(value: object, column: str) -> str:
-    """The caption in one cell, cleaned; empty where there is none. A list is joined by commas.
+    """The caption in one cell, cleaned; empty if there is none. A list is joined by commas.
 
-    Errors  Refused for what is not a text, or not UTF-8.
+    Errors  Refused for a value that is not text, or not UTF-8.
     """
     if value is None:
         return ""
@@ -90,9 +90,9 @@ def read(
 ) -> Captions:
     """The captions of one picture, of `shortest` to `longest` characters each.
 
-    One that cannot be used is left out and said so; the picture goes on with the others.
+    One that cannot be used is left out and listed in `faults`; the picture keeps the others.
 
-    Errors  Refused, with the first thing that is wrong, if none is left.
+    Errors  Refused, with the first fault, if none is left.
     """
     kept: list[tuple[str, float]] = []
     faults = list[str]()
@@ -113,7 +113,7 @@ def read(
 
 
 def usual(columns: Mapping[str, object]) -> list[tuple[str, float]]:
-    """The column of sentences of a picture, and that of keywords, with their weights."""
+    """A picture's usual columns, one of sentences and one of keywords, with their weights."""
     first = next((name for name in USUAL_COLUMNS if _told(columns.get(name))), None)
     sentences = [(first, USUAL_WEIGHT)] if first else []
     keywords = [(KEYWORDS, KEYWORDS_WEIGHT)] if _told(columns.get(KEYWORDS)) else []
@@ -121,16 +121,16 @@ def usual(columns: Mapping[str, object]) -> list[tuple[str, float]]:
 
 
 def _told(value: object) -> bool:
-    """Whether a value holds a caption, or something else that has to be complained of."""
+    """Whether a value is not empty: a caption, or something that must be reported as a fault."""
     if isinstance(value, list):
         return any(map(_told, value))
     if isinstance(value, float):
-        return not math.isnan(value)  # a table's word for nothing
+        return not math.isnan(value)  # NaN is an empty cell of a table
     return bool(clean(value)) if isinstance(value, str) else value is not None
 
 
 def _wrong_length(text: str, column: str, shortest: int, longest: int) -> str | None:
-    """What is wrong with the length of a caption, if something is."""
+    """What is wrong with the length of a caption, if anything."""
     if len(text) > longest:
         return f"its `{column}` has {len(text):,} characters; --max-caption takes {longest:,}."
     if len(text) < shortest:
@@ -139,7 +139,7 @@ def _wrong_length(text: str, column: str, shortest: int, longest: int) -> str | 
 
 
 def _check_unicode(text: str, column: str) -> None:
-    """JSON and CSV can hold half a character, which no file can be written with."""
+    """Refuse half a character (a lone surrogate): JSON can hold it, but no file can be written."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -169,5 +169,5 @@ def _refused(sentence: str) -> Refused:
 
 
 def _shown(value: object) -> str:
-    """A value in a few characters."""
+    """A value, shortened to a few characters."""
     return json.dumps(value, default=lambda other: type(other).__name__)[:60]

@@ -1,10 +1,10 @@
 """A prepared dataset in numbers: what is in it, what was left out and why, how it fills batches.
 
 Everything is counted from the columns beside the pictures, the manifest and the two lists that
-`prepare` wrote; no picture is decoded, and memory does not grow with their number, or that of what
-was left out: the lists are read anew each time, and rare words are forgotten. What would end a
-training is a problem: the failure it would end with, said before the first step. What makes one
-worse than it need be is a remark.
+`prepare` wrote. No picture is decoded, and memory does not grow with the number of pictures or of
+rejected inputs: the lists are read again each time, and rare words are dropped. A problem is a
+failure that would end training, reported before the first step. A remark is something that makes
+training worse than necessary.
 
 Source  the folder that daybreak/data/prepare.py writes.
 """
@@ -27,22 +27,22 @@ from daybreak.failure import BadData, BadRecipe, Failure
 
 COLUMNS = ("bucket", "height", "width", "captions", "source", "where", "licence")
 ROWS = 16_384  # read at a time
-FREQUENT, BARS = 40, 30  # words, and other names, that are kept
-WORDS_HELD = 2**18  # where there are more, the rarer half is forgotten
+FREQUENT, BARS = 40, 30  # words, and other names, that are listed
+WORDS_HELD = 2**18  # if there are more, the most frequent ones are kept, half this number
 NAMED_AT_MOST = 5
 UNSTATED = "not stated"
 
 SIDES = tuple(side * 2**power for power in range(3, 13) for side in (2, 3))  # 16, 24, 32, ... 12288
 WORDS = (1, 2, 3, 5, 9, 17, 33, 65, 129, 257)
 
-# Words that say how a language is built, and not what is in a picture.
+# Function words, which do not say what is in a picture.
 SMALL_WORDS = frozenset({
     "a", "an", "and", "are", "as", "at", "by", "for", "from", "has", "in", "into", "is", "it",
     "its", "of", "on", "or", "that", "the", "their", "there", "this", "to", "was", "which", "while",
     "with",
 })  # fmt: skip
 
-# A sign of scripts that leave no space between words: each is counted as one.
+# A character of a script without spaces between words; each is counted as a word.
 UNSPACED = r"([\p{Han}\p{Hiragana}\p{Katakana}ー\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]\pM*)"
 
 T = TypeVar("T")
@@ -58,15 +58,15 @@ class Bar(NamedTuple):
 class Filling(NamedTuple):
     """How the pictures of one bucket fill batches in one pass through them.
 
-    A bucket that joins another has no batches of its own: they are counted there.
+    A bucket that joins another has no batches of its own: they are counted for the other.
     """
 
     bucket: buckets.Bucket
     home: buckets.Bucket  # the bucket its pictures are trained in, mostly itself
     pictures: int
     batches: int  # full ones
-    over: int  # pictures that begin a batch of the next pass
-    enlarged: int  # pictures that are stored smaller than they are trained
+    over: int  # pictures left over for the first batch of the next pass
+    enlarged: int  # pictures stored smaller than the size they are trained at
 
 
 class Rejected(NamedTuple):
@@ -87,7 +87,7 @@ class Dropped(NamedTuple):
 
 
 class Group(NamedTuple):
-    """Pictures that are alike: the id of the one that was kept, and the others."""
+    """Pictures that are alike: the id of the one that was kept, and the dropped ones."""
 
     kind: str  # "exact" or "near"
     kept: str
@@ -95,7 +95,7 @@ class Group(NamedTuple):
 
 
 class Lines(Generic[T]):
-    """A list on the disk, which is read each time it is looked through, and never held."""
+    """A list on disk, which is read again for each iteration and never held in memory."""
 
     def __init__(self, path: Path, made: Callable[[dict[str, Any]], T]) -> None:
         self.path, self.made = path, made
@@ -149,16 +149,16 @@ class Census(NamedTuple):
 
     @property
     def steps(self) -> float:
-        """Batches of one epoch, on average: what one leaves over begins the next."""
+        """Average batches per epoch; pictures left over go into the next epoch."""
         return self.pictures / self.batch
 
 
 def read(folder: Path, progress: Callable[[int, int], None] | None = None) -> Written:
     """Open a prepared dataset, and compare every file of it with the manifest.
 
-    `progress` hears of bytes compared and bytes in all.
+    `progress` is called with the bytes compared so far and the bytes in all.
 
-    Errors  BadData, as training would say it, or for a file whose sha256 is another.
+    Errors  BadData, as in training, or for a file with another sha256.
     """
     opened = open_dataset(folder)
     manifest = disk.read_json(folder / "manifest.json")
@@ -181,7 +181,7 @@ def _group(row: dict[str, Any]) -> Group:
 
 
 def tally(table: Any) -> Tally:
-    """Count the columns of an Arrow table that stand beside the pictures, which are never read."""
+    """Count the columns beside the pictures in an Arrow table; the pictures are never read."""
     shapes, lengths = Counter[tuple[str, int, int]](), Counter[int]()
     words, sources, licences = Counter[str](), Counter[str](), Counter[str]()
     bare: list[str] = []
@@ -207,7 +207,7 @@ def tally(table: Any) -> Tally:
 
 
 def pieces(table: Any, columns: Sequence[str]) -> Iterator[Any]:
-    """The columns of a table, some thousand rows at a time: all the memory that counting takes."""
+    """The columns of a table, ROWS rows at a time, so that counting takes little memory."""
     for first in range(0, len(table), ROWS):
         yield table.select(columns).slice(first, ROWS).combine_chunks()
 
@@ -217,7 +217,7 @@ def _values(column: Any) -> dict[str, int]:
 
 
 def _bare(rows: Any) -> list[str]:
-    """The pictures of which a caption is empty."""
+    """The pictures that have an empty caption."""
     captions = rows["captions"]
     blank = pc.equal(pc.utf8_trim_whitespace(pc.list_flatten(captions)), "")
     places = pc.unique(pc.filter(pc.list_parent_indices(captions), blank))
@@ -225,12 +225,12 @@ def _bare(rows: Any) -> list[str]:
 
 
 def count(written: Written, batch: int, world: int = 1, resolution: int | None = None) -> Census:
-    """Count a dataset, for global batches of `batch` pictures dealt to `world` processes.
+    """Count a dataset, for global batches of `batch` pictures shared by `world` processes.
 
-    `resolution` is that of a stage; without it, the largest the dataset was prepared for. A patch
-    is taken to be the unit of the dataset.
+    `resolution` is that of a stage; by default the largest the dataset was prepared for. The patch
+    is assumed to be the unit of the dataset.
 
-    Errors  BadRecipe if the resolution or the batch cannot be had at all.
+    Errors  BadRecipe if the resolution or the batch is impossible.
     """
     opened, manifest = written.opened, written.manifest
     side = resolution or opened.largest
@@ -268,7 +268,7 @@ def count(written: Written, batch: int, world: int = 1, resolution: int | None =
 def fill(
     shapes: Counter[tuple[str, int, int]], batch: int, places: dict[str, buckets.Bucket]
 ) -> tuple[Filling, ...]:
-    """How the pictures fill batches; `places` names the bucket that each of theirs becomes."""
+    """How the pictures fill batches; `places` maps each stored bucket to its bucket in training."""
     pictures, enlarged, gathered = (Counter[buckets.Bucket]() for _ in range(3))
     for (name, _, _), number in shapes.items():
         pictures[places[name]] += number
@@ -285,9 +285,9 @@ def fill(
 
 
 def histogram(values: Counter[int], starts: tuple[int, ...]) -> tuple[Bar, ...]:
-    """Count values into bins, each from one of `starts` to the next; empty ends are left out.
+    """Count values in bins, each from one of `starts` to the next; empty end bins are left out.
 
-    What lies below the first start or beyond the last has a bin of its own.
+    Values below the first start have a bin of their own, as have values from the last start on.
     """
     bins = Counter[int]()
     for value, number in values.items():
@@ -299,7 +299,7 @@ def histogram(values: Counter[int], starts: tuple[int, ...]) -> tuple[Bar, ...]:
 
 
 def _places(opened: Opened, side: int) -> dict[str, buckets.Bucket]:
-    """The bucket that each bucket of the dataset becomes at a resolution."""
+    """The bucket at a resolution for each bucket of the dataset."""
     if side % opened.unit:
         raise BadRecipe(
             f"--resolution {side} is not a multiple of {opened.unit}, the dataset's unit"
@@ -309,7 +309,7 @@ def _places(opened: Opened, side: int) -> dict[str, buckets.Bucket]:
 
 
 def _problems(opened: Opened, found: Tally, batch: int) -> Iterator[Failure]:
-    """What would end a training on this dataset, or teach it nothing."""
+    """Reasons why training on this dataset would fail, or learn nothing."""
     if found.bare:
         yield BadData(
             f"{opened.folder}: {_named(found.bare)} {'has' if len(found.bare) == 1 else 'have'} an "
@@ -323,7 +323,7 @@ def _problems(opened: Opened, found: Tally, batch: int) -> Iterator[Failure]:
 
 
 def _remarks(fillings: tuple[Filling, ...], batch: int, lost: int) -> Iterator[str]:
-    """What makes a training other than one might expect."""
+    """Ways in which training may differ from what one expects."""
     for one in fillings:
         if one.home != one.bucket:
             cut = buckets.cropped(one.home, *one.bucket)
@@ -350,7 +350,7 @@ def _named(names: list[str]) -> str:
 
 
 def _bars(counts: Counter[str]) -> tuple[Bar, ...]:
-    """The most frequent first; what has no name is `not stated`, the rare ones are one bar."""
+    """Bars, most frequent first; an empty name is `not stated`, rare names share one bar."""
     ordered = [Bar(name or UNSTATED, number) for name, number in _ordered(counts)]
     rest = sum(bar.number for bar in ordered[BARS:])
     return (*ordered[:BARS], *([Bar(f"{len(ordered) - BARS:,} others", rest)] if rest else []))
@@ -362,7 +362,7 @@ def _frequent(words: Counter[str]) -> tuple[Bar, ...]:
 
 
 def _ordered(counts: Counter[str]) -> list[tuple[str, int]]:
-    """By falling number, then by name: the same on every machine."""
+    """Sorted by descending number, then by name: the same on every machine."""
     return sorted(counts.items(), key=lambda pair: (-pair[1], pair[0]))
 
 

@@ -1,4 +1,4 @@
-"""Files on disk that are whole or not there, and known by their sha256."""
+"""Files on disk that are either complete or absent, and identified by their sha256."""
 
 import fcntl
 import hashlib
@@ -23,7 +23,7 @@ def sha256(path: Path) -> str:
 
 
 def sealed(path: Path) -> dict[str, Any]:
-    """The size and sha256 of a file, once the disk holds it."""
+    """The size and sha256 of a file, after it is synced to disk."""
     sync(path)
     return {"bytes": path.stat().st_size, "sha256": sha256(path)}
 
@@ -31,7 +31,7 @@ def sealed(path: Path) -> dict[str, Any]:
 def complaint(folder: Path, name: str, listed: dict[str, Any], hashed: bool = True) -> str | None:
     """What is wrong with a file that `sealed` described as `listed`; None if nothing is.
 
-    Without `hashed` it is judged by its size alone.
+    Without `hashed` only its size is checked.
     """
     path = folder / name
     if not path.is_file():
@@ -46,11 +46,11 @@ def complaint(folder: Path, name: str, listed: dict[str, Any], hashed: bool = Tr
 def compare(
     folder: Path, files: dict[str, dict[str, Any]], progress: Callable[[int, int], None] | None
 ) -> None:
-    """Compare files with what `sealed` said of them, several at a time.
+    """Compare files with what `sealed` returned for them, several at a time.
 
-    `progress` hears of bytes compared and bytes in all.
+    `progress` is called with the bytes compared so far and the bytes in all.
 
-    Errors  BadData for the first that is missing or another.
+    Errors  BadData for the first that is missing or differs.
     """
     done, of = 0, sum(listed["bytes"] for listed in files.values())
     with ThreadPoolExecutor() as pool:
@@ -64,7 +64,7 @@ def compare(
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """What a file of JSON holds. Errors: BadData for other text, BadStorage."""
+    """The object in a JSON file. Errors: BadData if it is not JSON, BadStorage."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -74,11 +74,11 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The objects in a file of JSON lines; none if it is not there.
+    """The objects in a file of JSON lines; none if there is no such file.
 
-    What is being written, or what a kill or a full disk has cut, is left out.
+    Lines that are still being written, or were cut by a kill or a full disk, are left out.
 
-    Errors  BadStorage if the disk does not give it.
+    Errors  BadStorage if the file cannot be read.
     """
     try:
         text = path.read_bytes()
@@ -95,11 +95,11 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def cut_lines(path: Path, step: int) -> dict[str, Any]:
-    """Drop the lines of steps after `step`, and what a crash has left half written.
+    """Drop the lines of steps after `step`, and lines that a crash has left half written.
 
-    Of two lines of one step the later is kept. Returns the last that is kept, or an empty object.
+    Of two lines of the same step the later is kept. Returns the last line kept, or an empty object.
 
-    Errors  BadStorage if the disk does not give or take it.
+    Errors  BadStorage if the file cannot be read or written.
     """
     kept, last = dict[int, bytes](), dict[str, Any]()
     try:
@@ -120,10 +120,10 @@ def cut_lines(path: Path, step: int) -> dict[str, Any]:
 
 
 def named(said: str, longest: int, hyphen: str = "-") -> str:
-    """A file's name of at most `longest` bytes for a text; two texts never share one.
+    """A file name of at most `longest` bytes for a text; two texts do not share one.
 
-    It is that of `plain` if the text can be read from it: then each `hyphen` of the text, a space
-    perhaps, is a "-" of the name, and nothing else is changed. If not, a digest follows.
+    It is the name from `plain` if replacing each "-" in it by `hyphen` (such as a space) gives the
+    text again. If not, a digest is added.
     """
     if (name := plain(said, longest)).replace("-", hyphen) == said:
         return name
@@ -132,9 +132,9 @@ def named(said: str, longest: int, hyphen: str = "-") -> str:
 
 
 def plain(said: str, longest: int) -> str:
-    """A text as a file's name of at most `longest` bytes; other texts may give the same one.
+    """A text as a file name of at most `longest` bytes; other texts may give the same name.
 
-    Each run of signs other than letters, digits and _ . = + - becomes one "-".
+    Each run of characters other than letters, digits and _ . = + - becomes one "-".
     """
     name = re.sub(r"[^\w.=+-]+", "-", said).strip("-.") or "empty"
     return name.encode()[:longest].decode(errors="ignore")
@@ -142,7 +142,7 @@ def plain(said: str, longest: int) -> str:
 
 @contextmanager
 def fresh(path: Path) -> Iterator[Path]:
-    """Lend a name to write under, so that what lies under the file's own is always whole."""
+    """Yield a temporary name to write to, so that the file under its own name is always whole."""
     staged = path.with_name(f".tmp-{secrets.token_hex(4)}-{path.name}")
     try:
         yield staged
@@ -153,11 +153,11 @@ def fresh(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def claimed(folder: Path, busy: str) -> Iterator[None]:
-    """Have a folder for this process alone until it ends, however it ends.
+    """Lock a folder for this process; the lock ends with the block, or if the process is killed.
 
-    By a lock on a file in it: network disks lock no folder.
+    The lock is on a file in the folder, because network disks cannot lock folders.
 
-    Errors  BadRecipe with the sentence `busy` if another process has it; OSError.
+    Errors  BadRecipe with the sentence `busy` if another process has the lock; OSError.
     """
     with (folder / "lock").open("a") as lock:
         try:
@@ -168,15 +168,15 @@ def claimed(folder: Path, busy: str) -> Iterator[None]:
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed processes left half written; only while no other process writes there."""
+    """Remove files that killed processes left half written, while no other process writes there."""
     for left in folder.glob(f".tmp-{'[0-9a-f]' * 8}-*"):
         left.unlink(missing_ok=True)
 
 
 def swap(staged: Path, folder: Path) -> Path:
-    """Put a folder in its place, and return the path to which an earlier one there was moved.
+    """Move a folder to its final place; return the path to which an earlier one there was moved.
 
-    Errors  OSError if the disk refuses, and that one is back in its place.
+    Errors  OSError if the disk refuses; the earlier folder is then back in its place.
     """
     old = staged.with_name(staged.name.replace(".tmp-", ".old-", 1))
     if folder.exists():
@@ -191,14 +191,14 @@ def swap(staged: Path, folder: Path) -> Path:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
-    """Write a file of JSON, which the disk holds before it bears its name."""
+    """Write a JSON file; it is synced to disk before it gets its name."""
     with fresh(path) as staged:
         staged.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         sync(staged)
 
 
 def sync(path: Path) -> None:
-    """Ask the disk to hold a file, or a folder's list of names."""
+    """Sync a file, or a folder's list of names, to disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

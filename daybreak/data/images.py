@@ -1,16 +1,16 @@
-"""Pictures: the one place where bytes of a file become pixels.
+"""Pictures: the only place where the bytes of a file become pixels.
 
-Whatever the file holds, the result is (h, w, 3) of sRGB: upright, on a plain background, with
-sixteen bits scaled down and not cut off. A converter written for convenience gets five of these
-wrong without a word: 16-bit grey turns white, transparent pixels show the colour hidden under
-them, photographs lie on their side, CMYK and wide gamuts shift, palettes lose their holes.
+Whatever the file holds, the result is (h, w, 3) in sRGB: upright, on a plain background, with
+sixteen bits scaled to eight and not clipped. A simple conversion gets five things silently wrong:
+16-bit grey turns white, transparent pixels show their hidden colour, photographs lie on their side,
+colours of CMYK and wide gamuts shift, and palettes lose their transparency.
 
 The header is read first. A file of another format, or of more than 64 megapixels, is refused
-before a pixel is decoded, so that 100 kB of zeros cannot ask for gigabytes.
+before any pixel is decoded, so that a file of 100 kB cannot take gigabytes of memory.
 
 Shapes  image (h, w, 3).     Units  uint8, sRGB.
 Errors  Refused, naming the file, of the kind `format` (no picture, or one of another format),
-        `damaged`, `bomb` (too large to decode) or `pixels` (without an agreed white).
+        `damaged`, `bomb` (too large to decode) or `pixels` (a mode without a defined white).
 """
 
 import io
@@ -36,11 +36,11 @@ LIMIT = 64_000_000
 TOO_LARGE = f"has more than {LIMIT // 1_000_000} megapixels; scale it down."
 TOO_MUCH_TEXT = "has more compressed text in it than pictures have; save it without its metadata."
 WHITE = (255, 255, 255)
-QUALITY = 92  # of JPEG, with colour as fine as grey: half-size colour bleeds over drawn edges
+QUALITY = 92  # of JPEG, without chroma subsampling, which makes colour bleed over drawn edges
 
 SRGB = ImageCms.createProfile("sRGB")
 BITS_PER_SAMPLE, PHOTOMETRIC, ORIENTATION = 258, 262, 274  # TIFF tags
-TURNS = {  # what sets a picture upright, by its orientation
+TURNS = {  # turns a picture upright, by its orientation tag
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -56,10 +56,10 @@ def decode(
 ) -> npt.NDArray[np.uint8]:
     """The picture in a file; of an animation, its first frame.
 
-    `where` is the name the error gives; `background` shows through where the picture is clear. A
-    JPEG is decoded at 1/2, 1/4 or 1/8 of its size, whichever is at least 1 / `shrink` of it: its
-    blocks of 8 x 8 are then summed up and not drawn, in a fraction of the time. Other formats have
-    no such short cut and come at their own size.
+    `where` is the name used in errors; `background` shows where the picture is transparent. With
+    `shrink` a JPEG is decoded at 1/2, 1/4 or 1/8 of its size, but at no less than 1 / `shrink`: its
+    blocks of 8 x 8 are then decoded at lower resolution, in a fraction of the time. Other formats
+    have no such short cut and are returned in full size.
     """
     with _header(io.BytesIO(data), where) as image:
         try:
@@ -69,7 +69,7 @@ def decode(
             return np.array(_srgb(_upright(image), where, background, image))
         except Refused:
             raise
-        except Exception as error:  # decoders raise whatever they tripped over
+        except Exception as error:  # decoders raise errors of any kind
             if _is_text_bomb(error):
                 raise Refused(f"{where}: {TOO_MUCH_TEXT}", "bomb") from error
             raise Refused(f"{where}: cannot be decoded ({why(error)}); replace it.") from error
@@ -82,7 +82,7 @@ def size(data: bytes, where: str) -> tuple[int, int]:
 
 
 def encode(image: npt.NDArray[np.uint8], form: Literal["jpeg", "webp", "png"]) -> bytes:
-    """The bytes of a file: JPEG of quality 92, or WebP or PNG without loss."""
+    """The bytes of a file: JPEG of quality 92, or lossless WebP or PNG."""
     options: dict[str, dict[str, object]] = {
         "jpeg": {"quality": QUALITY, "subsampling": 0},
         "webp": {"lossless": True, "exact": True},
@@ -94,10 +94,10 @@ def encode(image: npt.NDArray[np.uint8], form: Literal["jpeg", "webp", "png"]) -
 
 
 def decode_to_cover(data: bytes, where: str, height: int, width: int) -> npt.NDArray[np.uint8]:
-    """A picture that is stored upright and in sRGB, decoded no larger than it must be.
+    """Decode a picture that is stored upright and in sRGB, no larger than necessary.
 
-    A JPEG comes at a half, a quarter or an eighth of its size where that still covers `height` x
-    `width`; other fractions would save less time. `simplejpeg` gives the same pixels, sooner.
+    A JPEG is decoded at a half, a quarter or an eighth of its size if that still covers `height` x
+    `width`; other fractions would save less time. `simplejpeg` gives the same pixels faster.
     """
     if simplejpeg is None or not data.startswith(b"\xff\xd8"):
         return decode(data, where, shrink=_shrink(*size(data, where), height, width))
@@ -113,10 +113,10 @@ def decode_to_cover(data: bytes, where: str, height: int, width: int) -> npt.NDA
 
 
 def verify(file: IO[bytes], where: str) -> tuple[int, int]:
-    """Check what can be checked without decoding; the height and width in the header.
+    """Check what can be checked without decoding; return the height and width in the header.
 
-    Of a PNG this reads the checksum of every chunk, of other formats the header alone: damage
-    further on is found by `decode`.
+    For a PNG this checks the checksum of every chunk, for other formats only the header: `decode`
+    finds damage after it.
     """
     with _header(file, where) as image:
         width, height = image.size
@@ -128,16 +128,16 @@ def verify(file: IO[bytes], where: str) -> tuple[int, int]:
 
 
 def fit(image: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np.uint8]:
-    """The largest centred part of the picture that has the wanted shape, scaled to it.
+    """The largest centred part of the picture with the wanted aspect, scaled to `height` x `width`.
 
-    Nothing is stretched. The filter is Lanczos with its support scaled to the reduction, so that
-    fine texture turns into its mean and not into moire.
+    Nothing is stretched. The filter is Lanczos with its support scaled by the reduction, so that
+    fine texture becomes its mean, not moire.
     """
     have_height, have_width = image.shape[:2]
     if (have_height, have_width) == (height, width):
         return image
     scale = max(height / have_height, width / have_width)
-    top = max(0.0, (have_height - height / scale) / 2)  # never a rounding error below
+    top = max(0.0, (have_height - height / scale) / 2)  # never below 0 by a rounding error
     left = max(0.0, (have_width - width / scale) / 2)
     box = (left, top, have_width - left, have_height - top)
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.LANCZOS, box)
@@ -145,7 +145,7 @@ def fit(image: npt.NDArray[np.uint8], height: int, width: int) -> npt.NDArray[np
 
 
 def _shrink(have_height: int, have_width: int, height: int, width: int) -> int:
-    """By how much a JPEG may be reduced and still cover a shape."""
+    """The largest factor by which a JPEG may be reduced and still cover a shape."""
     covers = min(have_height // height, have_width // width)
     return next((by for by in (8, 4, 2) if by <= covers), 1)
 
@@ -176,9 +176,9 @@ def _header(file: IO[bytes], where: str) -> Image.Image:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    """A loaded picture as it is to be seen; tags that cannot be read are passed over.
+    """Turn a loaded picture upright; tags that cannot be read are ignored.
 
-    Not by Pillow's `exif_transpose`, which writes the tags anew, and fails where that fails.
+    Pillow's `exif_transpose` is not used: it also rewrites the tags, and fails if that fails.
     """
     try:
         turn = TURNS.get(image.getexif().get(ORIENTATION, 1))
@@ -191,7 +191,7 @@ def _srgb(
     image: Image.Image, where: str, background: tuple[int, int, int], opened: Image.Image
 ) -> Image.Image:
     if image.mode.startswith("I;16") or (image.mode == "I" and opened.format == "PNG"):
-        image = _eight_bits(image, getattr(opened, "tag_v2", {}))  # TIFF alone has them
+        image = _eight_bits(image, getattr(opened, "tag_v2", {}))  # only TIFF has them
     if image.mode in {"I", "F", "LAB"}:
         raise Refused(
             f"{where}: has pixels of kind {image.mode}, for which there is no agreed white; "
@@ -201,7 +201,7 @@ def _srgb(
 
     alpha = None
     if image.has_transparency_data:
-        # A palette has no profile of its own kind: its colours are RGB, like everything else's.
+        # No profile is for palettes: a palette's colours are RGB, and so is its profile.
         grey = image.mode in {"L", "LA", "La"}
         image = image.convert("RGBA")
         alpha = image.getchannel("A")
@@ -214,14 +214,14 @@ def _srgb(
 
 
 def _eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
-    """Sixteen-bit grey, scaled: 65535 / 257 = 255. Pillow's own conversion clips instead."""
+    """Scale sixteen-bit grey to eight: 65535 / 257 = 255. Pillow's own conversion clips."""
     values = np.asarray(image).astype(np.float32)
     white = 4095 if tags.get(BITS_PER_SAMPLE) == (12,) else 65535
     if tags.get(PHOTOMETRIC) == 0:
         values = white - values
     grey = Image.fromarray(np.clip(np.rint(values * (255 / white)), 0, 255).astype(np.uint8))
     clear = image.info.get("transparency")
-    if isinstance(clear, int):  # one exact value is clear, so it is compared at sixteen bits
+    if isinstance(clear, int):  # one exact value is transparent: compare at sixteen bits
         grey.putalpha(Image.fromarray(np.where(values == clear, 0, 255).astype(np.uint8)))
     if "icc_profile" in image.info:
         grey.info["icc_profile"] = image.info["icc_profile"]
@@ -229,10 +229,10 @@ def _eight_bits(image: Image.Image, tags: Mapping[int, Any]) -> Image.Image:
 
 
 def _from_profile(image: Image.Image) -> Image.Image:
-    """To sRGB by the embedded colour profile, where there is one that can be used.
+    """Convert to sRGB by the embedded colour profile, if there is a usable one.
 
-    A profile that is broken, or made for another kind of pixel, is passed over as every viewer
-    does: the picture is then taken for sRGB, which it nearly always is.
+    A profile that is broken, or made for another kind of pixel, is ignored, as viewers do: the
+    picture is then assumed to be sRGB, which it nearly always is.
     """
     data = image.info.get("icc_profile")
     if data and image.mode != "1":
@@ -242,7 +242,7 @@ def _from_profile(image: Image.Image) -> Image.Image:
             profile = ImageCms.ImageCmsProfile(io.BytesIO(data))
             if "sRGB" not in (profile.profile.profile_description or ""):
                 converted = ImageCms.profileToProfile(image, profile, SRGB, outputMode="RGB")
-                assert converted is not None  # None is the answer of inPlace=True
+                assert converted is not None  # only inPlace=True returns None
                 return converted
         except (ImageCms.PyCMSError, OSError, TypeError, ValueError):
             pass
@@ -250,5 +250,5 @@ def _from_profile(image: Image.Image) -> Image.Image:
 
 
 def _is_text_bomb(error: Exception) -> bool:
-    """Whether Pillow gave up on the text of a PNG, of which 1 MB may unfold to a gigabyte."""
+    """Whether Pillow refused the compressed text of a PNG: 1 MB of it may expand to a gigabyte."""
     return isinstance(error, ValueError) and "text" in str(error).lower()

@@ -1,13 +1,13 @@
-"""Pictures of coloured shapes, drawn from (seed, index): a dataset without a file.
+"""Pictures of coloured shapes, drawn from (seed, index): a dataset without files.
 
-A scene is one to four flat shapes on grey. Its picture is an antialiased render of known outlines
-and its caption is one of a closed grammar (`data/scenes_captions`), so whether a generated picture
-shows what was asked can be decided exactly (`evaluate/scenes_checker`), and training never sees
-the same picture twice.
+A scene is one to four flat shapes on grey. Its picture is an antialiased render of known outlines,
+and its caption comes from a closed grammar (`data/scenes_captions`). So whether a generated picture
+shows what its prompt asks for can be decided exactly (`evaluate/scenes_checker`), and training
+never sees the same picture twice.
 
-Some combinations are held out (`HELD_OUT`). A split is a predicate on the scene and not on its
+Some combinations are held out (`HELD_OUT`). A split is a predicate on the scene, not on its
 caption: whatever the words say, a matching scene is not in the training set. Every shape, colour
-and relation is seen there, only some ways to combine them are not.
+and relation occurs there; only some combinations of them do not.
 
 Shapes  picture (s, s, 3) uint8, s the size of the canvas.
 Units   pixels; the centre of pixel i lies at i, so the canvas reaches from -0.5 to s - 0.5.
@@ -33,8 +33,8 @@ SPLITS: tuple[Split, ...] = ("H1", "H2", "H3", "H4", "H5")
 
 LAYOUTS = 256  # tried per numpy call
 ATTEMPTS = 10_000
-ONE = 0.35  # share of scenes with one thing, where the recipe allows one and more
-ALIKE = 0.18  # share of the others whose things are all of one kind: left to chance it is 1/40
+ONE = 0.35  # share of scenes with one thing, if the recipe allows one and more
+ALIKE = 0.18  # share of the others in which all things are of one kind; by chance it is 1/40
 
 
 class Canvas(NamedTuple):
@@ -44,8 +44,8 @@ class Canvas(NamedTuple):
     most: int  # things
     bands: tuple[tuple[float, float], ...]  # radii: one band, or small and large
     gap: float  # free space between two things beyond 1.2 radii
-    scale: float  # lengths of the rules are those of radius 5-10, times this
-    accepted: tuple[float, float]  # radii the checker takes for a thing
+    scale: float  # factor on the lengths in the rules, which are for radii 5-10
+    accepted: tuple[float, float]  # radii that the checker accepts as a thing
 
 
 CANVASES = {
@@ -75,9 +75,9 @@ PALETTE = np.array(  # rows in the order of COLOURS
 class Config(BaseModel):
     """Section `[scenes]` of a recipe.
 
-    `under_specified` is the share of captions that leave out an attribute. Where things have sizes
-    most of these leave out the size, as most of the evaluation's prompts do. The first `complete`
-    scenes of the training set leave out nothing: such captions teach order sooner (docs/LOG.md).
+    `under_specified` is the share of captions that leave out an attribute. If things have sizes,
+    most of these captions leave out the size, as most of the evaluation's prompts do. The captions
+    of the first `complete` scenes leave out nothing: they teach order sooner (docs/LOG.md).
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -93,7 +93,7 @@ class Config(BaseModel):
     @field_validator("canvas", mode="before")
     @classmethod
     def _named(cls, value: Any) -> Any:
-        """Take a number for the canvas of that size: `--set scenes.canvas=32`."""
+        """Accept a number as the name of a canvas: `--set scenes.canvas=32`."""
         return str(value) if type(value) is int else value
 
     @model_validator(mode="after")
@@ -113,7 +113,7 @@ class Config(BaseModel):
 
 
 class Thing(NamedTuple):
-    """One shape on the canvas. `size` is a word, or None where the canvas has one band."""
+    """One shape on the canvas. `size` is a word, or None if the canvas has only one band."""
 
     shape: str
     colour: str
@@ -124,7 +124,7 @@ class Thing(NamedTuple):
 
 
 class Dice(NamedTuple):
-    """Numbers in [0, 1) that choose the wording; drawn with the scene, so they travel with it."""
+    """Numbers in [0, 1) that choose the wording; they are drawn with the scene and kept in it."""
 
     omit: float
     which: float
@@ -135,7 +135,7 @@ class Dice(NamedTuple):
 
 
 class Scene(NamedTuple):
-    """A picture before it is drawn: its things in no particular order, and the grey behind them."""
+    """A picture before it is drawn: its things in no special order, and the grey behind them."""
 
     canvas: str
     things: tuple[Thing, ...]
@@ -144,7 +144,7 @@ class Scene(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """A picture (s, s, 3), its caption, and the scene both come from."""
+    """A picture (s, s, 3), its caption, and the scene that both come from."""
 
     image: Picture
     caption: str
@@ -152,10 +152,10 @@ class Sample(NamedTuple):
 
 
 class Demand(NamedTuple):
-    """What an evaluation asks of the next scene; `ANY` asks nothing.
+    """What an evaluation demands of the next scene; `ANY` demands nothing.
 
-    `split` None is a scene that training might have shown. A name is one of that split and of no
-    other, so that a failure has one cause.
+    With `split` None the scene is one that training could contain. Otherwise it belongs to that
+    split and to no other, so that a failure has only one cause.
     """
 
     things: int | None = None  # None leaves it to the dice
@@ -168,7 +168,7 @@ ANY = Demand()
 
 
 def sample(config: Config, seed: int, index: int) -> Sample:
-    """Sample number `index` of the training set of `seed`; there is no last one."""
+    """Sample number `index` of the endless training set of `seed`."""
     drawn = scene(config, seed, index)
     return Sample(render(drawn), caption(config, drawn, index), drawn)
 
@@ -176,9 +176,9 @@ def sample(config: Config, seed: int, index: int) -> Sample:
 def scene(config: Config, seed: int, index: int, demand: Demand = ANY) -> Scene:
     """Scene number `index` of `seed`: a pure function of its arguments.
 
-    How many things there are, and whether all are alike, is drawn once; the rest is drawn again
-    until the scene is not held out (or is, if demanded). The shares of counts are therefore those
-    of `ONE` and `ALIKE` whatever is held out.
+    The number of things, and whether all are alike, is drawn once; the rest is drawn repeatedly
+    until the scene is not held out (or is, if demanded). So the shares of counts always follow
+    `ONE` and `ALIKE`, whatever is held out.
 
     Errors  ValueError for a seed or an index outside 0 .. 2^64 - 1; BadRecipe if no scene of this
             recipe can meet the demand.
@@ -209,7 +209,7 @@ def scene(config: Config, seed: int, index: int, demand: Demand = ANY) -> Scene:
 
 
 def _count(config: Config, die: float) -> int:
-    """How many things: one with probability ONE, else any allowed number alike."""
+    """How many things: one with probability ONE, else each allowed number is equally likely."""
     fewest, most = config.objects
     if "H5" in config.held_out:
         most = min(most, 3)
@@ -223,7 +223,7 @@ def _count(config: Config, die: float) -> int:
 def _kinds(
     canvas: Canvas, count: int, alike: bool, generator: np.random.Generator
 ) -> tuple[Thing, ...]:
-    """Things with shape, colour and size, all still at the origin and without a radius."""
+    """Things with shape, colour and size, but without a position and radius yet."""
     dice = generator.random(3 * (1 if alike else count)).tolist()
     things = tuple(
         Thing(
@@ -244,10 +244,10 @@ def _place(
 ) -> tuple[Thing, ...]:
     """Radii and centres, drawn together until no two things are too close.
 
-    One rejection for the whole layout makes every layout that fits equally likely. Rejecting thing
-    by thing favours where the first one fell; its only merit is speed, which a batch of layouts
-    per numpy call gives as well. Crowded layouts fit more often with small radii, so two things on
-    canvas 32 have a mean radius of 5.5 where one has 6.
+    Rejecting whole layouts makes every layout that fits equally likely. Rejecting thing by thing
+    would favour layouts around the first one; its only merit is speed, which a batch of layouts per
+    numpy call gives as well. Crowded layouts fit more often with small radii, so on canvas 32 the
+    mean radius is 5.5 for two things and 6 for one.
     """
     n = len(things)
     bands = [canvas.bands[SIZES.index(thing.size) if thing.size else 0] for thing in things]
@@ -290,7 +290,8 @@ def held_out(scene: Scene, split: Split) -> bool:
     return _HELD_OUT[split](scene.things)
 
 
-# Shifted by two, so that "a red circle" and "a blue square", which everybody tries first, are seen.
+# Shifted by two, so that "a red circle" and "a blue square", which everybody tries first, are not
+# held out.
 _PAIRS = {(SHAPES[(i + 2) % 5], colour) for i, colour in enumerate(COLOURS)}
 _COUNTS = {"triangle": 2, "star": 3, "cross": 4}
 _CROSSED = {("left", COLOURS[i], COLOURS[(i + 3) % 8]) for i in range(6)} | {
@@ -349,10 +350,10 @@ _HELD_OUT = {"H1": _paired, "H2": _counted, "H3": _crossed, "H4": _swapped, "H5"
 
 
 def relation(scene: Scene) -> str | None:
-    """How the first of two things stands to the second; None if that is not plain to see.
+    """The relation of the first of two things to the second; None if it is not clear.
 
-    The longer of the two offsets decides, so the four relations exclude one another. A pair near
-    the diagonal has none.
+    The larger of the two offsets decides, so only one of the four relations holds. A pair near the
+    diagonal has none.
     """
     if len(scene.things) != 2:
         return None
@@ -362,7 +363,7 @@ def relation(scene: Scene) -> str | None:
 
 
 def side(one: Thing, other: Thing) -> str:
-    """How one thing stands to another, however near the diagonal."""
+    """The relation of one thing to another, however near the diagonal they are."""
     across, down = one.x - other.x, one.y - other.y
     if abs(across) >= abs(down):
         return "left" if across < 0 else "right"
@@ -372,10 +373,10 @@ def side(one: Thing, other: Thing) -> str:
 def describe(
     scene: Scene, colours: bool = True, sizes: bool = True, related: bool = False
 ) -> Specification:
-    """The scene as a specification with these attributes stated.
+    """The scene as a specification that states these attributes.
 
-    `related` asks for the relation, which must exist. Things that are alike as far as they are
-    described are counted and stand in none.
+    With `related` it states the relation too, which must exist; but if the stated attributes of all
+    things are equal, the things are counted and no relation is stated.
     """
     objects = tuple(
         Wanted(thing.shape, thing.colour if colours else None, thing.size if sizes else None)
@@ -391,11 +392,11 @@ def describe(
 
 
 def caption(config: Config, scene: Scene, index: int) -> str:
-    """The words of scene number `index`: chosen by its own dice, so one scene has one caption.
+    """The caption of scene number `index`, chosen by the scene's dice: each scene has only one.
 
-    From number `complete` on a share `under_specified` leaves something out: the colour, where that
-    is all there is, else the size, the colour, or both. Two things that stand in a relation are
-    described by it in three of four cases.
+    From number `complete` on, a share `under_specified` of captions leaves something out: the
+    colour if things have no sizes, else the size, the colour or both. If two things have a
+    relation, three in four captions state it.
     """
     dice = scene.dice
     colours = sizes = True
@@ -411,7 +412,7 @@ def caption(config: Config, scene: Scene, index: int) -> str:
 
 
 def render(scene: Scene) -> Picture:
-    """The picture of a scene: a linear mix of the stored colour values, by coverage."""
+    """The picture of a scene: the stored colour values, mixed linearly by coverage."""
     picture: Picture = renders([scene])[0]
     return picture
 
@@ -419,7 +420,7 @@ def render(scene: Scene) -> Picture:
 def renders(drawn: Sequence[Scene]) -> npt.NDArray[np.uint8]:
     """The pictures of scenes of one canvas, (b, s, s, 3).
 
-    All things of a shape are drawn at once, in less than half the time of one after the other.
+    All things of a shape are drawn at once, in less than half the time of drawing them one by one.
     """
     size = CANVASES[drawn[0].canvas].size
     canvas = np.empty((len(drawn), 3, size, size))

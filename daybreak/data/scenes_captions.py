@@ -1,18 +1,18 @@
-"""The words of the scenes: a small grammar that is written and read without loss.
+"""The captions of the scenes: a small grammar, written and parsed without loss.
 
     object  := [size] [colour] shape
     caption := frame ( a object | two/three/four objects | a list of objects
                      | a object relation a object )
 
-Captions are a closed world: every object is named and nothing else is in the picture. An attribute
-that is left out is free. Nobody has to guess what "there are two red circles" demands, and so a
-program can say of any picture whether it is what was asked for.
+Captions are a closed world: they name every object, and the picture contains nothing else. An
+attribute that is left out is free. So what "there are two red circles" demands is unambiguous, and
+a program can decide for any picture whether it matches its caption.
 
-`write` picks frame and synonym by two dice; `parse` takes them away again. `readings` returns every
-way to understand a caption, and the grammar is such that there is never more than one.
+`write` chooses frame and synonym by two dice; `parse` removes them again. `readings` returns all
+ways to understand a caption; the grammar never allows more than one.
 
-Source  closed-world captions with an exact check: GenEval (arXiv 2310.11513) names only what it
-looks for, hence cannot punish what it did not ask for.
+Source  closed-world captions with an exact check; GenEval (arXiv 2310.11513), in contrast, names
+only what it looks for, and cannot penalise other objects in the picture.
 """
 
 import re
@@ -40,7 +40,7 @@ FRAMES_MANY = (*FRAMES, "there are {}")
 
 
 class Wanted(NamedTuple):
-    """One object as the words have it; None is an attribute that is free."""
+    """One object as a caption describes it; None means that the attribute is free."""
 
     shape: str
     colour: str | None = None
@@ -50,7 +50,7 @@ class Wanted(NamedTuple):
 class Specification(NamedTuple):
     """What a caption asks for: exactly these objects, and the first in `relation` to the second.
 
-    Counting is n equal objects. `relation` is a key of `RELATIONS`, only ever with two objects.
+    A count is n equal objects. `relation` is a key of `RELATIONS`, and needs exactly two objects.
     """
 
     objects: tuple[Wanted, ...]
@@ -58,10 +58,9 @@ class Specification(NamedTuple):
 
 
 def write(specification: Specification, frame: float = 0.0, synonym: float = 0.0) -> str:
-    """The caption of a specification; two dice in [0, 1) choose among equal wordings.
+    """The caption of a specification; two dice in [0, 1) choose among equivalent wordings.
 
-    A share `BARE` of captions is the phrase without a frame, so that the words a model reads are
-    mostly those that matter.
+    A share `BARE` of captions has no frame, so that most words that a model reads matter.
     """
     objects, relation = specification
     frames = FRAMES_ONE
@@ -93,7 +92,7 @@ def parse(caption: str) -> Specification:
 
 
 def readings(caption: str) -> set[Specification]:
-    """Every specification that `caption` may stand for: one, or none if it is not ours."""
+    """All specifications that `caption` can mean: one, or none if it is outside the grammar."""
     found = set()
     for frames, plural in ((FRAMES_ONE, False), (FRAMES_MANY, True)):
         for frame in frames:

@@ -6,10 +6,10 @@
     star        five points, outer radius 1.15 r, inner 0.48 r, apex up
     cross       arms 1.05 r long, 0.36 r half as wide
 
-Nothing is rotated. Generator and checker both draw with `coverage`; the checker is kept honest by
-a second renderer in its tests.
+Nothing is rotated. Generator and checker both draw with `coverage`; the checker's tests therefore
+use a second, independent renderer.
 
-Units   pixels; the centre of pixel i lies at i.
+Units   pixels; the centre of pixel i is at i.
 """
 
 import math
@@ -22,14 +22,14 @@ SUPERSAMPLING = 8
 
 
 def _corner(radius: float, degrees: float) -> tuple[float, float]:
-    """(height, half-width) of a corner so many degrees away from straight up."""
+    """(height, half-width) of a corner, `degrees` away from straight up."""
     angle = math.radians(degrees)
     return -radius * math.cos(angle), radius * math.sin(angle)
 
 
-# Half-widths at heights, in radii and from the top down, of outlines that are straight between
-# them. All shapes mirror in their vertical axis, and only the star has a gap on it.
-_STEP = 1e-9  # np.interp wants rising heights, also where the cross jumps
+# Outlines as (height, half-width) in radii, from the top down, with straight lines in between. All
+# shapes are symmetric about their vertical axis, and only the star has a gap on it.
+_STEP = 1e-9  # np.interp needs increasing heights, also where the cross jumps
 _OUTER = {
     "square": ((-0.92, 0.92), (0.92, 0.92)),
     "triangle": (_corner(1.15, 0), _corner(1.15, 120)),
@@ -51,7 +51,7 @@ _OUTER = {
 }
 _INNER = {"star": (_corner(0.48, 180), _corner(1.15, 144))}
 
-OUTLINES = (_OUTER, _INNER)  # for those who must know whether an outline has changed
+OUTLINES = (_OUTER, _INNER)  # for code that must notice a change of an outline
 
 AREA = {  # of the shape with radius 1
     "circle": math.pi,
@@ -72,13 +72,13 @@ def coverage(
     height: int,
     width: int,
 ) -> Floats:
-    """How much of each pixel a shape centred at (x, y) covers, in 64ths; many of them at once.
+    """How much of each pixel a shape centred at (x, y) covers, in 64ths; for many shapes at once.
 
-    A pixel counts those of its 8 x 8 points that lie inside. On one row of points the inside is an
-    interval, so the points of a pixel are counted by subtraction and never listed: forty times
-    faster than testing each, and the same number.
+    This is the share of the pixel's 8 x 8 points that are inside. In one row of points the inside
+    is an interval, so the points of a pixel are counted by subtraction, without testing each: forty
+    times faster, with the same result.
 
-    Shapes  x, y and radius (...), to be broadcast; (..., height, width), in [0, 1].
+    Shapes  x, y and radius (...), to be broadcast; result (..., height, width), in [0, 1].
     """
     x, y, radius = (np.asarray(one)[..., None] for one in (x, y, radius))
     rows = (np.arange(SUPERSAMPLING * height) + 0.5) / SUPERSAMPLING - 0.5 - y
@@ -100,13 +100,13 @@ def _half_width(table: Floats, heights: Floats) -> Floats:
 def _points(half: Floats, x: Floats, width: int) -> npt.NDArray[np.int32]:
     """Points per pixel (..., height, width) within `half` (..., 8 height) of the line through x.
 
-    All rows of pixels stand in the last place meanwhile: there the loops of NumPy are fast.
+    Meanwhile the rows of pixels are the last axis, over which NumPy's loops are fast.
     """
     centre = (x + 0.5) * SUPERSAMPLING - 0.5
     first = np.ceil(centre - SUPERSAMPLING * half)
     end = np.ceil(centre + SUPERSAMPLING * half)
     edges = np.arange(0, SUPERSAMPLING * width + 1, SUPERSAMPLING, dtype=np.int32)
-    below = np.minimum(  # points left of an edge: (edge, one of 8, row of pixels)
+    below = np.minimum(  # points left of an edge: (edge, 8 rows of points, row of pixels)
         np.maximum(edges[:, None, None], _by_pixel(first)), _by_pixel(end)
     ).sum(1, dtype=np.int32)
     points: npt.NDArray[np.int32] = (below[1:] - below[:-1]).T

@@ -1,10 +1,10 @@
-"""Shards: the parts of all sources, each stored in a file of its own, in several processes.
+"""Shards: the parts of all sources, each stored in its own file, by several processes.
 
     .staging/000012.arrow     the pictures of part 12
              000012.json      its report; written last, so that a shard without one does not count
 
-A process that is killed leaves a file of another name, which the next start removes. Processes end
-with the one that began them, even if that one is killed.
+A process that is killed leaves a file with a temporary name, which the next start removes. The
+processes end with their parent, even if the parent is killed.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ from daybreak.failure import BadStorage, LostPeer
 
 TOLD_EVERY = 0.2  # seconds
 
-_counts: list[Any] = []  # the counters that a process shares with the one that began it
+_counts: list[Any] = []  # the counters that a process shares with its parent
 
 
 class Progress(NamedTuple):
@@ -37,7 +37,7 @@ class Progress(NamedTuple):
     read: int
     rejected: int
     bytes: int
-    of: int  # bytes there were still to read; 0 where that is not known
+    of: int  # bytes still to read at the start; 0 if not known
 
 
 def store_all(
@@ -47,9 +47,9 @@ def store_all(
     processes: int,
     progress: Callable[[Progress], None],
 ) -> None:
-    """Store every part that has no report yet; with 0 processes in this one.
+    """Store every part that has no report yet; with `processes` 0, in this process.
 
-    Errors  LostPeer if a process is killed; BadStorage if the disk refuses.
+    Errors  LostPeer if a process is killed; BadStorage if the disk cannot be written.
     """
     disk.sweep(staging)
     parts = [(source.name, part) for source in found for part in source.parts]
@@ -80,23 +80,23 @@ def store_all(
 
 
 def shard_path(staging: Path, number: int) -> Path:
-    """Where the pictures of a part are."""
+    """The file with the pictures of a part."""
     return staging / f"{number:06d}.arrow"
 
 
 def report_path(staging: Path, number: int) -> Path:
-    """The file that says that a part is finished, and what came of it."""
+    """The report of a part: if the file exists, the part is finished."""
     return staging / f"{number:06d}.json"
 
 
 def report(staging: Path, number: int) -> Shard:
-    """What came of a part that is finished."""
+    """The result of a finished part."""
     return Shard(**disk.read_json(report_path(staging, number)))
 
 
 @contextlib.contextmanager
 def _pool(processes: int, context: Any, counts: Any) -> Iterator[ProcessPoolExecutor]:
-    """Processes that end at once if one of them fails."""
+    """A pool of processes that end at once if one of them fails."""
     pool = ProcessPoolExecutor(processes, context, initializer=_begin, initargs=(counts,))
     try:
         yield pool
@@ -114,9 +114,9 @@ def _pool(processes: int, context: Any, counts: Any) -> Iterator[ProcessPoolExec
 
 
 def _begin(counts: Any) -> None:
-    """Make a process ready: quiet, deaf to Ctrl-C, and gone when the one that began it is."""
+    """Set up a process: no warnings, ignores Ctrl-C, and ends when its parent ends."""
     _counts[:] = [counts]
-    warnings.simplefilter("ignore")  # Pillow warns of what is then refused with a reason
+    warnings.simplefilter("ignore")  # Pillow warns of pictures that are refused later
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     parent = multiprocessing.parent_process()
     assert parent is not None
@@ -144,7 +144,7 @@ def _store(
             shard = ingest.store(part, source, config, schema, staged, tick)
             disk.sync(staged)
         disk.write_json(report_path(staging, number), shard._asdict())
-    except OSError as error:  # sources that cannot be read are faults by now
+    except OSError as error:  # not from a source: those that cannot be read are faults
         raise BadStorage(
             f"cannot write {staging} ({error.strerror or error}): fix that and repeat the "
             "command; finished parts are kept"

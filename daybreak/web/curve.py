@@ -1,9 +1,9 @@
-"""A quantity against the steps of a run, as lines of SVG: many steps in few points.
+"""A quantity over the steps of a run, as SVG lines: many steps drawn with few points.
 
-Steps are gathered into at most BINS bins of equal length. The line goes through their means, the
-band from the least to the most that was seen in each; what is rare is cut at the edge.
+Steps are grouped into at most BINS bins of equal length. The line goes through the means of the
+bins; the band from the minimum to the maximum of each; rare extremes are cut off at the edge.
 
-Units  pixels of the drawing, y downwards; values as they come.
+Units  pixels of the drawing, y downwards; values in their own unit.
 """
 
 import math
@@ -15,14 +15,14 @@ import numpy as np
 from daybreak.evaluate.chart import labels, short, ticks
 
 BINS = 240
-RARE = 0.02  # share of the steps, above and below, that may lie outside of the drawing
-WIDE = 8.0  # most by least from which on logarithms are drawn
+RARE = 0.02  # share of the steps that may lie above the drawing, and likewise below
+WIDE = 8.0  # ratio of maximum to minimum above which the scale is logarithmic
 
 Point = tuple[float, float]  # step and value
 
 
 class Frame(NamedTuple):
-    """The size of a drawing, and the edges of what is drawn in it."""
+    """The size of a drawing, and the edges of the plot area in it."""
 
     width: int = 340
     height: int = 170
@@ -36,33 +36,33 @@ FRAME = Frame()
 
 
 class Tick(NamedTuple):
-    """A round value at an edge, and where."""
+    """A round value on an axis, and its position."""
 
     at: float
     text: str
 
 
 class Curve(NamedTuple):
-    """What a page needs to draw it; `last` is the mean of the newest bin."""
+    """What a page needs to draw a curve; `last` is the mean of the newest bin."""
 
     title: str
     last: str
     line: str  # points of a polyline
-    band: str  # points of a polygon, none if there is no width to it
+    band: str  # points of a polygon; empty if every bin has one step
     across: list[Tick]
     up: list[Tick]
-    stages: list[float]  # where another stage begins
-    dots: list[Point]  # each measurement, where they are few
+    stages: list[float]  # x at which another stage begins
+    dots: list[Point]  # each measurement, if they are few
     logs: bool
 
 
 def curve(
     title: str, points: Sequence[Point], stages: Sequence[int] = (), falls: bool = False
 ) -> Curve | None:
-    """Draw what is finite; None if that is less than two steps.
+    """Draw the finite values; None if there are fewer than two steps with one.
 
-    `stages` are the last steps of all stages but the newest. What `falls` by orders of magnitude is
-    drawn in logarithms.
+    `stages` are the last steps of all stages but the newest. With `falls` the scale is logarithmic
+    if the values are positive and their range is wider than WIDE.
     """
     known = [(step, value) for step, value in points if math.isfinite(value)]
     if len({step for step, _ in known}) < 2:
@@ -116,7 +116,7 @@ def _ticks(place: Callable[[float], float], values: Sequence[float]) -> list[Tic
 
 
 def _round(bottom: float, top: float, logs: bool) -> list[float]:
-    """Round values between two, or between the tens that they are the powers of."""
+    """Round values between two values; with `logs`, between 10^bottom and 10^top."""
     if not logs:
         return ticks(bottom, top)
     found = [

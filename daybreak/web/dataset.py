@@ -1,11 +1,11 @@
-"""A prepared dataset for the eye: a summary for the terminal, and one page with its pictures.
+"""A prepared dataset to look at: a summary for the terminal, and one page with its pictures.
 
-Pictures are sampled, and long lists end with the name of the file that holds all of them, so that
+Pictures are sampled, and long lists end with the name of the file that holds all entries, so that
 the page stays below PAGE_BYTES.
 
-A thumbnail is cut to the bucket as training cuts the picture. A duplicate that was left out is
-shown beside the one that was kept if its source is a folder that still stands; out of an archive
-it is a name.
+A thumbnail is cropped to the bucket, as training crops the picture. A duplicate that was left out
+is shown beside the picture that was kept, if its source is a folder that still exists; if it came
+from an archive, only its name is shown.
 """
 
 import html
@@ -28,10 +28,10 @@ from daybreak.web import page as web
 
 PAGE_BYTES = 10_000_000
 SHEETS_BYTES, GROUPS_BYTES, REJECTED_BYTES = 6_000_000, 1_500_000, 1_500_000  # parts of the page
-PICTURES, PER_SHEET = 256, 16  # thumbnails at most, but at least so many of each bucket
+PICTURES, PER_SHEET = 256, 16  # at most so many thumbnails, but at least PER_SHEET of each bucket
 PER_GROUP, CAPTIONS = 5, 3
-SIDE = 192  # pixels along the longer side of a thumbnail: sharp at the 120 it is shown with
-MARKUP = 300  # bytes around a thumbnail or a row, more than there are
+SIDE = 192  # pixels along the longer side of a thumbnail: sharp at the 120 px at which it is shown
+MARKUP = 300  # upper bound for the bytes of HTML around a thumbnail or a row
 
 T = TypeVar("T")
 
@@ -59,7 +59,7 @@ class Sheet(NamedTuple):
 
 
 class Alike(NamedTuple):
-    """A picture that was kept, and some of those that were not because of it."""
+    """A picture that was kept, and some of the duplicates that were dropped for it."""
 
     kind: str
     kept: Thumbnail
@@ -112,7 +112,7 @@ def summary(found: census.Census) -> RenderableType:
         "duplicates": f"groups: {_listed(found.groups)}" if found.groups else "none",
     }
     for name, said in rows.items():
-        facts.add_row(name, Text(said))  # no markup: it is what users have written
+        facts.add_row(name, Text(said))  # as plain text, without markup: users wrote it
 
     filled = Table("bucket", box=None, pad_edge=False, header_style="dim")
     for name in ("pictures", "full batches", "over", "enlarged"):
@@ -152,10 +152,10 @@ def _sheets(opened: Opened) -> Iterator[Sheet]:
 
 
 def _groups(written: census.Written) -> Iterator[Alike]:
-    """The groups of duplicates, near ones first: by them one judges how near is near enough."""
+    """The groups of duplicates, near ones first: they show whether `--near` is well chosen."""
     near = (group for group in written.groups if group.kind == "near")
     exact = (group for group in written.groups if group.kind != "near")
-    ordered = list(islice(chain(near, exact), GROUPS_BYTES // MARKUP))  # no more find room
+    ordered = list(islice(chain(near, exact), GROUPS_BYTES // MARKUP))  # more do not fit
     wanted = pa.array([group.kept for group in ordered], pa.string())
     names = written.opened.table["id"]
     places = pc.indices_nonzero(pc.is_in(names, wanted))
@@ -170,7 +170,7 @@ def _groups(written: census.Written) -> Iterator[Alike]:
 
 
 def _thumbnail(opened: Opened, place: int) -> Thumbnail:
-    """A stored picture, cut to its bucket."""
+    """A stored picture, cropped to its bucket."""
     table, bucket = opened.table, opened.buckets[opened.numbers[place]]
     where = table["where"][place].as_py()
     height, width = _small(*bucket)
@@ -180,9 +180,9 @@ def _thumbnail(opened: Opened, place: int) -> Thumbnail:
 
 
 def _left_out(one: census.Dropped) -> Thumbnail:
-    """A picture that is not in the dataset, read from where it came if that is a folder.
+    """A picture that is not in the dataset, read from its source if that is a folder.
 
-    Only files inside the folder are opened: the list may come from a stranger.
+    Only files inside the folder are opened: the list may come from someone untrusted.
     """
     folder = Path(one.source)
     path = folder / one.where
@@ -202,7 +202,7 @@ def _small(height: int, width: int) -> tuple[int, int]:
 
 
 def _within(budget: int, items: Iterable[T], size: Callable[[T], int]) -> Iterator[T]:
-    """The items, for as long as their sizes together stay within the budget."""
+    """The first items whose sizes together stay within the budget."""
     for item in items:
         budget -= size(item)
         if budget < 0:
@@ -211,7 +211,7 @@ def _within(budget: int, items: Iterable[T], size: Callable[[T], int]) -> Iterat
 
 
 def _bytes(*texts: str) -> int:
-    """What texts take in the page, at most: cut, with every sign escaped that can be."""
+    """The bytes that texts take in the page, after cutting and escaping."""
     return sum(len(html.escape(web.cut(text)).encode()) for text in texts)
 
 

@@ -1,7 +1,7 @@
-"""What the pages have in common: one file each, its pictures in it.
+"""What the pages have in common: each is one file that contains its pictures.
 
-A page loads nothing and runs nothing, and a policy in its head forbids both, so that a caption out
-of the wild is never more than text.
+A page loads nothing and runs no scripts, and a policy in its head forbids both, so that an
+untrusted caption is never more than text.
 """
 
 import base64
@@ -17,7 +17,7 @@ from daybreak import host
 from daybreak.data import disk
 from daybreak.failure import BadStorage
 
-LETTERS = 240  # of a caption, a name or a reason
+LETTERS = 240  # at most, of a caption, a name or a reason
 SMALL = 64  # pixels along the longer side
 
 
@@ -34,7 +34,7 @@ def render(template: str, **values: object) -> str:
 
 
 def write(text: str, path: Path) -> Path:
-    """Put a page in its place, whole or not at all. Errors: BadStorage."""
+    """Write a page, completely or not at all. Errors: BadStorage."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with disk.fresh(path) as staged:
@@ -45,7 +45,7 @@ def write(text: str, path: Path) -> Path:
 
 
 def uri(pixels: npt.NDArray[np.uint8]) -> str:
-    """A picture as text, which a page holds. A small one loses nothing: its pixels will be seen."""
+    """A picture as a data URI. A small one is stored losslessly: its pixels will be visible."""
     file = io.BytesIO()
     small = max(pixels.shape[:2]) <= SMALL
     Image.fromarray(pixels).save(file, "WEBP", lossless=small, quality=80)
@@ -53,16 +53,16 @@ def uri(pixels: npt.NDArray[np.uint8]) -> str:
 
 
 def cut(text: str) -> str:
-    """A text of at most LETTERS."""
+    """A text, cut to at most LETTERS characters."""
     return text if len(text) <= LETTERS else text[: LETTERS - 1] + "…"
 
 
 def steps(number: float) -> str:
-    """A number of steps, which may be a part of one."""
+    """A number of steps, perhaps a fraction, as text."""
     return f"{number:,.0f}" if number >= 100 or number == int(number) else f"{number:.1f}"
 
 
 def size(number: float) -> str:
-    """Bytes in a unit that leaves few digits."""
+    """A number of bytes as text, in a unit that leaves few digits."""
     power = min(max(int(number).bit_length() - 1, 0) // 10, 4)
     return f"{number / 1024**power:,.0f} {('bytes', 'KiB', 'MiB', 'GiB', 'TiB')[power]}"

@@ -1,8 +1,8 @@
-"""A run for the eye: how it stands, what it has drawn, learned, scored and cost.
+"""A run to look at: its state, samples, losses, scores and cost.
 
-All of it is read from the run's folder, so it is the same for a run that goes on, one that was
-killed, and one that was copied from another machine; the same command makes the page anew. Pictures
-are those of the recipe's prompts: a row for each prompt, a column for each of some steps.
+Everything is read from the run's folder, so it works for a run in progress, one that was killed,
+and one that was copied from another machine; the same command updates the page. The pictures are
+samples of the recipe's prompts: a row for each prompt, and a column for each of some steps.
 """
 
 import json
@@ -25,18 +25,18 @@ from daybreak.train import evaluations, facts, runs, status
 from daybreak.web import page as web
 from daybreak.web.curve import FRAME, Curve, curve
 
-SIDE = 256  # pixels along a picture in the page, at most
-COLUMNS, ROWS = 6, 24  # steps and prompts that are shown
+SIDE = 256  # largest side of a picture in the page, in pixels
+COLUMNS, ROWS = 6, 24  # at most, of steps and prompts shown
 LISTED, SAID = 50, 3  # incidents on the page; values of a score in a terminal
-LATE = 100  # steps whose mean is the loss that is told
-QUIET = 300.0  # seconds of silence from which on a run is no longer taken for a living one
-COUNTED = {  # in metrics.jsonl, but no part of the loss
+LATE = 100  # last steps, whose mean is reported as the loss
+QUIET = 300.0  # seconds without output after which a run is no longer assumed to be alive
+COUNTED = {  # in metrics.jsonl, but not parts of the loss
     *("step", "images", "seconds", "norm", "lr", "waited", "worked", "waiting", "words", "resumed"),
     *("images_per_second", "flops_per_second", "share_of_peak", "memory_mib"),
     *("skipped", "substituted"),
     *("dollars", "dollars_to_go"),
 }
-LINES = {  # what is drawn beside the loss
+LINES = {  # quantities that are drawn beside the loss
     "norm": "norm of the gradient",
     "lr": "learning rate",
     "images_per_second": "pictures a second",
@@ -47,7 +47,7 @@ FALLING = {"loss", "norm"}
 
 
 class Shown(NamedTuple):
-    """A prompt, and what was drawn of it at each of the steps: text for the page, empty if none."""
+    """A prompt, and its picture at each of the steps, as text for the page; empty if none."""
 
     prompt: str
     pictures: list[str]
@@ -61,7 +61,7 @@ class Score(NamedTuple):
 
 
 class Story(NamedTuple):
-    """What a run's folder tells."""
+    """What a run's folder says about the run."""
 
     folder: Path
     recipe: Recipe
@@ -71,7 +71,7 @@ class Story(NamedTuple):
     evaluations: list[dict[str, Any]]
     incidents: list[dict[str, Any]]
     heard: float  # seconds since it last wrote something
-    alive: bool | None  # whether its process is there, if that can be known
+    alive: bool | None  # whether its process exists; None if that cannot be known
 
     @property
     def done(self) -> int:
@@ -80,9 +80,10 @@ class Story(NamedTuple):
 
     @property
     def state(self) -> str:
-        """running, finished, stopped or failed, as it says, but killed if it runs no more.
+        """The state it has written: running, finished, stopped or failed.
 
-        Where its process cannot be looked for it is silent, if it has been for QUIET seconds.
+        Instead of running, it is killed if its process no longer exists; and silent if its process
+        cannot be checked and it has written nothing for QUIET seconds.
         """
         state = str(self.status.get("state", "unknown"))
         if state == "running" and self.alive is False:
@@ -91,7 +92,7 @@ class Story(NamedTuple):
 
     @property
     def sentence(self) -> str:
-        """How it stands."""
+        """The state of the run, as a sentence."""
         reason, code = self.status.get("reason"), self.status.get("code")
         of = f"step {self.done:,} of {self.recipe.steps:,}"
         said = {
@@ -110,7 +111,7 @@ class Story(NamedTuple):
 def read(folder: Path) -> Story:
     """Read a run's folder.
 
-    Errors  NoCheckpoint if it is none; BadRecipe and BadStorage if its files cannot be read.
+    Errors  NoCheckpoint if it is not a run; BadRecipe and BadStorage if files cannot be read.
     """
     recipe = runs.recorded(folder)
     files = [folder / name for name in ("recipe.toml", "metrics.jsonl", "status.json")]
@@ -166,7 +167,7 @@ def summary(story: Story) -> RenderableType:
 
 
 def told(story: Story) -> dict[str, str]:
-    """What one wants to know first, in words."""
+    """The most important facts, in words."""
     if not story.steps:
         return {"steps": f"none of {story.recipe.steps:,}"}
     last, recipe = story.steps[-1], story.recipe
@@ -202,7 +203,7 @@ def _loss(late: Sequence[float]) -> str:
 
 
 def _curves(story: Story) -> Iterator[Curve]:
-    """The loss, its parts if it has several, and what a run is watched by."""
+    """The loss, its parts if it has several, and the quantities in LINES."""
     seen = {name for line in story.steps for name in line}
     parts = sorted(seen - COUNTED - {"loss"})
     names = {"loss": "loss"} | ({name: name for name in parts} if len(parts) > 1 else {})
@@ -218,7 +219,7 @@ def _curves(story: Story) -> Iterator[Curve]:
 
 
 def _measured(story: Story) -> Iterator[Curve]:
-    """Each value of the evaluations on the way, against steps."""
+    """Each value of the evaluations during training, over steps."""
     names = dict.fromkeys(name for line in story.evaluations for name in line["values"])
     for name in names:
         points = [
@@ -232,7 +233,7 @@ def _measured(story: Story) -> Iterator[Curve]:
 
 
 def _scores(story: Story) -> Iterator[Score]:
-    """The newest evaluation on the way, and what `daybreak evaluate` has left in the folder."""
+    """The newest evaluation during training, and results of `daybreak evaluate` in the folder."""
     files = sorted((story.folder / "evaluation").glob("*.json"))
     found = [(f"during training, step {line['step']:,}", line) for line in story.evaluations[-1:]]
     for name, line in [*found, *((file.stem, _object(file)) for file in files)]:
@@ -250,7 +251,7 @@ def _incidents(story: Story) -> Iterator[tuple[str, ...]]:
 
 
 def _drawn(folder: Path) -> list[tuple[int, Path]]:
-    """Some of the steps that pictures were drawn at: the first, the newest, others between."""
+    """Some of the steps with samples: the first, the newest, and others in between."""
     found = sorted(
         (int(number), place)
         for place in (folder / "samples").glob("step-*")
@@ -264,7 +265,7 @@ def _drawn(folder: Path) -> list[tuple[int, Path]]:
 
 
 def _shown(drawn: Sequence[tuple[int, Path]]) -> Iterator[Shown]:
-    """The newest prompts, and what was drawn of each with the same noise before."""
+    """The newest prompts, each with its earlier pictures from the same noise."""
     asked = [_prompts(place) for _, place in drawn]
     for key in list(asked[-1])[:ROWS] if asked else []:
         pictures = [
@@ -275,7 +276,7 @@ def _shown(drawn: Sequence[tuple[int, Path]]) -> Iterator[Shown]:
 
 
 def _prompts(place: Path) -> dict[tuple[str, int], int]:
-    """Which picture of a folder is of which prompt and seed; none if that is not told."""
+    """The number of the picture in a folder for each prompt and seed; empty if not recorded."""
     try:
         rows = json.loads((place / "prompts.json").read_bytes())
         return {(row["prompt"], row["seed"]): number for number, row in enumerate(rows)}
@@ -295,7 +296,7 @@ def _picture(file: Path) -> str:
 
 
 def _machine(known: Mapping[str, Any]) -> dict[str, str]:
-    """What computed, by which code and command."""
+    """The machine, the code and the command."""
     found = {**known.get("machine", {}), "precision": known.get("precision")}
     found |= {**known.get("versions", {}), "code": known.get("revision")}
     arguments = known.get("arguments")
@@ -305,7 +306,7 @@ def _machine(known: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _object(file: Path) -> dict[str, Any]:
-    """The object in a file of JSON; none if it is not there, or is something else."""
+    """The object in a JSON file; empty if there is no such file, or it holds something else."""
     try:
         found = json.loads(file.read_bytes())
     except (OSError, ValueError):
@@ -314,14 +315,14 @@ def _object(file: Path) -> dict[str, Any]:
 
 
 def _written(one: Mapping[str, Any]) -> tuple[str, str]:
-    """A value and its interval; a dash for one that is not finite."""
+    """A value and its interval as text; a dash for a value that is not finite."""
     value, low, high = one.get("value"), one.get("low"), one.get("high")
     between = "" if low is None or high is None else f"{low:.4g} to {high:.4g}"
     return "-" if value is None else f"{value:.4g}", between
 
 
 def _is_value(one: object) -> bool:
-    """Whether it is a value with its interval, as `daybreak evaluate` writes them."""
+    """Whether an entry is a value with its interval, as `daybreak evaluate` writes it."""
     return isinstance(one, dict) and isinstance(one.get("value"), (int, float, type(None)))
 
 
