@@ -283,8 +283,8 @@ def held_out(scene: Scene, split: Split) -> bool:
     H2  exactly two triangles, three stars or four crosses, of any colour
     H3  a thing stands in a relation to another whose colours are held out for it: a tenth of the
         ordered colour pairs, and as many for either axis
-    H4  two things have the colours of a held-out pair swapped: circle red with star blue is seen,
-        circle blue with star red is not; a quarter of all (shape pair, colour pair)
+    H4  two things have the colours of a pair that is seen, swapped: circle red, star blue is seen,
+        circle blue, star red is not; a quarter of all (shape pair, colour pair)
     H5  four things
     """
     return _HELD_OUT[split](scene.things)

@@ -3,7 +3,7 @@
 For each stage and step: a batch, the loss of its micro-batches, clipped gradients, the guard's
 verdict, Muon and AdamW, the average. Steps are numbered from 1 over the whole run. Checkpoints,
 grids and log lines happen between steps and do not change what the next step computes. Only a
-[budget] in seconds depends on the clock: it lowers the learning rate as time runs out
+[budget] in seconds or dollars depends on the clock: it lowers the learning rate as time runs out
 (train/ledger), so such a run cannot be repeated bit for bit.
 
 Under torchrun every rank runs this loop with its share of each batch. What the ranks must agree on
