@@ -234,11 +234,7 @@ def count(written: Written, batch: int, world: int = 1, resolution: int | None =
     """
     opened, manifest = written.opened, written.manifest
     side = resolution or opened.largest
-    if side > opened.largest:
-        raise BadRecipe(
-            f"{opened.folder} was prepared for at most {opened.largest} px, not {side}: prepare it "
-            f"again with --resolution {side}"
-        )
+    opened.check(side)
     if batch % world:
         raise BadRecipe(f"--batch {batch} is not divisible by --world {world}: change one of them")
     found = tally(opened.table)

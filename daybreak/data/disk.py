@@ -6,6 +6,7 @@ import json
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -20,6 +21,13 @@ def sha256(path: Path) -> str:
     """The sha256 of a file, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def reason(error: OSError) -> str:
+    """Why the disk refused; of a folder that could not be copied, why its first file was not."""
+    if isinstance(error, shutil.Error):
+        return str(error.args[0][0][2])  # of each file: source, target, reason
+    return error.strerror or str(error)
 
 
 def sealed(path: Path) -> dict[str, Any]:

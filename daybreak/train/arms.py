@@ -276,7 +276,7 @@ def _take_over(source: Path, asked_the_same: bool, run: Run) -> None:
         (staged / "recipe.toml").write_text(config.dump(run.recipe), encoding="utf-8")
         shutil.rmtree(disk.swap(staged, run.folder), ignore_errors=True)
     except OSError as error:
-        raise BadStorage(f"cannot write {run.folder}: {error.strerror or error}") from error
+        raise BadStorage(f"cannot write {run.folder}: {disk.reason(error)}") from error
 
 
 # Budgets

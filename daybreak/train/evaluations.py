@@ -181,9 +181,7 @@ def keep(run: Path, step: int) -> None:
         shutil.copytree(run / f"checkpoint-{step}", staged, copy_function=link)
         shutil.rmtree(disk.swap(staged, run / "best"), ignore_errors=True)
     except OSError as error:
-        every = isinstance(error, shutil.Error)  # of each file: source, target, reason
-        reason = error.args[0][0][2] if every else error.strerror
-        raise BadStorage(f"cannot write {run / 'best'}: {reason}") from error
+        raise BadStorage(f"cannot write {run / 'best'}: {disk.reason(error)}") from error
     finally:
         shutil.rmtree(staged, ignore_errors=True)
 

@@ -7,6 +7,7 @@ more memory, more devices, a narrower network.
 import math
 from bisect import bisect
 from collections.abc import Iterator
+from pathlib import Path
 
 from daybreak.config import Recipe
 from daybreak.data.prepared import is_prepared, open_dataset
@@ -33,10 +34,13 @@ def check_memory(recipe: Recipe, made: budget.Plan) -> None:
 
 def check_data(recipe: Recipe) -> None:
     """Refuse a prepared dataset (if it is here) too small for a stage. Errors: BadRecipe."""
+    largest: dict[Path, int] = {}
     for stage in recipe.stage:
         for folder in recipe.data_of(stage).paths:
-            if is_prepared(folder):
-                open_dataset(folder).check(stage.resolution)
+            largest[folder] = max(stage.resolution, largest.get(folder, 0))
+    for folder, resolution in largest.items():
+        if is_prepared(folder):
+            open_dataset(folder).check(resolution)
 
 
 def remedies(recipe: Recipe, first: Cluster) -> Iterator[str]:

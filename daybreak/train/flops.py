@@ -267,11 +267,8 @@ def before(recipe: Recipe, stage: Stage, until: int | None) -> float:
     """Share of a stage's steps that come before a step of the run."""
     if until is None:
         return 1.0
-    start = 0
-    for row in recipe.stage:
-        if row is stage:
-            break
-        start += row.count
+    starts = zip(recipe.stage, recipe.starts, strict=True)
+    start = next(start for row, start in starts if row is stage)
     return min(1.0, max(0.0, (until - start) / stage.count))
 
 
